@@ -1,0 +1,308 @@
+//! Attaching a method: making its parameters under their keys.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use peft_tensor::{Device, RngKey, Tensor};
+use serde_json::Value;
+
+use crate::{Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, Result, Site, Targets, entry_for};
+
+/// Which parameter of a module.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Slot {
+    /// Its weight.
+    Weight,
+    /// Its bias.
+    Bias,
+}
+
+impl Slot {
+    /// The parameter's last name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Weight => "weight",
+            Self::Bias => "bias",
+        }
+    }
+}
+
+/// Everything one adapter owns.
+#[derive(Default)]
+pub(crate) struct Store {
+    pub(crate) params: Vec<Param>,
+    index: HashMap<String, usize>,
+    /// Trained stand-ins for base parameters.
+    pub(crate) selected: HashMap<(ModuleId, Slot), Param>,
+    pub(crate) sites: Vec<Placed>,
+    /// Module paths, where the configuration did not list them.
+    pub(crate) resolved_targets: Option<Vec<String>>,
+}
+
+/// An adapter at its place.
+#[derive(Clone)]
+pub(crate) struct Placed {
+    pub(crate) site: Site,
+    pub(crate) adapter: Arc<dyn Adapter>,
+    pub(crate) mirrored: bool,
+}
+
+impl Store {
+    pub(crate) fn get(&self, key: &str) -> Option<&Param> {
+        self.index.get(key).map(|&i| &self.params[i])
+    }
+
+    pub(crate) fn insert(&mut self, param: Param) -> Result<Param> {
+        if self.index.contains_key(param.key()) {
+            let detail = format!("two parameters would be saved as {:?}", param.key());
+            return Err(Error::config("adapter", detail));
+        }
+        self.index.insert(param.key().to_owned(), self.params.len());
+        self.params.push(param.clone());
+        Ok(param)
+    }
+
+    /// The trained stand-in for a base parameter, made at the first call.
+    pub(crate) fn select(&mut self, base: &Base, module: ModuleId, slot: Slot, key: String) -> Result<Param> {
+        if let Some(param) = self.selected.get(&(module, slot)) {
+            return Ok(param.clone());
+        }
+        let info = base.tree().info(module);
+        let name = match slot {
+            Slot::Weight => &info.weight,
+            Slot::Bias => &info.bias,
+        };
+        let weight = name.as_ref().and_then(|n| base.weight(n));
+        let Some(weight) = weight else {
+            return Err(Error::module(&info.path, format!("has no {} to train", slot.name())));
+        };
+        let param = self.insert(Param::new(key, &stored_values(weight)?, true))?;
+        self.selected.insert((module, slot), param.clone());
+        Ok(param)
+    }
+}
+
+/// A weight's values in the layout it is stored in, vectors as vectors.
+pub(crate) fn stored_values(weight: &BaseWeight) -> Result<Tensor> {
+    let dense = weight.to_dense()?;
+    let dense = if weight.is_transposed() { dense.t()? } else { dense };
+    match *dense.shape() {
+        [1, n] if weight.as_frozen().is_some() => Ok(dense.reshape(&[n])?),
+        _ => Ok(dense),
+    }
+}
+
+/// Goes over the sites of a method.
+pub struct Injector<'a> {
+    pub(crate) base: &'a Base,
+    pub(crate) common: &'a Common,
+    pub(crate) store: &'a mut Store,
+    pub(crate) key: RngKey,
+    /// In front of every key; compositions keep their members apart with it.
+    pub(crate) scope: String,
+}
+
+impl<'a> Injector<'a> {
+    /// The model.
+    pub fn tree(&self) -> &'a ModuleTree {
+        self.base.tree()
+    }
+
+    /// The shared fields of the configuration.
+    pub fn common(&self) -> &'a Common {
+        self.common
+    }
+
+    /// Attaches an adapter at each of `sites`.
+    ///
+    /// # Errors
+    /// If there are none, a pattern is unused, or an adapter cannot be attached.
+    pub fn attach_all(
+        &mut self,
+        sites: Vec<Site>,
+        mut attach: impl FnMut(&Site, &mut Attach<'_>) -> Result<Box<dyn Adapter>>,
+    ) -> Result<()> {
+        self.common.check_patterns(sites.iter().map(|s| s.path.as_str()))?;
+        let listed = matches!(&self.common.target_modules, Some(Targets::Names(_) | Targets::Pattern(_)));
+        if !listed && self.scope.is_empty() {
+            let paths = sites.iter().filter(|s| s.id.is_some()).map(|s| s.path.clone());
+            self.store.resolved_targets = Some(paths.collect());
+        }
+        for site in sites {
+            let adapter: Arc<dyn Adapter> = attach(&site, &mut Attach { cx: self, site: &site })?.into();
+            self.store.sites.push(Placed { site: site.clone(), adapter: adapter.clone(), mirrored: false });
+        }
+        Ok(())
+    }
+
+    /// Puts an adapter that another one already owns the parameters of at a second place (the other side of a tied
+    /// pair); `mirrored` says that both merge into the same values.
+    pub fn place(&mut self, site: Site, adapter: Arc<dyn Adapter>, mirrored: bool) {
+        self.store.sites.push(Placed { site, adapter, mirrored });
+    }
+
+    /// Both sides of a tied pair of embeddings, input and output.
+    pub fn tied_pair(&self) -> Option<(Site, Site)> {
+        let facts = self.tree().facts();
+        let side = |path: &Option<String>| path.as_ref().and_then(|p| self.tree().get(p)).map(|id| self.tree().site(id));
+        if facts.tied { side(&facts.input_embedding).zip(side(&facts.output_embedding)) } else { None }
+    }
+
+    /// Attaches another method from its own configuration, its keys behind `scope`.
+    ///
+    /// # Errors
+    /// If the configuration is wrong or the method cannot be attached.
+    pub fn member(&mut self, config: &Value, scope: &str) -> Result<()> {
+        let inside = |e: Error| e.context(scope.trim_end_matches('.').to_owned());
+        let parsed = entry_for(config).and_then(|entry| (entry.parse)(config)).map_err(inside)?;
+        let common = Common::from_config(config).map_err(inside)?;
+        let mut cx = Injector {
+            base: self.base,
+            common: &common,
+            store: self.store,
+            key: self.key.fork(scope),
+            scope: format!("{}{scope}", self.scope),
+        };
+        crate::builtin::inject(&*parsed.method, &mut cx).map_err(inside)
+    }
+}
+
+/// Makes the parameters of one adapter at one site.
+pub struct Attach<'a> {
+    cx: &'a mut dyn Injection,
+    site: &'a Site,
+}
+
+/// Erases the injector's lifetime, so that [`Attach`] needs only one of its own.
+trait Injection {
+    fn base(&self) -> &Base;
+    fn common(&self) -> &Common;
+    fn store(&mut self) -> &mut Store;
+    fn key(&self) -> RngKey;
+    fn scope(&self) -> &str;
+}
+
+impl Injection for Injector<'_> {
+    fn base(&self) -> &Base {
+        self.base
+    }
+    fn common(&self) -> &Common {
+        self.common
+    }
+    fn store(&mut self) -> &mut Store {
+        self.store
+    }
+    fn key(&self) -> RngKey {
+        self.key
+    }
+    fn scope(&self) -> &str {
+        &self.scope
+    }
+}
+
+impl Attach<'_> {
+    /// The shared fields of the configuration.
+    pub fn common(&self) -> &Common {
+        self.cx.common()
+    }
+
+    /// The model.
+    pub fn tree(&self) -> &ModuleTree {
+        self.cx.base().tree()
+    }
+
+    /// Where new parameters are to be.
+    pub fn device(&self) -> Device {
+        self.cx.base().device().clone()
+    }
+
+    /// Randomness of one's own, the same for the same seed, key and label.
+    pub fn key(&self, label: &str) -> RngKey {
+        self.cx.key().fork(&self.site.path).fork(label)
+    }
+
+    /// A parameter of this site, saved as `base_model.model.<module>.<name>`.
+    ///
+    /// # Errors
+    /// If there is one of that name already, or given values have another shape.
+    pub fn param(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        let path = if self.site.path.is_empty() { String::new() } else { format!("{}.", self.site.path) };
+        self.make(format!("base_model.model.{path}{name}"), shape, init, true)
+    }
+
+    /// A parameter saved under `name` alone, as prompt methods do.
+    ///
+    /// # Errors
+    /// If there is one of that name already, or given values have another shape.
+    pub fn bare(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        self.make(name.to_owned(), shape, init, true)
+    }
+
+    /// A parameter of the whole model, saved as `base_model.<name>`, made at the first site that asks for it.
+    ///
+    /// # Errors
+    /// If given values have another shape.
+    pub fn shared(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        let key = format!("{}base_model.{name}", self.cx.scope());
+        match self.cx.store().get(&key) {
+            Some(param) => Ok(param.clone()),
+            None => self.make(format!("base_model.{name}"), shape, init, true),
+        }
+    }
+
+    /// A parameter that training moves and no file holds (a reparameterization that is flattened when saved).
+    ///
+    /// # Errors
+    /// If there is one of that name already, or given values have another shape.
+    pub fn transient(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        self.make(name.to_owned(), shape, init, false)
+    }
+
+    fn make(&mut self, key: String, shape: &[usize], init: &Init, saved: bool) -> Result<Param> {
+        let value = init.tensor(shape, self.cx.key().fork(&key), self.cx.base().device())?;
+        let key = format!("{}{key}", self.cx.scope());
+        self.cx.store().insert(Param::new(key, &value, saved))
+    }
+
+    /// Trains a copy of a parameter of this module in its place, saved as `base_model.model.<module>.<name>`.
+    ///
+    /// # Errors
+    /// If the module has no such parameter.
+    pub fn select(&mut self, slot: Slot, name: &str) -> Result<Param> {
+        let Some(id) = self.site.id else { return Err(Error::other("the model as a whole has no parameters to select")) };
+        let key = format!("{}base_model.model.{}.{name}", self.cx.scope(), self.site.path);
+        let base = self.cx.base().clone();
+        self.cx.store().select(&base, id, slot, key)
+    }
+
+    /// Whether this module has that parameter.
+    pub fn has(&self, slot: Slot) -> bool {
+        let Some(id) = self.site.id else { return false };
+        let info = self.tree().info(id);
+        match slot {
+            Slot::Weight => info.weight.is_some(),
+            Slot::Bias => info.bias.is_some(),
+        }
+    }
+
+    /// The base weight of this module.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn base_weight(&self) -> Result<&BaseWeight> {
+        let base = self.cx.base();
+        let name = self.site.id.and_then(|id| base.tree().info(id).weight.as_deref());
+        name.and_then(|n| base.weight(n)).ok_or_else(|| Error::module(&self.site.path, "has no weight"))
+    }
+
+    /// A parameter of the base model by its full name, as values.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn base_values(&self, name: &str) -> Result<Tensor> {
+        match self.cx.base().weight(name) {
+            Some(weight) => stored_values(weight),
+            None => Err(Error::other(format!("the base model has no parameter {name:?}"))),
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Adapters to and from what is on disk: configuration and tensors, no files.
+
+use serde_json::{Map, Value, json};
+
+use crate::attach::{Slot, Store};
+use crate::network::Attached;
+use crate::{Error, MethodEntry, Network, Param, Parsed, Result, Tensors};
+
+/// The version of HF PEFT whose files these are.
+const PEFT_VERSION: &str = "0.21.2";
+
+impl Network {
+    /// The configuration as it will be saved: HF's common fields, the method's with defaults filled in, and whatever
+    /// else was given, kept as it is.
+    pub(crate) fn saved_config(&self, entry: &MethodEntry, parsed: &Parsed, given: &Value, store: &Store) -> Value {
+        let mut out = Map::new();
+        for (key, default) in [
+            ("auto_mapping", Value::Null),
+            ("base_model_name_or_path", Value::Null),
+            ("revision", Value::Null),
+            ("task_type", Value::Null),
+            ("peft_version", json!(PEFT_VERSION)),
+        ] {
+            out.insert(key.to_owned(), default);
+        }
+        for fields in [&parsed.fields, given] {
+            if let Value::Object(map) = fields {
+                // A null given for a field with a default means that default.
+                let kept = map.iter().filter(|(key, value)| !(value.is_null() && out.contains_key(*key)));
+                let kept: Vec<_> = kept.map(|(k, v)| (k.clone(), v.clone())).collect();
+                out.extend(kept);
+            }
+        }
+        out.insert("peft_type".to_owned(), json!(entry.peft_type));
+        out.insert("inference_mode".to_owned(), json!(true));
+        let expandable = out.get("target_modules").is_none_or(|t| t.is_null() || t.is_string());
+        if let Some(paths) = &store.resolved_targets
+            && expandable
+            && !paths.is_empty()
+        {
+            out.insert("target_modules".to_owned(), json!(paths));
+        }
+        parsed.method.finish_config(&mut out, self.tree());
+        out.sort_keys();
+        Value::Object(out)
+    }
+
+    /// An adapter as it is saved: `adapter_config.json` and the tensors by key.
+    ///
+    /// # Errors
+    /// If there is no such adapter.
+    pub fn export(&self, name: &str) -> Result<(Value, Tensors)> {
+        let attached = self.find(name)?;
+        let saved = attached.store.params.iter().filter(|p| p.is_saved());
+        let live: Tensors = saved.map(|p| (p.key().to_owned(), p.tensor().detach())).collect();
+        Ok((attached.config.clone(), attached.method.save(live)?))
+    }
+
+    /// Attaches an adapter with the values a file holds, trainable or frozen; other adapters are left as they are.
+    ///
+    /// # Errors
+    /// If the configuration does not fit the model, or keys are missing, unexpected or misshaped: all of them in one
+    /// error. Nothing is attached then.
+    pub fn load(&mut self, name: &str, config: &Value, tensors: Tensors, trainable: bool) -> Result<()> {
+        let mut attached = self.build(name, config, 0)?;
+        let mut tensors = attached.method.load(tensors)?;
+        self.take_base_layers(&mut attached, &mut tensors)?;
+        self.fill(&attached, tensors, name)?;
+        attached.store.params.iter().for_each(|p| p.set_trainable(trainable));
+        self.push(attached);
+        Ok(())
+    }
+
+    /// Gives an attached adapter the values of a file (a checkpoint of its own training).
+    ///
+    /// # Errors
+    /// As [`Network::load`].
+    pub fn restore(&mut self, name: &str, tensors: Tensors) -> Result<()> {
+        let attached = self.find(name)?;
+        let tensors = attached.method.load(tensors)?;
+        self.fill(attached, tensors, name)
+    }
+
+    fn fill(&self, attached: &Attached, mut tensors: Tensors, name: &str) -> Result<()> {
+        let (mut missing, mut misshaped) = (Vec::new(), Vec::new());
+        let mut values = Vec::new();
+        for param in attached.store.params.iter().filter(|p| p.is_saved()) {
+            match tensors.remove(param.key()) {
+                None => missing.push(param.key().to_owned()),
+                Some(t) if t.shape() == param.shape() => values.push((param, t)),
+                Some(t) => misshaped.push(format!("{}: {:?}, expected {:?}", param.key(), t.shape(), param.shape())),
+            }
+        }
+        let unexpected: Vec<String> = tensors.into_keys().collect();
+        if !(missing.is_empty() && misshaped.is_empty() && unexpected.is_empty()) {
+            return Err(Error::Load { what: format!("adapter {name:?}"), missing, unexpected, misshaped });
+        }
+        values.into_iter().try_for_each(|(param, t)| param.set(t.to_device(self.device())?))
+    }
+
+    /// HF saves a whole embedding beside a LoRA on it (`<module>.base_layer.weight`). It stands in for the base's, as
+    /// it does when HF loads the file, and is written back when the adapter is saved.
+    fn take_base_layers(&self, attached: &mut Attached, tensors: &mut Tensors) -> Result<()> {
+        let keys: Vec<String> = tensors.keys().filter(|k| k.ends_with(".base_layer.weight")).cloned().collect();
+        for key in keys {
+            let path = key.strip_prefix("base_model.model.").and_then(|k| k.strip_suffix(".base_layer.weight"));
+            let Some(id) = path.and_then(|p| self.tree().get(p)) else { continue };
+            if attached.store.get(&key).is_some() || attached.store.selected.contains_key(&(id, Slot::Weight)) {
+                continue;
+            }
+            let info = self.tree().info(id);
+            let Some(value) = tensors.get(&key) else { continue };
+            if value.shape() != info.weight_shape() {
+                continue;
+            }
+            let param = attached.store.insert(Param::new(key, &value.to_device(self.device())?, true))?;
+            attached.store.selected.insert((id, Slot::Weight), param);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,153 @@
+//! What a method is, and what one of its adapters can do.
+
+use peft_tensor::Tensor;
+use serde_json::Value;
+
+use crate::{Attach, Call, Common, Injector, ModelFacts, ModuleKind, ModuleTree, Pass, Result, Site, Targets, TrainHooks, Tensors, matcher};
+
+/// A method: the struct of its fields in `adapter_config.json`.
+///
+/// Most methods write [`PeftMethod::attach`] and an [`Adapter`], nothing more.
+pub trait PeftMethod: Send + Sync {
+    /// Kinds of modules it can act on.
+    fn kinds(&self) -> &'static [ModuleKind] {
+        &[ModuleKind::Linear, ModuleKind::Conv1d]
+    }
+
+    /// Targets where the configuration gives none.
+    fn default_targets(&self, tree: &ModuleTree) -> Option<Targets> {
+        let names = matcher::default_targets(&tree.facts().model_type)?;
+        Some(Targets::Names(names.iter().map(|&n| n.to_owned()).collect()))
+    }
+
+    /// Where it acts: what `target_modules` and its companions match.
+    ///
+    /// # Errors
+    /// If a name matches nothing, or the method cannot act there.
+    fn sites(&self, tree: &ModuleTree, common: &Common) -> Result<Vec<Site>> {
+        tree.matching(common, self.kinds(), self.default_targets(tree))
+    }
+
+    /// Makes its parameters at one site; the name given to `cx.param` is the key's suffix on disk.
+    ///
+    /// # Errors
+    /// If a field does not fit the site: names field, module and valid range.
+    fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>>;
+
+    /// Goes over all sites. Only compositions of methods have another way.
+    ///
+    /// # Errors
+    /// Whatever the sites return.
+    fn inject(&self, cx: &mut Injector<'_>) -> Result<()> {
+        cx.attach_all(self.sites(cx.tree(), cx.common())?, |site, cx| self.attach(site, cx))
+    }
+
+    /// Behaviour between steps; `()` is none.
+    fn trainer(&self) -> Box<dyn TrainHooks> {
+        Box::new(())
+    }
+
+    /// From live parameters to what is on disk, where that differs.
+    ///
+    /// # Errors
+    /// If the parameters cannot be brought into that form.
+    fn save(&self, params: Tensors) -> Result<Tensors> {
+        Ok(params)
+    }
+
+    /// The inverse of [`PeftMethod::save`].
+    ///
+    /// # Errors
+    /// If the file is not of that form.
+    fn load(&self, params: Tensors) -> Result<Tensors> {
+        Ok(params)
+    }
+
+    /// Last word on the fields to be saved, once the model is known (number of layers, token width).
+    fn finish_config(&self, _config: &mut serde_json::Map<String, Value>, _tree: &ModuleTree) {}
+}
+
+/// One method at one site. Each facet is one way of acting on the model; an adapter may have several.
+pub trait Adapter: Send + Sync {
+    /// W -> W', both of the logical shape `[out, in]` (`[rows, dim]` for an embedding). With this alone the core can
+    /// run, merge and unmerge the adapter. None = it is not a change of the weight.
+    ///
+    /// # Errors
+    /// Whatever its arithmetic returns.
+    fn weight(&self, _w: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// b -> b'; unchanged unless the method says otherwise.
+    ///
+    /// # Errors
+    /// Whatever its arithmetic returns.
+    fn bias(&self, b: Option<Tensor>) -> Result<Option<Tensor>> {
+        Ok(b)
+    }
+
+    /// Around the module's call, or the fast equal of [`Adapter::weight`].
+    ///
+    /// # Errors
+    /// Whatever its arithmetic returns.
+    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
+        call.through_weight(self)
+    }
+
+    /// Keys and values in front of a layer's own.
+    ///
+    /// # Errors
+    /// Whatever its arithmetic returns.
+    fn prefix(&self, _at: &PrefixCx<'_>) -> Result<Option<Prefix>> {
+        Ok(None)
+    }
+
+    /// Positions [`Adapter::prefix`] adds.
+    fn prefix_len(&self) -> usize {
+        0
+    }
+
+    /// Virtual tokens in front of the input embeddings: `[V, hidden]`, or `[batch, V, hidden]` where rows differ.
+    ///
+    /// # Errors
+    /// Whatever its arithmetic returns.
+    fn prompt(&self, _at: &PromptCx<'_>) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// Positions [`Adapter::prompt`] adds.
+    fn prompt_len(&self) -> usize {
+        0
+    }
+}
+
+/// A layer asking for its prefix.
+pub struct PrefixCx<'a> {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Sizes of the model.
+    pub facts: &'a ModelFacts,
+    /// Rows of the batch.
+    pub batch: usize,
+    /// The pass.
+    pub pass: &'a Pass,
+}
+
+/// The model asking for virtual tokens.
+pub struct PromptCx<'a> {
+    /// Sizes of the model.
+    pub facts: &'a ModelFacts,
+    /// Rows of the batch.
+    pub batch: usize,
+    /// The pass.
+    pub pass: &'a Pass,
+}
+
+/// Keys and values, each `[P, kv_heads * head_dim]` or `[batch, P, kv_heads * head_dim]`.
+#[derive(Clone, Debug)]
+pub struct Prefix {
+    /// Keys, not rotated.
+    pub k: Tensor,
+    /// Values.
+    pub v: Tensor,
+}

@@ -1,0 +1,42 @@
+//! Reads and writes everything on disk: checkpoints (safetensors and GGUF, by memory map), adapter
+//! folders in Hugging Face PEFT's layout, merged checkpoints (streamed tensor by tensor), training
+//! state, data files, and the Hugging Face cache.
+//!
+//! It is the only crate of the workspace that touches files, and keeps two promises:
+//!
+//! * **Whatever the bytes, no panic and no memory out of proportion.** Every length and offset a file
+//!   states is checked against the file before it is used; an error names the file and the tensor or key.
+//! * **Nothing half-written.** Every write goes to a temporary name in the target folder, is synced, then
+//!   renamed; when a write fails, the temporaries and the folders made for it are removed.
+//!
+//! Mapped files must not be changed in place while a [`Checkpoint`] on them is open; this crate itself
+//! only ever replaces files by renaming, which leaves open maps intact.
+
+mod adapter;
+mod checkpoint;
+mod error;
+mod files;
+mod gguf;
+mod header;
+mod hub;
+mod stage;
+mod state;
+mod stream;
+mod tensors;
+
+pub use adapter::{
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, is_adapter_folder, read_adapter, write_adapter,
+};
+pub use checkpoint::{Checkpoint, StoredFormat, TensorMeta};
+pub use error::{Error, Result};
+pub use files::{
+    LineLog, Lines, SIDE_FILES, atomic_write, copy_side_files, create_folder, read_bytes,
+    read_json, read_lines, read_text, write_json,
+};
+pub use gguf::{Gguf, GgufBuilder, MetaArray, MetaValue};
+pub use hub::{HubCache, resolve_adapter, resolve_model};
+/// Element types as a safetensors header names them.
+pub use safetensors::Dtype as DType;
+pub use state::{list_states, read_state, remove_state, write_state};
+pub use stream::{PlanEntry, ShardPlan, StreamWriter, parse_size};
+pub use tensors::{NamedTensors, check_finite, read_tensors, write_tensors};

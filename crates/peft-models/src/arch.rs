@@ -1,0 +1,138 @@
+//! What a family of models has to do to be one: embed, run layers, read out.
+
+use std::sync::Arc;
+
+use peft_core::{Error, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result};
+use peft_tensor::{Tensor, TensorError, concat};
+
+use crate::attend::{KvCache, Rows, per_row};
+use crate::config::ModelConfig;
+use crate::model::{Batch, Task};
+
+/// A model's code over the modules of a [`Network`].
+pub(crate) trait Architecture: Send + Sync {
+    /// Hidden states `[B, V + S, hidden]` after the last norm.
+    fn hidden(
+        &self,
+        network: &Arc<Network>,
+        batch: &Batch,
+        cache: Option<&mut KvCache>,
+        pass: &Pass,
+    ) -> Result<Tensor>;
+
+    /// Logits of rows `[.., hidden]`: the language model's head, or the classifier's on rows that [`pool`] picked.
+    ///
+    /// [`pool`]: Architecture::pool
+    fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor>;
+
+    /// For classification: the row of each text that its label is read from, `[B, hidden]`.
+    fn pool(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor>;
+}
+
+/// A tree under construction together with the ids a model keeps.
+pub(crate) struct Builder {
+    pub(crate) tree: ModuleTree,
+}
+
+impl Builder {
+    pub(crate) fn push(&mut self, module: ModuleInfo) -> ModuleId {
+        self.tree.push(module)
+    }
+
+    pub(crate) fn container(&mut self, path: &str) {
+        self.tree.push(ModuleInfo::new(path, peft_core::ModuleKind::Container));
+    }
+
+    pub(crate) fn linear(&mut self, path: String, from: usize, to: usize, bias: bool) -> ModuleId {
+        self.push(ModuleInfo::linear(&path, from, to, bias))
+    }
+
+    pub(crate) fn norm(&mut self, path: String, dim: usize, bias: bool) -> ModuleId {
+        self.push(ModuleInfo::norm(&path, dim, bias))
+    }
+}
+
+/// Input embeddings with the virtual tokens of the active adapters in front: `[B, V + S, hidden]`, and what attention
+/// has to know of the rows. Virtual tokens come once, at the start of a cached text.
+pub(crate) fn embedded(
+    network: &Network,
+    embedding: ModuleId,
+    scale: Option<f32>,
+    batch: &Batch,
+    seen: usize,
+    pass: &Pass,
+) -> Result<(Tensor, Rows)> {
+    let mut x = network.embed(embedding, &batch.ids, pass)?;
+    if let Some(scale) = scale {
+        x = x.scale(scale)?;
+    }
+    let mut x = x.reshape(&[batch.batch, batch.seq, x.last_dim()])?;
+    let mut keys = batch.mask.clone();
+    if seen == 0
+        && let Some(prompt) = network.prompt(batch.batch, pass)?
+    {
+        let prompt = per_row(&prompt, batch.batch)?;
+        let virtual_tokens = prompt.dims3()?.1;
+        x = concat(&[&prompt, &x], 1)?;
+        keys = keys.map(|mask| {
+            let row = |r: &[bool]| std::iter::repeat_n(true, virtual_tokens).chain(r.iter().copied()).collect::<Vec<_>>();
+            mask.chunks(batch.seq.max(1)).flat_map(row).collect()
+        });
+    }
+    let seq = x.dims3()?.1;
+    Ok((x, Rows { batch: batch.batch, seq, keys: keys.map(Arc::new) }))
+}
+
+/// Positions `first..` of every row of the batch.
+pub(crate) fn positions(rows: &Rows, first: usize) -> Result<Arc<Vec<u32>>> {
+    let end = u32::try_from(first + rows.seq).map_err(|_| Error::other("the sequence is too long"))?;
+    let one: Vec<u32> = (first as u32..end).collect();
+    Ok(Arc::new(one.iter().copied().cycle().take(one.len() * rows.batch).collect()))
+}
+
+/// Runs a layer, recomputing it in the backward pass if the pass says so.
+pub(crate) fn layer(
+    network: &Arc<Network>,
+    x: &Tensor,
+    pass: &Pass,
+    run: impl Fn(&Network, &Tensor, &Pass) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if !pass.checkpoint {
+        return run(network, x, pass);
+    }
+    let (network, pass) = (network.clone(), pass.clone());
+    Ok(peft_tensor::checkpoint(&[x], move |inputs| run(&network, &inputs[0], &pass).map_err(into_tensor_error))?)
+}
+
+/// An error on its way through a tensor operation.
+pub(crate) fn into_tensor_error(error: Error) -> TensorError {
+    match error {
+        Error::Tensor(e) => e,
+        other => TensorError::Unsupported(other.to_string()),
+    }
+}
+
+/// The last token of each row that is no padding, `[B, hidden]`: where decoders read a text's label.
+pub(crate) fn last_tokens(config: &ModelConfig, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+    let (b, len, width) = hidden.dims3()?;
+    let added = len - batch.seq;
+    let last = |row: usize| {
+        let at = row * batch.seq..(row + 1) * batch.seq;
+        let found = match (&batch.mask, config.pad_token) {
+            (Some(mask), _) => mask[at].iter().rposition(|&seen| seen),
+            (None, Some(pad)) => batch.ids[at].iter().rposition(|&id| id != pad),
+            (None, None) => batch.seq.checked_sub(1),
+        };
+        (row * len + added + found.unwrap_or(0)) as u32
+    };
+    let rows: Vec<u32> = (0..b).map(last).collect();
+    Ok(hidden.reshape(&[b * len, width])?.gather_rows(&rows)?)
+}
+
+/// Labels of the task's head, if it has one.
+pub(crate) fn labels(task: &Task) -> Option<usize> {
+    match task {
+        Task::SequenceClassification { num_labels } => Some(*num_labels),
+        Task::CausalLm | Task::Features => None,
+    }
+}

@@ -1,0 +1,93 @@
+//! What all attention layers share: keys and values of earlier tokens, prefixes, padding.
+
+use std::sync::Arc;
+
+use peft_core::{ModuleId, Network, Pass, Result};
+use peft_tensor::{Attention, Mask, Tensor, concat};
+
+/// Keys and values of the tokens a model has seen, one entry per layer.
+#[derive(Default)]
+pub(crate) struct KvCache {
+    layers: Vec<Option<LayerCache>>,
+    /// Tokens seen, virtual ones included, prefixes not.
+    pub(crate) seen: usize,
+}
+
+pub(crate) struct LayerCache {
+    k: Tensor,
+    v: Tensor,
+    prefix: usize,
+}
+
+impl KvCache {
+    /// The place of a layer's keys and values.
+    pub(crate) fn layer(&mut self, i: usize) -> &mut Option<LayerCache> {
+        if self.layers.len() <= i {
+            self.layers.resize_with(i + 1, || None);
+        }
+        &mut self.layers[i]
+    }
+}
+
+/// Token ids of one run with what the model needs to know of them.
+#[derive(Clone)]
+pub(crate) struct Rows {
+    pub(crate) batch: usize,
+    /// Tokens of a row, virtual ones included.
+    pub(crate) seq: usize,
+    /// Which may be seen, `[B * (seen + seq)]`; None = all.
+    pub(crate) keys: Option<Arc<Vec<bool>>>,
+}
+
+impl Rows {
+    /// The mask with `prefix` keys in front of each row.
+    fn mask(&self, prefix: usize) -> Mask {
+        let keys = self.keys.as_ref().map(|keys| {
+            if prefix == 0 {
+                return keys.clone();
+            }
+            let len = keys.len() / self.batch.max(1);
+            let row = |r: &[bool]| std::iter::repeat_n(true, prefix).chain(r.iter().copied()).collect::<Vec<_>>();
+            Arc::new(keys.chunks(len.max(1)).flat_map(row).collect())
+        });
+        Mask { keys }
+    }
+}
+
+/// Attention of `q` over the layer's prefix, the cached keys and `k`, `v`; all `[B, S, width]`, keys rotated already.
+pub(crate) fn attend(
+    network: &Network,
+    module: ModuleId,
+    (q, k, v): (&Tensor, Tensor, Tensor),
+    spec: &Attention,
+    rows: &Rows,
+    cache: Option<&mut Option<LayerCache>>,
+    pass: &Pass,
+) -> Result<Tensor> {
+    let earlier = cache.as_ref().and_then(|c| c.as_ref());
+    let (k, v, prefix) = match earlier {
+        Some(seen) => (concat(&[&seen.k, &k], 1)?, concat(&[&seen.v, &v], 1)?, seen.prefix),
+        None => match network.prefix(module, rows.batch, pass)? {
+            Some(p) => {
+                let (pk, pv) = (per_row(&p.k, rows.batch)?, per_row(&p.v, rows.batch)?);
+                let prefix = pk.shape()[1];
+                (concat(&[&pk, &k], 1)?, concat(&[&pv, &v], 1)?, prefix)
+            }
+            None => (k, v, 0),
+        },
+    };
+    let spec = Attention { prefix, mask: rows.mask(prefix), ..spec.clone() };
+    let out = q.attention(&k, &v, &spec)?;
+    if let Some(place) = cache {
+        *place = Some(LayerCache { k, v, prefix });
+    }
+    Ok(out)
+}
+
+/// `[n, width]` for every row of a batch; `[B, n, width]` as it is.
+pub(crate) fn per_row(x: &Tensor, batch: usize) -> Result<Tensor> {
+    match *x.shape() {
+        [n, width] => Ok(x.reshape(&[1, n, width])?.broadcast_to(&[batch, n, width])?),
+        _ => Ok(x.clone()),
+    }
+}

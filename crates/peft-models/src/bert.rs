@@ -1,0 +1,189 @@
+//! BERT: an encoder with learnt positions and LayerNorm after the sublayers, a pooler, and a classification head.
+
+use std::sync::Arc;
+
+use peft_core::{Error, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result};
+use peft_tensor::{Attention, Mask, Tensor};
+
+use crate::arch::{Architecture, Builder, embedded, labels, layer, positions};
+use crate::attend::{KvCache, Rows, attend};
+use crate::config::{Activation, ModelConfig};
+use crate::gpt2::check_length;
+use crate::model::{Batch, Task};
+
+/// BERT over the modules of a network.
+pub(crate) struct Bert {
+    config: Arc<ModelConfig>,
+    words: ModuleId,
+    places: ModuleId,
+    segments: ModuleId,
+    norm: ModuleId,
+    layers: Vec<Arc<Block>>,
+    pooler: ModuleId,
+    head: Option<ModuleId>,
+}
+
+struct Block {
+    config: Arc<ModelConfig>,
+    attention: ModuleId,
+    query: ModuleId,
+    key: ModuleId,
+    value: ModuleId,
+    output: ModuleId,
+    first_junction: ModuleId,
+    first_norm: ModuleId,
+    up: ModuleId,
+    down: ModuleId,
+    second_junction: ModuleId,
+    second_norm: ModuleId,
+}
+
+impl Bert {
+    /// The model with its module tree, in the order Hugging Face registers modules.
+    pub(crate) fn build(config: &ModelConfig, task: &Task) -> (ModuleTree, Self) {
+        let prefix = if *task == Task::Features { "" } else { "bert." };
+        let hidden = config.hidden_size;
+        let facts = ModelFacts {
+            model_type: config.model_type.clone(),
+            hidden_size: hidden,
+            num_layers: config.num_layers,
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            vocab_size: config.vocab_size,
+            input_embedding: Some(format!("{prefix}embeddings.word_embeddings")),
+            output_embedding: None,
+            tied: false,
+            task_heads: if labels(task).is_some() { vec!["classifier".to_owned()] } else { Vec::new() },
+        };
+        let mut b = Builder { tree: ModuleTree::new(facts) };
+        if !prefix.is_empty() {
+            b.container("bert");
+        }
+        let shared = Arc::new(config.clone());
+        b.container(&format!("{prefix}embeddings"));
+        let table = |b: &mut Builder, name: &str, rows: usize| {
+            b.push(ModuleInfo::embedding(&format!("{prefix}embeddings.{name}"), rows, hidden))
+        };
+        let words = table(&mut b, "word_embeddings", config.vocab_size);
+        let places = table(&mut b, "position_embeddings", config.max_positions);
+        let segments = table(&mut b, "token_type_embeddings", config.type_vocab_size);
+        let norm = b.norm(format!("{prefix}embeddings.LayerNorm"), hidden, true);
+        b.container(&format!("{prefix}encoder"));
+        let layers = (0..config.num_layers)
+            .map(|i| Arc::new(Block::build(&mut b, shared.clone(), &format!("{prefix}encoder.layer.{i}"))))
+            .collect();
+        b.container(&format!("{prefix}pooler"));
+        let pooler = b.linear(format!("{prefix}pooler.dense"), hidden, hidden, true);
+        let head = labels(task).map(|n| b.linear("classifier".to_owned(), hidden, n, true));
+        (b.tree, Self { config: shared, words, places, segments, norm, layers, pooler, head })
+    }
+}
+
+impl Block {
+    fn build(b: &mut Builder, config: Arc<ModelConfig>, path: &str) -> Self {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        b.container(path);
+        b.container(&format!("{path}.attention"));
+        let attention = b.push(ModuleInfo::attention(&format!("{path}.attention.self"), hidden));
+        let query = b.linear(format!("{path}.attention.self.query"), hidden, hidden, true);
+        let key = b.linear(format!("{path}.attention.self.key"), hidden, hidden, true);
+        let value = b.linear(format!("{path}.attention.self.value"), hidden, hidden, true);
+        let first_junction = b.push(ModuleInfo::junction(&format!("{path}.attention.output"), hidden));
+        let output = b.linear(format!("{path}.attention.output.dense"), hidden, hidden, true);
+        let first_norm = b.norm(format!("{path}.attention.output.LayerNorm"), hidden, true);
+        b.container(&format!("{path}.intermediate"));
+        let up = b.linear(format!("{path}.intermediate.dense"), hidden, inner, true);
+        let second_junction = b.push(ModuleInfo::junction(&format!("{path}.output"), hidden));
+        let down = b.linear(format!("{path}.output.dense"), inner, hidden, true);
+        let second_norm = b.norm(format!("{path}.output.LayerNorm"), hidden, true);
+        Self {
+            config,
+            attention,
+            query,
+            key,
+            value,
+            output,
+            first_junction,
+            first_norm,
+            up,
+            down,
+            second_junction,
+            second_norm,
+        }
+    }
+
+    fn run(&self, network: &Network, x: &Tensor, rows: &Rows, pass: &Pass) -> Result<Tensor> {
+        let c = &self.config;
+        let q = network.linear(self.query, x, pass)?;
+        let k = network.linear(self.key, x, pass)?;
+        let v = network.linear(self.value, x, pass)?;
+        let spec = Attention {
+            heads: c.num_heads,
+            kv_heads: c.num_kv_heads,
+            head_dim: c.head_dim,
+            scale: c.attention_scale,
+            causal: false,
+            window: None,
+            prefix: 0,
+            softcap: None,
+            mask: Mask::default(),
+        };
+        let h = attend(network, self.attention, (&q, k, v), &spec, rows, None, pass)?;
+        let h = network.linear(self.output, &h, pass)?;
+        let norm = |x: &Tensor| network.layer_norm(self.first_norm, x, c.norm_eps, pass);
+        let x = network.junction(self.first_junction, &h, x, Some(&norm), pass)?;
+        let h = activate(&network.linear(self.up, &x, pass)?, c.activation)?;
+        let h = network.linear(self.down, &h, pass)?;
+        let norm = |x: &Tensor| network.layer_norm(self.second_norm, x, c.norm_eps, pass);
+        network.junction(self.second_junction, &h, &x, Some(&norm), pass)
+    }
+}
+
+impl Architecture for Bert {
+    fn hidden(
+        &self,
+        network: &Arc<Network>,
+        batch: &Batch,
+        cache: Option<&mut KvCache>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        if cache.is_some() {
+            return Err(Error::other("BERT sees both sides of a token and cannot generate text"));
+        }
+        let (x, rows) = embedded(network, self.words, None, batch, 0, pass)?;
+        let first = network.prefix_len();
+        check_length(first + rows.seq, &self.config, "max_position_embeddings")?;
+        let shape = x.shape().to_vec();
+        let segments = network.embed(self.segments, &vec![0; rows.batch * rows.seq], pass)?.reshape(&shape)?;
+        let places = network.embed(self.places, &positions(&rows, first)?, pass)?.reshape(&shape)?;
+        let x = x.add(&segments)?.add(&places)?;
+        let mut x = network.layer_norm(self.norm, &x, self.config.norm_eps, pass)?;
+        for block in &self.layers {
+            let (block, rows) = (block.clone(), rows.clone());
+            x = layer(network, &x, pass, move |network, x, pass| block.run(network, x, &rows, pass))?;
+        }
+        Ok(x)
+    }
+
+    fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let Some(head) = self.head else { return Ok(rows.clone()) };
+        let pooled = network.linear(self.pooler, rows, pass)?.tanh()?;
+        network.linear(head, &pooled, pass)
+    }
+
+    fn pool(&self, hidden: &Tensor, _: &Batch) -> Result<Tensor> {
+        let (b, _, width) = hidden.dims3()?;
+        Ok(hidden.narrow(1, 0, 1)?.reshape(&[b, width])?)
+    }
+}
+
+/// The activation of a feed-forward layer without a gate.
+pub(crate) fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    Ok(match activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu(),
+        Activation::GeluTanh => x.gelu_tanh(),
+        Activation::Relu => x.relu(),
+    }?)
+}

@@ -1,0 +1,3 @@
+//! Changes of low rank.
+
+pub mod lora;

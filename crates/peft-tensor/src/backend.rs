@@ -1,0 +1,317 @@
+//! The closed set of operations a device implements.
+//!
+//! A backend works on opaque [`Buffer`]s: contiguous, row-major, shapes passed beside them. Shapes are checked
+//! by [`crate::Tensor`] before a backend is called, so an implementation may index freely. Values are f32 by
+//! contract; the reference backend keeps f64 inside its buffers, which is why nothing outside looks into one.
+//! Every operation that has a gradient has it here too, either as an operation of its own (`*_grad`) or because
+//! it is made of the others.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use crate::{FrozenWeight, Result, RngKey, TensorError};
+
+/// Device memory: whatever the backend put in, shared and immutable.
+#[derive(Clone)]
+pub struct Buffer(Arc<dyn Any + Send + Sync>);
+
+impl Buffer {
+    /// Wraps a backend's own storage.
+    pub fn new<T: Any + Send + Sync>(value: T) -> Self {
+        Self(Arc::new(value))
+    }
+
+    /// The storage, if it is a `T`; a backend asks for its own type.
+    pub fn get<T: Any + Send + Sync>(&self) -> Option<&T> {
+        self.0.downcast_ref()
+    }
+
+    /// The storage for writing, if it is a `T` and nobody else holds it.
+    pub fn get_mut<T: Any + Send + Sync>(&mut self) -> Option<&mut T> {
+        Arc::get_mut(&mut self.0)?.downcast_mut()
+    }
+}
+
+/// Elementwise functions of one argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unary {
+    /// -x
+    Neg,
+    /// e^x
+    Exp,
+    /// ln x
+    Ln,
+    /// sqrt x
+    Sqrt,
+    /// 1 / sqrt x
+    Rsqrt,
+    /// 1 / x
+    Recip,
+    /// x^2
+    Square,
+    /// |x|, with gradient 0 at 0
+    Abs,
+    /// hyperbolic tangent
+    Tanh,
+    /// 1 / (1 + e^-x)
+    Sigmoid,
+    /// max(x, 0)
+    Relu,
+    /// x sigmoid(x)
+    Silu,
+    /// x Phi(x) with the error function (HF `gelu`)
+    Gelu,
+    /// the tanh approximation (HF `gelu_new`, `gelu_pytorch_tanh`)
+    GeluTanh,
+    /// sin x
+    Sin,
+    /// cos x
+    Cos,
+}
+
+impl Unary {
+    /// Every function, for tests that go through all of them.
+    pub const ALL: [Self; 16] = [
+        Self::Neg, Self::Exp, Self::Ln, Self::Sqrt, Self::Rsqrt, Self::Recip, Self::Square, Self::Abs,
+        Self::Tanh, Self::Sigmoid, Self::Relu, Self::Silu, Self::Gelu, Self::GeluTanh, Self::Sin, Self::Cos,
+    ];
+}
+
+/// Elementwise functions of two arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binary {
+    /// a + b
+    Add,
+    /// a - b
+    Sub,
+    /// a * b
+    Mul,
+    /// a / b
+    Div,
+}
+
+/// The gate of a gated linear unit: `act(gate) * up`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Glu {
+    /// silu(gate) * up (Llama, Mistral, Qwen)
+    Silu,
+    /// gelu_tanh(gate) * up (Gemma)
+    GeluTanh,
+    /// gelu(gate) * up
+    Gelu,
+}
+
+/// Which keys a query may see, beyond causality.
+#[derive(Clone, Debug, Default)]
+pub struct Mask {
+    /// Per row of the batch and key position, `[B * T]`: true = may be seen. None = all.
+    pub keys: Option<Arc<Vec<bool>>>,
+}
+
+/// Multi-head attention with grouped queries.
+///
+/// q `[B, S, heads * head_dim]`, k and v `[B, T, kv_heads * head_dim]`, output as q. T >= S; the last query
+/// is aligned with the last key, so query i sees key j only if `j <= i + T - S` when `causal`, and only if
+/// `j > i + T - S - window` where a window is set; the first `prefix` keys are outside of both rules (they are
+/// always seen). A row that sees nothing gets zeros.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Factor on q k before the softmax.
+    pub scale: f32,
+    /// Whether a query is kept from seeing later keys.
+    pub causal: bool,
+    /// Sliding window (Mistral, Gemma 2): how many keys back a query sees, itself included.
+    pub window: Option<usize>,
+    /// Keys at the front that every query sees (prefix tuning), whatever the window.
+    pub prefix: usize,
+    /// Gemma 2's `softcap * tanh(score / softcap)`.
+    pub softcap: Option<f32>,
+    /// Padding.
+    pub mask: Mask,
+}
+
+/// Rotary position embedding in the half-split layout of HF models (`rotate_half`).
+#[derive(Clone, Debug)]
+pub struct Rope {
+    /// Heads in the last dimension.
+    pub heads: usize,
+    /// Width of one head; the first `2 * half` of it are rotated, the rest passes through.
+    pub head_dim: usize,
+    /// Rotated pairs of a head: element j turns with element j + half.
+    pub half: usize,
+    /// `[positions, half]`
+    pub cos: Arc<Vec<f32>>,
+    /// `[positions, half]`
+    pub sin: Arc<Vec<f32>>,
+    /// For each token of `[B * S]`, its row of the tables.
+    pub positions: Arc<Vec<u32>>,
+}
+
+/// What a device can do. Shapes are in elements; `rows` and `cols` describe a buffer as `[rows, cols]`.
+pub trait Backend: Send + Sync {
+    /// The name users give with `--device`.
+    fn name(&self) -> &'static str;
+
+    // --- memory ---
+    /// Values onto the device.
+    fn upload(&self, values: Vec<f32>) -> Result<Buffer>;
+    /// Values back.
+    fn download(&self, x: &Buffer) -> Result<Vec<f32>>;
+    /// Values back in double precision (the reference backend's true values; others convert).
+    fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>>;
+    /// Values in double precision onto the device (rounded where it keeps f32).
+    fn upload_f64(&self, values: Vec<f64>) -> Result<Buffer>;
+    /// `len` times `value`.
+    fn fill(&self, len: usize, value: f32) -> Result<Buffer>;
+
+    // --- elementwise ---
+    /// f(x)
+    fn unary(&self, op: Unary, x: &Buffer) -> Result<Buffer>;
+    /// dy f'(x); y = f(x) is given because some derivatives are cheaper from it.
+    fn unary_grad(&self, op: Unary, x: &Buffer, y: &Buffer, dy: &Buffer) -> Result<Buffer>;
+    /// a f b, broadcasting numpy's way; `a_shape`, `b_shape` and `out_shape` have the same rank (padded with 1 in front).
+    fn binary(&self, op: Binary, a: &Buffer, a_shape: &[usize], b: &Buffer, b_shape: &[usize], out_shape: &[usize]) -> Result<Buffer>;
+    /// mul * x + add
+    fn affine(&self, x: &Buffer, mul: f32, add: f32) -> Result<Buffer>;
+    /// a += b in place where the device can, else a new buffer; both the same length. For gradient accumulation.
+    fn accumulate(&self, a: Buffer, b: &Buffer) -> Result<Buffer>;
+    /// act(gate) * up
+    fn glu(&self, kind: Glu, gate: &Buffer, up: &Buffer) -> Result<Buffer>;
+    /// (d gate, d up)
+    fn glu_grad(&self, kind: Glu, gate: &Buffer, up: &Buffer, dy: &Buffer) -> Result<(Buffer, Buffer)>;
+    /// x with each element kept with probability 1 - p and scaled by 1 / (1 - p); element i is kept iff
+    /// `key.uniform_at(i) >= p`, so that the same key gives the same mask on every device. Its own gradient.
+    fn dropout(&self, x: &Buffer, p: f32, key: RngKey) -> Result<Buffer>;
+
+    // --- shape ---
+    /// Sum of `x` (shape `from`) down to `to` (same rank, each dimension equal or 1).
+    fn sum_to(&self, x: &Buffer, from: &[usize], to: &[usize]) -> Result<Buffer>;
+    /// `x` (shape `from`) repeated up to `to` (same rank, each dimension of `from` equal or 1).
+    fn broadcast(&self, x: &Buffer, from: &[usize], to: &[usize]) -> Result<Buffer>;
+    /// Largest value of each row.
+    fn max_rows(&self, x: &Buffer, rows: usize, cols: usize) -> Result<Buffer>;
+    /// Axes in another order; `axes[i]` is the input axis that becomes output axis i.
+    fn permute(&self, x: &Buffer, shape: &[usize], axes: &[usize]) -> Result<Buffer>;
+    /// `x` seen as `[outer, len, inner]`: entries `start..start + take` of the middle axis.
+    fn narrow(&self, x: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer>;
+    /// The transpose of [`Backend::narrow`]: zeros of `[outer, len, inner]` with `dy` at `start`.
+    fn narrow_grad(&self, dy: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer>;
+    /// Buffers of `[outer, len_i, inner]` joined along the middle axis.
+    fn concat(&self, parts: &[(&Buffer, usize)], outer: usize, inner: usize) -> Result<Buffer>;
+    /// Rows `ids` of `[rows, cols]`.
+    fn gather(&self, x: &Buffer, cols: usize, ids: &[u32]) -> Result<Buffer>;
+    /// Zeros of `[rows, cols]` with row i of `dy` added to row `ids[i]`.
+    fn scatter_add(&self, dy: &Buffer, rows: usize, cols: usize, ids: &[u32]) -> Result<Buffer>;
+
+    // --- products ---
+    /// Batched product: `batch` times `op(a) [m, k] x op(b) [k, n]`, where op transposes if told so (a is then stored
+    /// `[k, m]`, b `[n, k]`). `a_batched` / `b_batched` false: the same matrix for every batch entry.
+    fn matmul(&self, a: &Buffer, b: &Buffer, batch: usize, m: usize, k: usize, n: usize, a_batched: bool, b_batched: bool, ta: bool, tb: bool) -> Result<Buffer>;
+    /// `x [m, cols] Wt -> [m, rows]` if `transpose`, else `x [m, rows] W -> [m, cols]`, straight from the stored format.
+    fn frozen_matmul(&self, x: &Buffer, m: usize, w: &FrozenWeight, transpose: bool) -> Result<Buffer>;
+    /// Rows `ids` of a frozen matrix, in f32.
+    fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer>;
+    /// A frozen matrix in f32.
+    fn frozen_dense(&self, w: &FrozenWeight) -> Result<Buffer>;
+
+    // --- fused layers ---
+    /// Softmax of each row.
+    fn softmax(&self, x: &Buffer, rows: usize, cols: usize) -> Result<Buffer>;
+    /// y (dy - sum(dy y)) a row
+    fn softmax_grad(&self, y: &Buffer, dy: &Buffer, rows: usize, cols: usize) -> Result<Buffer>;
+    /// x / rms(x) * w (w of `cols`).
+    fn rms_norm(&self, x: &Buffer, w: &Buffer, rows: usize, cols: usize, eps: f32) -> Result<Buffer>;
+    /// (dx, dw if wanted)
+    fn rms_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, rows: usize, cols: usize, eps: f32, want_w: bool) -> Result<(Buffer, Option<Buffer>)>;
+    /// (x - mean) / sqrt(var + eps) * w + b
+    fn layer_norm(&self, x: &Buffer, w: &Buffer, b: Option<&Buffer>, rows: usize, cols: usize, eps: f32) -> Result<Buffer>;
+    /// (dx, dw if wanted, db if wanted)
+    fn layer_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, rows: usize, cols: usize, eps: f32, want_wb: bool) -> Result<(Buffer, Option<(Buffer, Buffer)>)>;
+    /// Rotation of `x [tokens, heads * head_dim]`; `inverse` turns back, which is also its gradient.
+    fn rope(&self, x: &Buffer, rope: &Rope, inverse: bool) -> Result<Buffer>;
+    /// (output `[B, S, heads * head_dim]`, log-sum-exp of the scores `[B, heads, S]`).
+    fn attention(&self, q: &Buffer, k: &Buffer, v: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer)>;
+    /// (dq, dk, dv), scores made again from q, k and the log-sum-exp.
+    fn attention_grad(&self, q: &Buffer, k: &Buffer, v: &Buffer, out: &Buffer, lse: &Buffer, dout: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer, Buffer)>;
+    /// Sum over rows of -log softmax(x)[target], rows with a negative target skipped, and its gradient
+    /// (softmax - onehot; zeros where skipped): (loss `[1]`, dx).
+    fn cross_entropy(&self, x: &Buffer, targets: &[i64], rows: usize, cols: usize) -> Result<(Buffer, Buffer)>;
+
+    /// A kernel of the backend's own for a [`crate::CustomOp`], if it has one; None = use the composed form.
+    fn custom(&self, _name: &str, _inputs: &[(&Buffer, &[usize])]) -> Option<Result<(Buffer, Vec<usize>)>> {
+        None
+    }
+}
+
+/// A handle to a backend. Tensors carry one; a method never mentions it.
+#[derive(Clone)]
+pub struct Device(Arc<dyn Backend>);
+
+impl Device {
+    /// Wraps a backend.
+    pub fn new(backend: impl Backend + 'static) -> Self {
+        Self(Arc::new(backend))
+    }
+
+    /// The processor.
+    pub fn cpu() -> Self {
+        static CPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+        CPU.get_or_init(|| Self::new(crate::cpu::CpuBackend::new())).clone()
+    }
+
+    /// Plain loops in f64: slow, obviously right, for tests.
+    #[cfg(feature = "reference")]
+    pub fn reference() -> Self {
+        static REFERENCE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+        REFERENCE.get_or_init(|| Self::new(crate::reference::ReferenceBackend)).clone()
+    }
+
+    /// The device of that name among those linked in.
+    ///
+    /// # Errors
+    /// Lists the names there are if there is none of that one.
+    pub fn by_name(name: &str) -> Result<Self> {
+        let mut entries: Vec<_> = inventory::iter::<BackendEntry>.into_iter().collect();
+        entries.sort_by_key(|e| e.name);
+        match entries.iter().find(|e| e.name == name) {
+            Some(entry) => (entry.open)(),
+            None => {
+                let known: Vec<_> = entries.iter().map(|e| e.name).collect();
+                Err(TensorError::Unsupported(format!("device {name:?} is not in this build; it has {}", known.join(", "))))
+            }
+        }
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.0
+    }
+
+    /// Whether both are the same backend.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Device({})", self.0.name())
+    }
+}
+
+/// What a backend submits to be found by name.
+pub struct BackendEntry {
+    /// Its name, as in `--device NAME`.
+    pub name: &'static str,
+    /// Opens it; an error says why there is none on this machine.
+    pub open: fn() -> Result<Device>,
+}
+
+inventory::collect!(BackendEntry);
+inventory::submit!(BackendEntry { name: "cpu", open: || Ok(Device::cpu()) });

@@ -1,0 +1,180 @@
+//! What a method sees of a base model's weight.
+
+use std::sync::Arc;
+
+use crate::error::shape_err;
+use crate::ops::check_ids;
+use crate::tape::record;
+use crate::{Device, FrozenWeight, Result, Tensor};
+
+/// A weight of the base model, in whatever format it is stored: it can multiply, gather rows, give itself dense and
+/// be replaced. A matrix is logically `[out, in]` (an embedding `[rows, dim]`), also where a checkpoint stores its
+/// transpose, as GPT-2's `Conv1D` does.
+#[derive(Clone)]
+pub struct BaseWeight {
+    kind: Kind,
+    /// Stored `[in, out]`.
+    transposed: bool,
+    device: Device,
+}
+
+#[derive(Clone)]
+enum Kind {
+    Frozen(Arc<FrozenWeight>),
+    Dense(Tensor),
+}
+
+impl BaseWeight {
+    /// A frozen matrix as a checkpoint stores it; `transposed` if that is `[in, out]`.
+    pub fn frozen(weight: FrozenWeight, transposed: bool, device: &Device) -> Self {
+        Self { kind: Kind::Frozen(Arc::new(weight)), transposed, device: device.clone() }
+    }
+
+    /// A tensor in the stored layout: trainable, or the result of a merge. Also how a vector (bias, norm) is held.
+    pub fn dense(weight: Tensor, transposed: bool) -> Self {
+        let device = weight.device().clone();
+        Self { kind: Kind::Dense(weight), transposed, device }
+    }
+
+    /// Logical shape: `[out, in]`, `[rows, dim]`, or `[n]` for a vector.
+    pub fn shape(&self) -> Vec<usize> {
+        let mut shape = match &self.kind {
+            Kind::Frozen(w) => vec![w.rows(), w.cols()],
+            Kind::Dense(t) => t.shape().to_vec(),
+        };
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
+
+    /// Whether the checkpoint stores `[in, out]`.
+    pub fn is_transposed(&self) -> bool {
+        self.transposed
+    }
+
+    /// The stored matrix, if it is frozen.
+    pub fn as_frozen(&self) -> Option<&FrozenWeight> {
+        match &self.kind {
+            Kind::Frozen(w) => Some(w),
+            Kind::Dense(_) => None,
+        }
+    }
+
+    /// The tensor in stored layout, if it is one.
+    pub fn as_dense(&self) -> Option<&Tensor> {
+        match &self.kind {
+            Kind::Frozen(_) => None,
+            Kind::Dense(t) => Some(t),
+        }
+    }
+
+    /// Where products are computed.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Bytes it takes.
+    pub fn nbytes(&self) -> usize {
+        match &self.kind {
+            Kind::Frozen(w) => w.nbytes(),
+            Kind::Dense(t) => t.numel() * 4,
+        }
+    }
+
+    /// `x [.., in] -> x Wᵀ [.., out]`, straight from the stored format. No gradient for a frozen weight is formed.
+    ///
+    /// # Errors
+    /// If `x` is not `in` wide.
+    pub fn linear(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.kind {
+            Kind::Dense(w) if self.transposed => x.matmul(w),
+            Kind::Dense(w) => x.matmul_t(w),
+            Kind::Frozen(w) => frozen_product(x, w, !self.transposed),
+        }
+    }
+
+    /// `x [.., out] -> x W [.., in]`: the transpose of [`BaseWeight::linear`].
+    ///
+    /// # Errors
+    /// If `x` is not `out` wide.
+    pub fn linear_t(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.kind {
+            Kind::Dense(w) if self.transposed => x.matmul_t(w),
+            Kind::Dense(w) => x.matmul(w),
+            Kind::Frozen(w) => frozen_product(x, w, self.transposed),
+        }
+    }
+
+    /// Rows `ids` of an embedding `[rows, dim]`.
+    ///
+    /// # Errors
+    /// If an id is out of range, or the matrix is stored transposed.
+    pub fn gather(&self, ids: &[u32]) -> Result<Tensor> {
+        if self.transposed {
+            return shape_err("gather", "an embedding is never stored transposed");
+        }
+        match &self.kind {
+            Kind::Dense(w) => w.gather_rows(ids),
+            Kind::Frozen(w) => {
+                check_ids("gather", ids, w.rows())?;
+                let data = self.device.backend().frozen_gather(w, ids)?;
+                Ok(Tensor::from_buffer(data, vec![ids.len(), w.cols()], &self.device))
+            }
+        }
+    }
+
+    /// The weight as a tensor of its logical shape. A copy where it is frozen: for initial values, merges and tests,
+    /// not for a forward pass that can avoid it.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn to_dense(&self) -> Result<Tensor> {
+        let stored = match &self.kind {
+            Kind::Dense(t) => t.clone(),
+            Kind::Frozen(w) => {
+                let data = self.device.backend().frozen_dense(w)?;
+                Tensor::from_buffer(data, vec![w.rows(), w.cols()], &self.device)
+            }
+        };
+        if self.transposed { stored.t() } else { Ok(stored) }
+    }
+
+    /// A weight of the same layout with other values, given in the logical shape.
+    ///
+    /// # Errors
+    /// If the shape differs.
+    pub fn replaced(&self, values: &Tensor) -> Result<Self> {
+        if values.shape() != self.shape() {
+            return shape_err("replace", format!("a weight {:?} by {:?}", self.shape(), values.shape()));
+        }
+        let stored = if self.transposed { values.t()? } else { values.clone() };
+        Ok(Self::dense(stored, self.transposed))
+    }
+}
+
+/// `x Wᵀ` or `x W` with a frozen W, whose gradient is the other product of dy.
+fn frozen_product(x: &Tensor, w: &Arc<FrozenWeight>, transpose: bool) -> Result<Tensor> {
+    let (inside, outside) = if transpose { (w.cols(), w.rows()) } else { (w.rows(), w.cols()) };
+    if x.last_dim() != inside || x.rank() == 0 {
+        return shape_err("linear", format!("input {:?} for a weight that takes {inside}", x.shape()));
+    }
+    let m = x.numel() / inside.max(1);
+    let device = x.device();
+    let data = device.backend().frozen_matmul(&x.data, m, w, transpose)?;
+    let mut shape = x.shape().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = outside;
+    }
+    Ok(record(data, shape, device, &[x], || {
+        let (x, w) = (x.target.clone(), w.clone());
+        Box::new(move |dy, sink| sink.add(&x, frozen_product(dy, &w, !transpose)?))
+    }))
+}
+
+impl std::fmt::Debug for BaseWeight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let format = self.as_frozen().map_or("dense", |w| w.format().name());
+        write!(f, "BaseWeight{:?} {format}", self.shape())
+    }
+}

@@ -1,0 +1,177 @@
+//! Products of dense matrices: `gemm` for large ones, dot products for one to four rows.
+
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+use super::par;
+use super::simd::{axpy, dot_body, simd};
+
+/// A matrix inside a slice, by strides.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    /// Values from the first element on.
+    pub(super) data: &'a [f32],
+    /// Step from a row to the next.
+    pub(super) rs: usize,
+    /// Step from a column to the next.
+    pub(super) cs: usize,
+}
+
+impl<'a> View<'a> {
+    /// Rows of `width` values, `cols <= width` of them used.
+    pub(super) fn rows(data: &'a [f32], width: usize) -> Self {
+        Self { data, rs: width, cs: 1 }
+    }
+
+    /// The transpose.
+    pub(super) fn t(self) -> Self {
+        Self { data: self.data, rs: self.cs, cs: self.rs }
+    }
+}
+
+/// Rows from which on a product goes through packed panels; fewer are dot products against each stored row.
+const FEW: usize = 4;
+
+/// Multiply-adds from which on a product is worth several threads.
+const PARALLEL: usize = 128 * 1024;
+
+/// `out = a b` or, with `add`, `out += a b`, where a is `[m, k]`, b `[k, n]` and `out` has rows of `width >= n` values.
+pub(super) fn gemm_into(m: usize, k: usize, n: usize, a: View<'_>, b: View<'_>, out: &mut [f32], width: usize, add: bool, threads: Parallelism) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    let last = |rows: usize, cols: usize, rs: usize, cs: usize| (rows - 1) * rs + (cols - 1) * cs;
+    assert!(width >= n && last(m, n, width, 1) < out.len(), "gemm writes beyond its output");
+    if k > 0 {
+        assert!(last(m, k, a.rs, a.cs) < a.data.len(), "gemm reads beyond its left side");
+        assert!(last(k, n, b.rs, b.cs) < b.data.len(), "gemm reads beyond its right side");
+    }
+    #[allow(unsafe_code, reason = "the gemm crate takes raw pointers")]
+    // SAFETY: the asserts above bound every element that is read or written (rows and columns index up to their
+    // last, k == 0 reads nothing), the strides are slice offsets and so fit an isize, and `out` is exclusively
+    // borrowed, so it overlaps neither input.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            width as isize,
+            add,
+            a.data.as_ptr(),
+            a.cs as isize,
+            a.rs as isize,
+            b.data.as_ptr(),
+            b.cs as isize,
+            b.rs as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}
+
+/// How many threads a product of that size gets.
+pub(super) fn parallelism(m: usize, k: usize, n: usize) -> Parallelism {
+    if m * k * n >= PARALLEL { Parallelism::Rayon(0) } else { Parallelism::None }
+}
+
+pub(super) fn matmul(
+    a: &[f32],
+    b: &[f32],
+    mut batch: usize,
+    mut m: usize,
+    k: usize,
+    n: usize,
+    a_batched: bool,
+    b_batched: bool,
+    ta: bool,
+    tb: bool,
+) -> Vec<f32> {
+    let mut out = vec![0.0; batch * m * n];
+    if out.is_empty() || k == 0 {
+        return out;
+    }
+    if a_batched && !b_batched && !ta {
+        // One tall product instead of many.
+        (batch, m) = (1, batch * m);
+    }
+    let a_step = if a_batched && batch > 1 { m * k } else { 0 };
+    let b_step = if b_batched && batch > 1 { k * n } else { 0 };
+    let one = |i: usize, out: &mut [f32], threads: Parallelism| {
+        let (a, b) = (&a[i * a_step..], &b[i * b_step..]);
+        if m <= FEW && !ta {
+            return few_rows(&a[..m * k], b, m, k, n, tb, out, !matches!(threads, Parallelism::None));
+        }
+        let a = if ta { View::rows(a, m).t() } else { View::rows(a, k) };
+        let b = if tb { View::rows(b, k).t() } else { View::rows(b, n) };
+        gemm_into(m, k, n, a, b, out, n, false, threads);
+    };
+    if batch >= 8 || (batch > 1 && m * k * n < PARALLEL) {
+        let step = (PARALLEL / (m * k * n)).max(1);
+        out.par_chunks_mut(step * m * n).enumerate().for_each(|(chunk, outs)| {
+            for (i, out) in outs.chunks_mut(m * n).enumerate() {
+                one(chunk * step + i, out, Parallelism::None);
+            }
+        });
+    } else {
+        for (i, out) in out.chunks_mut(m * n).enumerate() {
+            one(i, out, parallelism(m, k, n));
+        }
+    }
+    out
+}
+
+/// A few rows against a whole matrix: bound by reading it, so every stored row is read once.
+fn few_rows(a: &[f32], b: &[f32], m: usize, k: usize, n: usize, tb: bool, out: &mut [f32], threads: bool) {
+    if tb {
+        // Columns of the output are rows of b; gathered as [n, m], which for one row already is the output.
+        let dots = |first: usize, out: &mut [f32]| dot_rows(a, &b[first * k..(first + out.len() / m) * k], k, out);
+        let run = |out: &mut [f32]| if threads { par::rows(out, m, m * k, dots) } else { dots(0, out) };
+        if m == 1 {
+            return run(out);
+        }
+        let mut columns = vec![0.0; n * m];
+        run(&mut columns);
+        return transpose(&columns, m, n, out);
+    }
+    // Stripes of columns, so that threads read disjoint parts of each row of b.
+    let stripe = if threads { 512 } else { n };
+    for (a, out) in a.chunks_exact(k).zip(out.chunks_exact_mut(n)) {
+        let columns = |i: usize, out: &mut [f32]| {
+            for (a, b) in a.iter().zip(b.chunks_exact(n)) {
+                axpy(*a, &b[i * stripe..i * stripe + out.len()], out);
+            }
+        };
+        if threads {
+            out.par_chunks_mut(stripe).enumerate().for_each(|(i, out)| columns(i, out));
+        } else {
+            columns(0, out);
+        }
+    }
+}
+
+/// `[n, m]` -> `[m, n]`
+pub(super) fn transpose(columns: &[f32], m: usize, n: usize, out: &mut [f32]) {
+    for (i, out) in out.chunks_exact_mut(n).enumerate() {
+        for (o, column) in out.iter_mut().zip(columns.chunks_exact(m)) {
+            *o = column[i];
+        }
+    }
+}
+
+simd! {
+    /// Dot products of each row of `w` with each row of `x`, both `k` wide: `out [rows of w, rows of x]`.
+    pub(super) fn dot_rows(x: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
+        let m = x.len() / k;
+        for (w, out) in w.chunks_exact(k).zip(out.chunks_exact_mut(m)) {
+            for (x, out) in x.chunks_exact(k).zip(out) {
+                *out = dot_body::<FMA>(x, w);
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The processor's backend: `ndarray` storage, threads by rayon, vector instructions chosen at run time.
+//!
+//! A result never depends on the number of threads: work is cut by shapes alone, and sums over cuts are taken
+//! in their order.
+
+mod attention;
+mod dropout;
+mod elementwise;
+mod frozen;
+mod loss;
+mod matmul;
+mod norm;
+mod par;
+mod rope;
+mod shape;
+pub(crate) mod simd;
+
+use ndarray::Array1;
+
+use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Rope, Unary};
+use crate::{FrozenWeight, Result, RngKey, TensorError};
+
+/// The processor.
+pub(crate) struct CpuBackend {
+    scratch: frozen::Scratch,
+}
+
+impl CpuBackend {
+    /// There is nothing to open.
+    pub(crate) fn new() -> Self {
+        Self { scratch: frozen::Scratch::default() }
+    }
+}
+
+fn put(values: Vec<f32>) -> Buffer {
+    Buffer::new(Array1::from_vec(values))
+}
+
+fn get(buffer: &Buffer) -> Result<&[f32]> {
+    let values = buffer.get::<Array1<f32>>().and_then(|a| a.as_slice());
+    values.ok_or_else(|| TensorError::Unsupported("a tensor of another device was given to the cpu".into()))
+}
+
+impl Backend for CpuBackend {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn upload(&self, values: Vec<f32>) -> Result<Buffer> {
+        Ok(put(values))
+    }
+
+    fn download(&self, x: &Buffer) -> Result<Vec<f32>> {
+        Ok(get(x)?.to_vec())
+    }
+
+    fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>> {
+        Ok(get(x)?.iter().map(|v| f64::from(*v)).collect())
+    }
+
+    fn upload_f64(&self, values: Vec<f64>) -> Result<Buffer> {
+        Ok(put(values.into_iter().map(|v| v as f32).collect()))
+    }
+
+    fn fill(&self, len: usize, value: f32) -> Result<Buffer> {
+        Ok(put(vec![value; len]))
+    }
+
+    fn unary(&self, op: Unary, x: &Buffer) -> Result<Buffer> {
+        Ok(put(elementwise::unary(op, get(x)?)))
+    }
+
+    fn unary_grad(&self, op: Unary, x: &Buffer, y: &Buffer, dy: &Buffer) -> Result<Buffer> {
+        Ok(put(elementwise::unary_grad(op, get(x)?, get(y)?, get(dy)?)))
+    }
+
+    fn binary(&self, op: Binary, a: &Buffer, a_shape: &[usize], b: &Buffer, b_shape: &[usize], out_shape: &[usize]) -> Result<Buffer> {
+        Ok(put(elementwise::binary(op, get(a)?, a_shape, get(b)?, b_shape, out_shape)))
+    }
+
+    fn affine(&self, x: &Buffer, mul: f32, add: f32) -> Result<Buffer> {
+        Ok(put(elementwise::affine(get(x)?, mul, add)))
+    }
+
+    fn accumulate(&self, mut a: Buffer, b: &Buffer) -> Result<Buffer> {
+        if let Some(values) = a.get_mut::<Array1<f32>>().and_then(|a| a.as_slice_mut()) {
+            elementwise::accumulate(values, get(b)?);
+            return Ok(a);
+        }
+        let mut values = get(&a)?.to_vec();
+        elementwise::accumulate(&mut values, get(b)?);
+        Ok(put(values))
+    }
+
+    fn glu(&self, kind: Glu, gate: &Buffer, up: &Buffer) -> Result<Buffer> {
+        Ok(put(elementwise::glu(kind, get(gate)?, get(up)?)))
+    }
+
+    fn glu_grad(&self, kind: Glu, gate: &Buffer, up: &Buffer, dy: &Buffer) -> Result<(Buffer, Buffer)> {
+        let (dgate, dup) = elementwise::glu_grad(kind, get(gate)?, get(up)?, get(dy)?);
+        Ok((put(dgate), put(dup)))
+    }
+
+    fn dropout(&self, x: &Buffer, p: f32, key: RngKey) -> Result<Buffer> {
+        Ok(put(dropout::dropout(get(x)?, p, key)))
+    }
+
+    fn sum_to(&self, x: &Buffer, from: &[usize], to: &[usize]) -> Result<Buffer> {
+        Ok(put(shape::sum_to(get(x)?, from, to)))
+    }
+
+    fn broadcast(&self, x: &Buffer, from: &[usize], to: &[usize]) -> Result<Buffer> {
+        Ok(put(shape::broadcast(get(x)?, from, to)))
+    }
+
+    fn max_rows(&self, x: &Buffer, rows: usize, cols: usize) -> Result<Buffer> {
+        Ok(put(shape::max_rows(get(x)?, rows, cols)))
+    }
+
+    fn permute(&self, x: &Buffer, shape: &[usize], axes: &[usize]) -> Result<Buffer> {
+        Ok(put(shape::permute(get(x)?, shape, axes)))
+    }
+
+    fn narrow(&self, x: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer> {
+        Ok(put(shape::narrow(get(x)?, outer, len, inner, start, take)))
+    }
+
+    fn narrow_grad(&self, dy: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer> {
+        Ok(put(shape::narrow_grad(get(dy)?, outer, len, inner, start, take)))
+    }
+
+    fn concat(&self, parts: &[(&Buffer, usize)], outer: usize, inner: usize) -> Result<Buffer> {
+        let parts = parts.iter().map(|(part, len)| Ok((get(part)?, *len))).collect::<Result<Vec<_>>>()?;
+        Ok(put(shape::concat(&parts, outer, inner)))
+    }
+
+    fn gather(&self, x: &Buffer, cols: usize, ids: &[u32]) -> Result<Buffer> {
+        Ok(put(shape::gather(get(x)?, cols, ids)))
+    }
+
+    fn scatter_add(&self, dy: &Buffer, rows: usize, cols: usize, ids: &[u32]) -> Result<Buffer> {
+        Ok(put(shape::scatter_add(get(dy)?, rows, cols, ids)))
+    }
+
+    fn matmul(&self, a: &Buffer, b: &Buffer, batch: usize, m: usize, k: usize, n: usize, a_batched: bool, b_batched: bool, ta: bool, tb: bool) -> Result<Buffer> {
+        Ok(put(matmul::matmul(get(a)?, get(b)?, batch, m, k, n, a_batched, b_batched, ta, tb)))
+    }
+
+    fn frozen_matmul(&self, x: &Buffer, m: usize, w: &FrozenWeight, transpose: bool) -> Result<Buffer> {
+        Ok(put(frozen::matmul(&self.scratch, get(x)?, m, w, transpose)))
+    }
+
+    fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer> {
+        Ok(put(frozen::gather(w, ids)))
+    }
+
+    fn frozen_dense(&self, w: &FrozenWeight) -> Result<Buffer> {
+        Ok(put(frozen::dense(w)))
+    }
+
+    fn softmax(&self, x: &Buffer, _rows: usize, cols: usize) -> Result<Buffer> {
+        Ok(put(norm::softmax(get(x)?, cols)))
+    }
+
+    fn softmax_grad(&self, y: &Buffer, dy: &Buffer, _rows: usize, cols: usize) -> Result<Buffer> {
+        Ok(put(norm::softmax_grad(get(y)?, get(dy)?, cols)))
+    }
+
+    fn rms_norm(&self, x: &Buffer, w: &Buffer, _rows: usize, cols: usize, eps: f32) -> Result<Buffer> {
+        Ok(put(norm::rms_norm(get(x)?, get(w)?, cols, eps)))
+    }
+
+    fn rms_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, _rows: usize, cols: usize, eps: f32, want_w: bool) -> Result<(Buffer, Option<Buffer>)> {
+        let (dx, dw) = norm::rms_norm_grad(get(x)?, get(w)?, get(dy)?, cols, eps, want_w);
+        Ok((put(dx), dw.map(put)))
+    }
+
+    fn layer_norm(&self, x: &Buffer, w: &Buffer, b: Option<&Buffer>, _rows: usize, cols: usize, eps: f32) -> Result<Buffer> {
+        let b = b.map(get).transpose()?;
+        Ok(put(norm::layer_norm(get(x)?, get(w)?, b, cols, eps)))
+    }
+
+    fn layer_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, _rows: usize, cols: usize, eps: f32, want_wb: bool) -> Result<(Buffer, Option<(Buffer, Buffer)>)> {
+        let (dx, dwb) = norm::layer_norm_grad(get(x)?, get(w)?, get(dy)?, cols, eps, want_wb);
+        Ok((put(dx), dwb.map(|(dw, db)| (put(dw), put(db)))))
+    }
+
+    fn rope(&self, x: &Buffer, rope: &Rope, inverse: bool) -> Result<Buffer> {
+        Ok(put(rope::rope(get(x)?, rope, inverse)))
+    }
+
+    fn attention(&self, q: &Buffer, k: &Buffer, v: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer)> {
+        let (out, lse) = attention::attention(get(q)?, get(k)?, get(v)?, b, s, t, spec);
+        Ok((put(out), put(lse)))
+    }
+
+    fn attention_grad(&self, q: &Buffer, k: &Buffer, v: &Buffer, out: &Buffer, lse: &Buffer, dout: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer, Buffer)> {
+        let (dq, dk, dv) = attention::attention_grad(get(q)?, get(k)?, get(v)?, get(out)?, get(lse)?, get(dout)?, b, s, t, spec);
+        Ok((put(dq), put(dk), put(dv)))
+    }
+
+    fn cross_entropy(&self, x: &Buffer, targets: &[i64], _rows: usize, cols: usize) -> Result<(Buffer, Buffer)> {
+        let (loss, dx) = loss::cross_entropy(get(x)?, targets, cols);
+        Ok((put(vec![loss]), put(dx)))
+    }
+}

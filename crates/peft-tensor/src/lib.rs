@@ -1,0 +1,35 @@
+//! Tensors on `ndarray` storage, a reverse-mode tape, frozen weights in the formats checkpoints have,
+//! and the kernels under all of it.
+//!
+//! - [`Tensor`] is a cheap handle: shape, device, values, and how it came to be if a gradient may be asked for.
+//! - [`Backend`] is the small closed set of operations a device implements; [`Device`] is a handle to one.
+//! - [`FrozenWeight`] is a matrix in its stored format; [`BaseWeight`] is what methods see of it.
+//! - [`checkpoint`] recomputes a block in the backward pass; [`eager`] differentiates one at once.
+//!
+//! Every `unsafe` of the workspace is in this crate, beside its reason.
+
+mod backend;
+mod base_weight;
+mod bytes;
+mod cpu;
+mod error;
+mod frozen;
+pub mod linalg;
+mod ops;
+#[cfg(feature = "reference")]
+mod reference;
+mod rng;
+mod tape;
+mod tensor;
+
+pub use backend::{Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Rope, Unary};
+pub use base_weight::BaseWeight;
+pub use bytes::Bytes;
+pub use error::{Result, TensorError};
+pub use frozen::{FrozenWeight, WeightFormat, encode};
+pub use ops::{CustomOp, IGNORE, concat, custom};
+pub use rng::RngKey;
+pub use tape::{Grads, checkpoint, eager, grad_enabled, no_grad};
+pub use tensor::Tensor;
+
+pub use inventory;

@@ -1,0 +1,229 @@
+//! Elementwise operations, with numpy's broadcasting, and sums.
+
+use super::shape::{broadcast_shape, padded};
+use crate::error::shape_err;
+use crate::tape::record;
+use crate::{Binary, Glu, Result, RngKey, Tensor, Unary};
+
+/// Named methods for the unary functions.
+macro_rules! unary_methods {
+    ($($(#[$doc:meta])* $name:ident => $op:ident;)*) => {
+        impl Tensor {
+            $($(#[$doc])*
+            ///
+            /// # Errors
+            /// Whatever the device says.
+            pub fn $name(&self) -> Result<Tensor> { self.unary(Unary::$op) })*
+        }
+    };
+}
+
+unary_methods! {
+    /// -x
+    neg => Neg;
+    /// e^x
+    exp => Exp;
+    /// ln x
+    ln => Ln;
+    /// sqrt x
+    sqrt => Sqrt;
+    /// 1 / sqrt x
+    rsqrt => Rsqrt;
+    /// 1 / x
+    recip => Recip;
+    /// x^2
+    square => Square;
+    /// |x|
+    abs => Abs;
+    /// hyperbolic tangent
+    tanh => Tanh;
+    /// 1 / (1 + e^-x)
+    sigmoid => Sigmoid;
+    /// max(x, 0)
+    relu => Relu;
+    /// x sigmoid(x)
+    silu => Silu;
+    /// x Phi(x), with the error function
+    gelu => Gelu;
+    /// the tanh approximation of gelu
+    gelu_tanh => GeluTanh;
+    /// sin x
+    sin => Sin;
+    /// cos x
+    cos => Cos;
+}
+
+impl Tensor {
+    /// f(x), elementwise.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn unary(&self, op: Unary) -> Result<Tensor> {
+        let device = self.device();
+        let y = device.backend().unary(op, &self.data)?;
+        let (x, kept) = (self, y.clone());
+        Ok(record(y, x.shape().to_vec(), device, &[x], || {
+            let x = x.clone();
+            Box::new(move |dy, sink| {
+                let dx = x.device().backend().unary_grad(op, &x.data, &kept, &dy.data)?;
+                sink.add(&x.target, Tensor::from_buffer(dx, x.shape.clone(), x.device()))
+            })
+        }))
+    }
+
+    fn binary(&self, rhs: &Tensor, op: Binary) -> Result<Tensor> {
+        self.same_device(rhs, "binary")?;
+        let device = self.device();
+        let out = broadcast_shape(self.shape(), rhs.shape())?;
+        let (a_shape, b_shape) = (padded(self.shape(), out.len()), padded(rhs.shape(), out.len()));
+        let data = device.backend().binary(op, &self.data, &a_shape, &rhs.data, &b_shape, &out)?;
+        Ok(record(data, out, device, &[self, rhs], || {
+            let (a, b) = (self.target.clone(), rhs.target.clone());
+            let (a_shape, b_shape) = (self.shape.clone(), rhs.shape.clone());
+            // Sums need nothing but shapes; only products and quotients keep their operands.
+            let operands = matches!(op, Binary::Mul | Binary::Div).then(|| (self.detach(), rhs.detach()));
+            Box::new(move |dy, sink| {
+                if a.wanted() {
+                    let da = match (op, &operands) {
+                        (Binary::Mul, Some((_, b))) => dy.mul(b)?,
+                        (Binary::Div, Some((_, b))) => dy.div(b)?,
+                        _ => dy.clone(),
+                    };
+                    sink.add(&a, da.sum_to(&a_shape)?)?;
+                }
+                if b.wanted() {
+                    let db = match (op, &operands) {
+                        (Binary::Mul, Some((a, _))) => dy.mul(a)?,
+                        (Binary::Div, Some((a, b))) => dy.mul(a)?.div(&b.square()?)?.neg()?,
+                        (Binary::Sub, _) => dy.neg()?,
+                        _ => dy.clone(),
+                    };
+                    sink.add(&b, db.sum_to(&b_shape)?)?;
+                }
+                Ok(())
+            })
+        }))
+    }
+
+    /// self + rhs, broadcasting.
+    ///
+    /// # Errors
+    /// If the shapes do not broadcast.
+    pub fn add(&self, rhs: &Tensor) -> Result<Tensor> {
+        self.binary(rhs, Binary::Add)
+    }
+
+    /// self - rhs, broadcasting.
+    ///
+    /// # Errors
+    /// If the shapes do not broadcast.
+    pub fn sub(&self, rhs: &Tensor) -> Result<Tensor> {
+        self.binary(rhs, Binary::Sub)
+    }
+
+    /// self * rhs elementwise, broadcasting.
+    ///
+    /// # Errors
+    /// If the shapes do not broadcast.
+    pub fn mul(&self, rhs: &Tensor) -> Result<Tensor> {
+        self.binary(rhs, Binary::Mul)
+    }
+
+    /// self / rhs elementwise, broadcasting.
+    ///
+    /// # Errors
+    /// If the shapes do not broadcast.
+    pub fn div(&self, rhs: &Tensor) -> Result<Tensor> {
+        self.binary(rhs, Binary::Div)
+    }
+
+    /// mul * x + add
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn affine(&self, mul: f32, add: f32) -> Result<Tensor> {
+        let device = self.device();
+        let data = device.backend().affine(&self.data, mul, add)?;
+        Ok(record(data, self.shape().to_vec(), device, &[self], || {
+            let x = self.target.clone();
+            Box::new(move |dy, sink| sink.add(&x, dy.affine(mul, 0.0)?))
+        }))
+    }
+
+    /// factor * x
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn scale(&self, factor: f32) -> Result<Tensor> {
+        self.affine(factor, 0.0)
+    }
+
+    /// `act(self) * up`, the gated linear unit in one pass.
+    ///
+    /// # Errors
+    /// If the shapes differ.
+    pub fn glu(&self, kind: Glu, up: &Tensor) -> Result<Tensor> {
+        if self.shape() != up.shape() {
+            return shape_err("glu", format!("gate {:?} and up {:?} differ", self.shape(), up.shape()));
+        }
+        self.same_device(up, "glu")?;
+        let device = self.device();
+        let data = device.backend().glu(kind, &self.data, &up.data)?;
+        Ok(record(data, self.shape().to_vec(), device, &[self, up], || {
+            let (gate, up) = (self.clone(), up.clone());
+            Box::new(move |dy, sink| {
+                let (dg, du) = gate.device().backend().glu_grad(kind, &gate.data, &up.data, &dy.data)?;
+                sink.add(&gate.target, Tensor::from_buffer(dg, gate.shape.clone(), gate.device()))?;
+                sink.add(&up.target, Tensor::from_buffer(du, up.shape.clone(), up.device()))
+            })
+        }))
+    }
+
+    /// Each element kept with probability `1 - p` and scaled by `1 / (1 - p)`; the key decides which.
+    ///
+    /// # Errors
+    /// If `p` is not in `[0, 1)`.
+    pub fn dropout(&self, p: f32, key: RngKey) -> Result<Tensor> {
+        if !(0.0..1.0).contains(&p) {
+            return shape_err("dropout", format!("probability {p} is not in [0, 1)"));
+        }
+        if p == 0.0 {
+            return Ok(self.clone());
+        }
+        let device = self.device();
+        let data = device.backend().dropout(&self.data, p, key)?;
+        Ok(record(data, self.shape().to_vec(), device, &[self], || {
+            let x = self.target.clone();
+            Box::new(move |dy, sink| sink.add(&x, dy.dropout(p, key)?))
+        }))
+    }
+
+    /// Sum of all elements, shape `[]`.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn sum_all(&self) -> Result<Tensor> {
+        self.sum_to(&vec![1; self.rank()])?.reshape(&[])
+    }
+
+    /// Mean of all elements, shape `[]`.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn mean_all(&self) -> Result<Tensor> {
+        self.sum_all()?.scale(1.0 / self.numel().max(1) as f32)
+    }
+
+    /// Sum along one axis, which stays with size 1.
+    ///
+    /// # Errors
+    /// If there is no such axis.
+    pub fn sum_axis(&self, axis: usize) -> Result<Tensor> {
+        let mut to = self.shape().to_vec();
+        match to.get_mut(axis) {
+            Some(size) => *size = 1,
+            None => return shape_err("sum_axis", format!("no axis {axis} in shape {:?}", self.shape())),
+        }
+        self.sum_to(&to)
+    }
+}

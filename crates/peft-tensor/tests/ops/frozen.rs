@@ -1,0 +1,72 @@
+//! Products with frozen weights in every format, against the dense product of what they decode to.
+
+use peft_tensor::{BaseWeight, Bytes, FrozenWeight, RngKey, WeightFormat, encode};
+use proptest::prelude::*;
+
+use crate::check::{Tolerance, check, input};
+
+/// Where a K-quant block keeps its f16 scales.
+fn scale_offsets(format: WeightFormat) -> &'static [usize] {
+    match format {
+        WeightFormat::Q2K => &[80, 82],
+        WeightFormat::Q3K => &[108],
+        WeightFormat::Q4K | WeightFormat::Q5K => &[0, 2],
+        WeightFormat::Q6K => &[208],
+        _ => &[],
+    }
+}
+
+/// A weight of values around one: encoded where there is an encoder, else random blocks with small scales.
+pub(crate) fn weight(format: WeightFormat, rows: usize, cols: usize, seed: u64) -> FrozenWeight {
+    let mut values = vec![0.0; rows * cols];
+    RngKey::new(seed).fill_uniform(-1.0, 1.0, &mut values);
+    let bytes = encode(format, &values, cols).unwrap_or_else(|_| {
+        let mut bytes = vec![0u8; rows * format.row_bytes(cols).unwrap()];
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            *byte = RngKey::new(seed).below(i as u64, 256) as u8;
+        }
+        for block in bytes.chunks_mut(format.block_bytes()) {
+            // 2^-12 in f16: scales multiply by up to 63 * 31.
+            scale_offsets(format).iter().for_each(|at| block[*at..*at + 2].copy_from_slice(&0x0c00u16.to_le_bytes()));
+        }
+        bytes
+    });
+    FrozenWeight::new(rows, cols, format, Bytes::from_vec(bytes)).unwrap()
+}
+
+fn compare(format: WeightFormat, rows: usize, cols: usize, m: usize, seed: u64) {
+    let w = weight(format, rows, cols, seed);
+    let tolerance = Tolerance { forward: 1e-6 * (cols as f64).sqrt(), backward: 1e-6 * (rows as f64).sqrt().max(4.0) };
+    check(&[input(seed, -1.0, 1.0, &[m, cols])], tolerance, |x| {
+        BaseWeight::frozen(w.clone(), false, x[0].device()).linear(&x[0])
+    });
+    // Stored [in, out]: the same two products with their roles exchanged.
+    let tolerance = Tolerance { forward: tolerance.backward, backward: tolerance.forward };
+    check(&[input(seed, -1.0, 1.0, &[m, rows])], tolerance, |x| {
+        BaseWeight::frozen(w.clone(), true, x[0].device()).linear(&x[0])
+    });
+    let ids: Vec<u32> = (0..m as u64).map(|i| RngKey::new(seed).below(i, rows as u64) as u32).collect();
+    let exact = Tolerance { forward: 0.0, backward: 0.0 };
+    check(&[input(seed, -1.0, 1.0, &[1])], exact, |x| BaseWeight::frozen(w.clone(), false, x[0].device()).gather(&ids));
+    check(&[input(seed, -1.0, 1.0, &[1])], exact, |x| BaseWeight::frozen(w.clone(), false, x[0].device()).to_dense());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn every_format(which in 0..WeightFormat::all().len(), rows in 1..40usize, blocks in 1..4usize, m in 1..12usize, seed in 0..1000u64) {
+        let format = WeightFormat::all()[which];
+        let cols = if format.block_len() == 1 { blocks * 17 } else { blocks * format.block_len() };
+        compare(format, rows, cols, m, seed);
+    }
+}
+
+#[test]
+fn several_slabs() {
+    // More than 2^20 elements, so that the weight is decoded in slabs, the last of them shorter.
+    compare(WeightFormat::Q8_0, 1100, 1024, 6, 1);
+    compare(WeightFormat::BF16, 1200, 999, 5, 2);
+    compare(WeightFormat::Q4K, 700, 512, 1, 3);
+    compare(WeightFormat::Q4_1, 700, 544, 3, 4);
+}

@@ -1,0 +1,23 @@
+//! Training data: from the lines of a file to padded batches.
+//!
+//! 1. [`RawData::read`] reads JSONL or CSV into rows and refuses what is not one, with its line.
+//! 2. [`LabelNames`] numbers the classes, where there are any.
+//! 3. [`Dataset::encode`] turns rows into token ids and labels, cut to the longest length allowed.
+//! 4. [`plan_epoch`] says which rows share a batch, [`collate`] pads them.
+
+mod batches;
+mod csv;
+mod dataset;
+mod encode;
+mod jsonl;
+mod labels;
+mod raw;
+
+pub use batches::{Collated, collate, plan_epoch};
+pub use dataset::{Dataset, Example, Goal};
+pub use encode::{EncodeOptions, Encoder};
+pub use labels::LabelNames;
+pub use raw::{RawData, RawLabel, RawRow, RowKind};
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,1 @@
+"""Makers of the interop goldens; `goldens.py` is the command."""
