@@ -221,7 +221,9 @@ impl StreamWriter {
     /// # Errors
     /// When it is not in the plan, was written before, has another size, or the disk refuses.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let len = self.slots.get(name).map(|slot| slot.len - slot.written);
+        // One that is complete already is `write_part`'s to refuse.
+        let open = self.slots.get(name).filter(|slot| !slot.complete());
+        let len = open.map(|slot| slot.len - slot.written);
         if let Some(len) = len.filter(|&len| len != bytes.len() as u64) {
             let detail = format!("{} bytes given, the plan has {len}", bytes.len());
             return Err(Error::tensor(self.path_of(name), name, detail));

@@ -75,7 +75,9 @@ fn weights_of_every_rank_are_matrices() {
     }
     let missing = file.weight("matrx").unwrap_err().to_string();
     assert!(
-        missing.contains("`matrx`") && missing.contains("t.safetensors") && missing.contains("matrix"),
+        missing.contains("`matrx`")
+            && missing.contains("t.safetensors")
+            && missing.contains("matrix"),
         "{missing}"
     );
 }

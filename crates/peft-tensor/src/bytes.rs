@@ -13,7 +13,11 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 /// Page sizes of the platforms we run on divide this, so a range aligned to it is whole pages.
-const PAGE: usize = if cfg!(target_arch = "x86_64") { 4 << 10 } else { 64 << 10 };
+const PAGE: usize = if cfg!(target_arch = "x86_64") {
+    4 << 10
+} else {
+    64 << 10
+};
 
 /// Read-only bytes, owned or memory mapped, cheap to clone and slice.
 #[derive(Clone)]
@@ -43,7 +47,11 @@ impl Owner {
 impl Bytes {
     fn whole(owner: Owner) -> Self {
         let len = owner.as_bytes().len();
-        Bytes { owner: Arc::new(owner), start: 0, len }
+        Bytes {
+            owner: Arc::new(owner),
+            start: 0,
+            len,
+        }
     }
 
     /// Takes over a vector of bytes.
@@ -95,13 +103,21 @@ impl Bytes {
             let first = self.start.next_multiple_of(PAGE);
             let end = self.start + self.len;
             // The last page of the file is whole even when the file ends inside it.
-            let last = if end == map.len() { end } else { end / PAGE * PAGE };
+            let last = if end == map.len() {
+                end
+            } else {
+                end / PAGE * PAGE
+            };
             if first < last {
                 // SAFETY: the range lies in a read-only mapping of a file, for which DONTNEED only drops
                 // the pages from memory; reading them again gives the file's bytes, so no `&[u8]` changes.
                 #[allow(unsafe_code, reason = "madvise(DONTNEED) has no safe interface")]
                 let _ = unsafe {
-                    map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first)
+                    map.unchecked_advise_range(
+                        memmap2::UncheckedAdvice::DontNeed,
+                        first,
+                        last - first,
+                    )
                 };
             }
         }
@@ -135,7 +151,9 @@ mod tests {
     fn temp_file(content: &[u8]) -> (std::path::PathBuf, File) {
         let unique = content.len() as u64 + std::process::id() as u64 * 1_000_003;
         let path = std::env::temp_dir().join(format!("peft-bytes-{unique}"));
-        File::create(&path).and_then(|mut f| f.write_all(content)).unwrap();
+        File::create(&path)
+            .and_then(|mut f| f.write_all(content))
+            .unwrap();
         let file = File::open(&path).unwrap();
         (path, file)
     }
@@ -158,12 +176,17 @@ mod tests {
     #[test]
     fn floats_stay_aligned() {
         let b = Bytes::from_f32(vec![1.0, -2.5, 3.25]);
-        assert_eq!(bytemuck::try_cast_slice::<u8, f32>(&b).unwrap(), [1.0, -2.5, 3.25]);
+        assert_eq!(
+            bytemuck::try_cast_slice::<u8, f32>(&b).unwrap(),
+            [1.0, -2.5, 3.25]
+        );
     }
 
     #[test]
     fn a_released_map_reads_the_same_again() {
-        let content: Vec<u8> = (0..300_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let content: Vec<u8> = (0..300_000u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+            .collect();
         let (path, file) = temp_file(&content);
         let map = Bytes::map(&file).unwrap();
         std::fs::remove_file(path).unwrap();

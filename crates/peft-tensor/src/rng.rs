@@ -37,8 +37,9 @@ impl RngKey {
     /// The stream named `label` under this one (a module path, a purpose). The name's hash is FNV-1a,
     /// which is fixed for ever, so a seed means the same numbers in every version.
     pub fn fork(self, label: &str) -> Self {
-        let hash =
-            label.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let hash = label.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        });
         RngKey(mix(mix(self.0) ^ hash))
     }
 
@@ -53,7 +54,10 @@ impl RngKey {
     }
 
     fn block(self, counter: u64, attempt: u32) -> [u32; 4] {
-        philox4x32_10([counter as u32, (counter >> 32) as u32, attempt, 0], [self.0 as u32, (self.0 >> 32) as u32])
+        philox4x32_10(
+            [counter as u32, (counter >> 32) as u32, attempt, 0],
+            [self.0 as u32, (self.0 >> 32) as u32],
+        )
     }
 
     /// Element `i` of the stream's uniform numbers: a multiple of 2^-24 in [0, 1).
@@ -65,7 +69,9 @@ impl RngKey {
     /// from [`uniform_at`](RngKey::uniform_at)`(i)`. `lo`, `hi` and their difference must be finite.
     pub fn fill_uniform(self, lo: f32, hi: f32, out: &mut [f32]) {
         let below = if lo < hi { hi.next_down() } else { hi };
-        self.fill(out, |words| words.map(|w| (lo + (hi - lo) * unit(w)).min(below)));
+        self.fill(out, |words| {
+            words.map(|w| (lo + (hi - lo) * unit(w)).min(below))
+        });
     }
 
     /// Fills `out` with normal numbers by Box and Muller's transform, two from each pair of words. The
@@ -115,7 +121,10 @@ impl RngKey {
         let mut attempt = 0;
         loop {
             let w = self.block(counter, attempt);
-            for random in [u64::from(w[0]) | u64::from(w[1]) << 32, u64::from(w[2]) | u64::from(w[3]) << 32] {
+            for random in [
+                u64::from(w[0]) | u64::from(w[1]) << 32,
+                u64::from(w[2]) | u64::from(w[3]) << 32,
+            ] {
                 let product = u128::from(random) * u128::from(n);
                 if product as u64 >= reject_below {
                     return (product >> 64) as u64;
@@ -152,11 +161,19 @@ fn mix(x: u64) -> u64 {
 fn philox4x32_10(mut c: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..10 {
         if round > 0 {
-            key = [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)];
+            key = [
+                key[0].wrapping_add(0x9e37_79b9),
+                key[1].wrapping_add(0xbb67_ae85),
+            ];
         }
         let a = u64::from(c[0]) * 0xd251_1f53;
         let b = u64::from(c[2]) * 0xcd9e_8d57;
-        c = [(b >> 32) as u32 ^ c[1] ^ key[0], b as u32, (a >> 32) as u32 ^ c[3] ^ key[1], a as u32];
+        c = [
+            (b >> 32) as u32 ^ c[1] ^ key[0],
+            b as u32,
+            (a >> 32) as u32 ^ c[3] ^ key[1],
+            a as u32,
+        ];
     }
     c
 }
@@ -170,13 +187,28 @@ mod tests {
     fn philox_gives_the_published_known_answers() {
         let pi = [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344];
         for (counter, key, want) in [
-            ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
-            ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
-            (pi, [0xa409_3822, 0x299f_31d0], [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]),
+            (
+                [0; 4],
+                [0; 2],
+                [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8],
+            ),
+            (
+                [u32::MAX; 4],
+                [u32::MAX; 2],
+                [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd],
+            ),
+            (
+                pi,
+                [0xa409_3822, 0x299f_31d0],
+                [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+            ),
         ] {
             assert_eq!(philox4x32_10(counter, key), want);
         }
-        assert_eq!(RngKey(0).u32x4(0), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(
+            RngKey(0).u32x4(0),
+            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
+        );
     }
 
     #[test]
@@ -192,7 +224,15 @@ mod tests {
     #[test]
     fn forks_are_fixed_and_differ() {
         let k = RngKey::new(42);
-        let forks = [k, k.fork(""), k.fork("a"), k.fork("b"), k.fork_n(0), k.fork_n(1), k.fork("a").fork("b")];
+        let forks = [
+            k,
+            k.fork(""),
+            k.fork("a"),
+            k.fork("b"),
+            k.fork_n(0),
+            k.fork_n(1),
+            k.fork("a").fork("b"),
+        ];
         for (i, x) in forks.iter().enumerate() {
             assert!(forks[i + 1..].iter().all(|y| x != y), "{forks:x?}");
         }
@@ -207,7 +247,10 @@ mod tests {
         let key = RngKey::new(3).fork("fill");
         let n = 3 * CHUNK + 7;
         let fill = |threads: usize, n: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             pool.install(|| {
                 let (mut u, mut z) = (vec![0.0; n], vec![0.0; n]);
                 key.fill_uniform(-1.0, 1.0, &mut u);
@@ -234,13 +277,23 @@ mod tests {
             assert!(u.iter().all(|x| (2.0..5.0).contains(x)));
             let (mean, var) = moments(&u);
             // Five standard errors: 3/sqrt(12 n) for the mean, about 0.9 * var/sqrt(n) for the variance.
-            assert!((mean - 3.5).abs() < 5.0 * 3.0 / (12.0 * u.len() as f64).sqrt(), "{mean}");
-            assert!((var - 0.75).abs() < 5.0 * 0.75 * 0.9 / (u.len() as f64).sqrt(), "{var}");
+            assert!(
+                (mean - 3.5).abs() < 5.0 * 3.0 / (12.0 * u.len() as f64).sqrt(),
+                "{mean}"
+            );
+            assert!(
+                (var - 0.75).abs() < 5.0 * 0.75 * 0.9 / (u.len() as f64).sqrt(),
+                "{var}"
+            );
         }
         // Where the sum would round up to the open end.
         let mut tight = vec![0.0; 1 << 12];
         RngKey::new(1).fill_uniform(1.0, 1.0 + 2.0 * f32::EPSILON, &mut tight);
-        assert!(tight.iter().all(|x| (1.0..1.0 + 2.0 * f32::EPSILON).contains(x)));
+        assert!(
+            tight
+                .iter()
+                .all(|x| (1.0..1.0 + 2.0 * f32::EPSILON).contains(x))
+        );
     }
 
     #[test]
@@ -255,10 +308,16 @@ mod tests {
             let se = 1.0 / (n as f64).sqrt();
             assert!(mean.abs() < 5.0 * se, "mean {mean}");
             assert!((var - 1.0).abs() < 5.0 * se * 2f64.sqrt(), "variance {var}");
-            assert!((fourth - 3.0).abs() < 5.0 * se * 96f64.sqrt(), "fourth moment {fourth}");
+            assert!(
+                (fourth - 3.0).abs() < 5.0 * se * 96f64.sqrt(),
+                "fourth moment {fourth}"
+            );
             assert!(neighbours.abs() < 5.0 * se, "correlation {neighbours}");
             let inside = z.iter().filter(|x| x.abs() < 1.0).count() as f64 / n as f64;
-            assert!((inside - 0.682_689).abs() < 5.0 * se * 0.4655, "within one sigma {inside}");
+            assert!(
+                (inside - 0.682_689).abs() < 5.0 * se * 0.4655,
+                "within one sigma {inside}"
+            );
         }
     }
 
@@ -267,7 +326,10 @@ mod tests {
         for a in [0, 1, u32::MAX] {
             for b in [0, 1 << 31, u32::MAX] {
                 let (x, y) = box_muller(a, b);
-                assert!(x.is_finite() && y.is_finite() && x.hypot(y) < 6.67, "{a} {b}: {x} {y}");
+                assert!(
+                    x.is_finite() && y.is_finite() && x.hypot(y) < 6.67,
+                    "{a} {b}: {x} {y}"
+                );
             }
         }
     }
@@ -282,11 +344,16 @@ mod tests {
         }
         let mut counts = std::collections::BTreeMap::new();
         for seed in 0..6000 {
-            *counts.entry(RngKey::new(8).fork_n(seed).permutation(3)).or_insert(0) += 1;
+            *counts
+                .entry(RngKey::new(8).fork_n(seed).permutation(3))
+                .or_insert(0) += 1;
         }
         assert_eq!(counts.len(), 6);
         // 1000 expected, standard deviation 29.
-        assert!(counts.values().all(|&c: &i32| (c - 1000).abs() < 150), "{counts:?}");
+        assert!(
+            counts.values().all(|&c: &i32| (c - 1000).abs() < 150),
+            "{counts:?}"
+        );
     }
 
     #[test]
@@ -296,7 +363,10 @@ mod tests {
         for i in 0..70_000 {
             counts[key.below(i, 7) as usize] += 1;
         }
-        assert!(counts.iter().all(|c| (c - 10_000).abs() < 500), "{counts:?}");
+        assert!(
+            counts.iter().all(|c| (c - 10_000).abs() < 500),
+            "{counts:?}"
+        );
         // Half of all draws are rejected here: the retry is exercised, and the halves stay even.
         let n = (1u64 << 63) + 1;
         let upper = (0..2000).filter(|&i| key.below(i, n) >= n / 2).count();
@@ -307,6 +377,12 @@ mod tests {
     fn moments(x: &[f32]) -> (f64, f64) {
         let n = x.len() as f64;
         let mean = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
-        (mean, x.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / n)
+        (
+            mean,
+            x.iter()
+                .map(|&v| (f64::from(v) - mean).powi(2))
+                .sum::<f64>()
+                / n,
+        )
     }
 }

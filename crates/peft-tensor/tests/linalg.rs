@@ -17,7 +17,10 @@ fn random(m: usize, n: usize, seed: u64) -> Array2<f32> {
 /// The largest absolute difference of two matrices.
 fn gap(a: &Array2<f32>, b: &Array2<f32>) -> f32 {
     assert_eq!(a.dim(), b.dim());
-    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+    a.iter()
+        .zip(b)
+        .map(|(x, y)| (x - y).abs())
+        .fold(0.0, f32::max)
 }
 
 fn norm(a: &Array2<f32>) -> f32 {
@@ -30,13 +33,22 @@ fn tolerance(a: &Array2<f32>) -> f32 {
 }
 
 fn check_orthonormal(what: &str, q: &Array2<f32>, of: &Array2<f32>) {
-    let (off, allowed) = (gap(&q.t().dot(q), &Array2::eye(q.ncols())), 4.0 * tolerance(of));
-    assert!(off <= allowed, "{what} is {off:e} from orthonormal, {allowed:e} allowed: {q}");
+    let (off, allowed) = (
+        gap(&q.t().dot(q), &Array2::eye(q.ncols())),
+        4.0 * tolerance(of),
+    );
+    assert!(
+        off <= allowed,
+        "{what} is {off:e} from orthonormal, {allowed:e} allowed: {q}"
+    );
 }
 
 fn check_equal(what: &str, got: &Array2<f32>, want: &Array2<f32>) {
     let (off, allowed) = (gap(got, want), tolerance(want) * norm(want));
-    assert!(off <= allowed, "{what} is off by {off:e}, {allowed:e} allowed: {got} for {want}");
+    assert!(
+        off <= allowed,
+        "{what} is off by {off:e}, {allowed:e} allowed: {got} for {want}"
+    );
 }
 
 fn rebuild(f: &Svd) -> Array2<f32> {
@@ -60,7 +72,10 @@ fn check_qr(a: &Array2<f32>) {
     let (m, n) = a.dim();
     let k = m.min(n);
     assert_eq!((q.dim(), r.dim()), ((m, k), (k, n)));
-    assert!(r.indexed_iter().all(|((i, j), &x)| i <= j || x == 0.0), "{r}");
+    assert!(
+        r.indexed_iter().all(|((i, j), &x)| i <= j || x == 0.0),
+        "{r}"
+    );
     check_equal("q r", &q.dot(&r), a);
     check_orthonormal("q", &q, a);
 }
@@ -69,7 +84,10 @@ fn check_eigh(a: &Array2<f32>) {
     let (values, vectors) = eigh(a).unwrap();
     let n = a.nrows();
     assert_eq!((values.len(), vectors.dim()), (n, (n, n)));
-    assert!(values.windows(2).into_iter().all(|w| w[0] <= w[1]), "{values}");
+    assert!(
+        values.windows(2).into_iter().all(|w| w[0] <= w[1]),
+        "{values}"
+    );
     let symmetric = Array2::from_shape_fn((n, n), |(i, j)| a[(i.max(j), i.min(j))]);
     let back = (&vectors * &values).dot(&vectors.t());
     check_equal("v diag(w) vt", &back, &symmetric);
@@ -200,16 +218,25 @@ fn larger_matrices_decompose() {
 fn nearly_parallel_columns_stay_apart() {
     for (m, epsilon) in [(40, 3e-4), (3000, 3e-3)] {
         let (base, other) = (random(m, 1, 1), random(m, 1, 2));
-        let (a0, a1) = (base.column(0), &base.column(0) + &(&other.column(0) * epsilon));
+        let (a0, a1) = (
+            base.column(0),
+            &base.column(0) + &(&other.column(0) * epsilon),
+        );
         let a = ndarray::stack![ndarray::Axis(1), a0, a1];
         check_qr(&a);
         check_svd(&a);
         check_svd(&a.t().to_owned());
         let apart = epsilon * norm(&other);
         let (_, r) = qr(&a).unwrap();
-        assert!((r[(1, 1)].abs() / apart - 1.0).abs() < 0.05, "{r} should end in {apart}");
+        assert!(
+            (r[(1, 1)].abs() / apart - 1.0).abs() < 0.05,
+            "{r} should end in {apart}"
+        );
         let s = svd(&a).unwrap().s;
-        assert!((s[1] * 2f32.sqrt() / apart - 1.0).abs() < 0.05, "{s} should end in {apart} / sqrt 2");
+        assert!(
+            (s[1] * 2f32.sqrt() / apart - 1.0).abs() < 0.05,
+            "{s} should end in {apart} / sqrt 2"
+        );
     }
 }
 
@@ -217,11 +244,20 @@ fn nearly_parallel_columns_stay_apart() {
 fn known_values_come_out() {
     let a = ndarray::arr2(&[[3.0, 0.0], [4.0, 5.0]]);
     let s = svd(&a).unwrap().s;
-    assert!((s[0] - 45f32.sqrt()).abs() < 1e-5 && (s[1] - 5f32.sqrt()).abs() < 1e-5, "{s}");
+    assert!(
+        (s[0] - 45f32.sqrt()).abs() < 1e-5 && (s[1] - 5f32.sqrt()).abs() < 1e-5,
+        "{s}"
+    );
     let (values, _) = eigh(&ndarray::arr2(&[[2.0, 1.0], [1.0, 2.0]])).unwrap();
-    assert!((values[0] - 1.0).abs() < 1e-6 && (values[1] - 3.0).abs() < 1e-6, "{values}");
+    assert!(
+        (values[0] - 1.0).abs() < 1e-6 && (values[1] - 3.0).abs() < 1e-6,
+        "{values}"
+    );
     let (_, r) = qr(&a).unwrap();
-    assert!((r[(0, 0)].abs() - 5.0).abs() < 1e-5 && (r[(1, 1)].abs() - 3.0).abs() < 1e-5, "{r}");
+    assert!(
+        (r[(0, 0)].abs() - 5.0).abs() < 1e-5 && (r[(1, 1)].abs() - 3.0).abs() < 1e-5,
+        "{r}"
+    );
 }
 
 /// A spectrum that falls fast: the leading part is found, better with more iterations, the same for the same key.
@@ -236,10 +272,18 @@ fn randomized_svd_finds_the_leading_part() {
         let f = randomized_svd(&a, rank, 4, iterations, RngKey::new(seed)).unwrap();
         norm(&(&a - &rebuild(&f)))
     };
-    let best = spectrum.iter().skip(rank).map(|x| x * x).sum::<f32>().sqrt();
+    let best = spectrum
+        .iter()
+        .skip(rank)
+        .map(|x| x * x)
+        .sum::<f32>()
+        .sqrt();
     for seed in 0..5 {
         let (none, four) = (error(0, seed), error(4, seed));
-        assert!(four < none && four < best * 1.001, "seed {seed}: {none} {four} {best}");
+        assert!(
+            four < none && four < best * 1.001,
+            "seed {seed}: {none} {four} {best}"
+        );
     }
     let again = |seed| randomized_svd(&a, rank, 4, 2, RngKey::new(seed)).unwrap();
     assert_ne!(again(1).u, again(2).u);
@@ -253,7 +297,9 @@ fn impossible_requests_are_errors() {
     let a = random(4, 6, 0);
     assert!(eigh(&a).unwrap_err().to_string().contains("4 x 6"));
     for rank in [0, 5, usize::MAX] {
-        let e = randomized_svd(&a, rank, 2, 1, RngKey::new(0)).unwrap_err().to_string();
+        let e = randomized_svd(&a, rank, 2, 1, RngKey::new(0))
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("1 to 4"), "{e}");
     }
     assert!(randomized_svd(&a, 4, usize::MAX, 1, RngKey::new(0)).is_ok());

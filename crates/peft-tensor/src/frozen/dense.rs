@@ -39,7 +39,11 @@ impl BlockFormat for F16 {
     }
 
     fn encode(values: &[f32], out: &mut Vec<u8>) -> bool {
-        out.extend(values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()));
+        out.extend(
+            values
+                .iter()
+                .flat_map(|v| half::f16::from_f32(*v).to_le_bytes()),
+        );
         true
     }
 }
@@ -60,7 +64,11 @@ impl BlockFormat for BF16 {
     }
 
     fn encode(values: &[f32], out: &mut Vec<u8>) -> bool {
-        out.extend(values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
+        out.extend(
+            values
+                .iter()
+                .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()),
+        );
         true
     }
 }

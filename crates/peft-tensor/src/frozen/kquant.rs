@@ -159,7 +159,11 @@ fn nibbles<const RUN: usize>(packed: &[u8; 128]) -> [u8; QK] {
 /// `scale * q - min` in groups of `GROUP` values.
 #[inline(always)]
 fn affine<const GROUP: usize>(q: &[u8; QK], scale: &[f32], min: &[f32], y: &mut [f32; QK]) {
-    let groups = q.as_chunks::<GROUP>().0.iter().zip(y.as_chunks_mut::<GROUP>().0);
+    let groups = q
+        .as_chunks::<GROUP>()
+        .0
+        .iter()
+        .zip(y.as_chunks_mut::<GROUP>().0);
     for ((q, y), (scale, min)) in groups.zip(scale.iter().zip(min)) {
         for i in 0..GROUP {
             y[i] = scale * i32::from(q[i]) as f32 - min;
@@ -170,7 +174,13 @@ fn affine<const GROUP: usize>(q: &[u8; QK], scale: &[f32], min: &[f32], y: &mut 
 /// `scale * (q - zero)` in groups of 16 values.
 #[inline(always)]
 fn centred(q: &[u8; QK], zero: i32, scale: &[f32; 16], y: &mut [f32; QK]) {
-    for ((q, y), scale) in q.as_chunks::<16>().0.iter().zip(y.as_chunks_mut::<16>().0).zip(scale) {
+    for ((q, y), scale) in q
+        .as_chunks::<16>()
+        .0
+        .iter()
+        .zip(y.as_chunks_mut::<16>().0)
+        .zip(scale)
+    {
         for i in 0..16 {
             y[i] = scale * (i32::from(q[i]) - zero) as f32;
         }
@@ -210,5 +220,8 @@ fn blocks<'a, const BYTES: usize>(
     src: &'a [u8],
     out: &'a mut [f32],
 ) -> impl Iterator<Item = (&'a [u8; BYTES], &'a mut [f32; QK])> {
-    src.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<QK>().0)
+    src.as_chunks::<BYTES>()
+        .0
+        .iter()
+        .zip(out.as_chunks_mut::<QK>().0)
 }

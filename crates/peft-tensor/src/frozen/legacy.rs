@@ -170,7 +170,10 @@ fn blocks<'a, const BYTES: usize>(
     src: &'a [u8],
     out: &'a mut [f32],
 ) -> impl Iterator<Item = (&'a [u8; BYTES], &'a mut [f32; QK])> {
-    src.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<QK>().0)
+    src.as_chunks::<BYTES>()
+        .0
+        .iter()
+        .zip(out.as_chunks_mut::<QK>().0)
 }
 
 /// A block's f16 scale. The compiler may not look through it: it would otherwise decode eight blocks side by side,
@@ -202,10 +205,15 @@ fn fifth(nibble: u8, high: u32, i: usize) -> i32 {
 /// Scale and values of a block whose zero is `zero`: the value largest in magnitude becomes 0 or, in the
 /// unused sign, one below the largest.
 fn symmetric(x: &[f32; QK], zero: u8) -> (f32, [u8; QK]) {
-    let extreme = x.iter().fold(0f32, |a, &v| if v.abs() > a.abs() { v } else { a });
+    let extreme = x
+        .iter()
+        .fold(0f32, |a, &v| if v.abs() > a.abs() { v } else { a });
     let d = extreme / -f32::from(zero);
     let inverse = reciprocal(d);
-    (d, x.map(|v| ((v * inverse + (f32::from(zero) + 0.5)) as u8).min(2 * zero - 1)))
+    (
+        d,
+        x.map(|v| ((v * inverse + (f32::from(zero) + 0.5)) as u8).min(2 * zero - 1)),
+    )
 }
 
 /// Scale, minimum and values of a block that spans `0..=top`.
@@ -214,7 +222,11 @@ fn affine(x: &[f32; QK], top: u8) -> (f32, f32, [u8; QK]) {
     let max = x.iter().fold(f32::NEG_INFINITY, |a, &v| a.max(v));
     let d = (max - min) / f32::from(top);
     let inverse = reciprocal(d);
-    (d, min, x.map(|v| (((v - min) * inverse + 0.5) as u8).min(top)))
+    (
+        d,
+        min,
+        x.map(|v| (((v - min) * inverse + 0.5) as u8).min(top)),
+    )
 }
 
 fn reciprocal(d: f32) -> f32 {
@@ -230,6 +242,9 @@ fn push_nibbles(out: &mut Vec<u8>, q: &[u8; QK]) {
 }
 
 fn push_fifths(out: &mut Vec<u8>, q: &[u8; QK]) {
-    let bits = q.iter().enumerate().fold(0u32, |a, (i, q)| a | u32::from(q >> 4) << i);
+    let bits = q
+        .iter()
+        .enumerate()
+        .fold(0u32, |a, (i, q)| a | u32::from(q >> 4) << i);
     out.extend(bits.to_le_bytes());
 }

@@ -111,7 +111,10 @@ impl WeightFormat {
             )));
         }
         (cols / len).checked_mul(bytes).ok_or_else(|| {
-            TensorError::Format(format!("a row of {cols} columns in {} is too large", self.name()))
+            TensorError::Format(format!(
+                "a row of {cols} columns in {} is too large",
+                self.name()
+            ))
         })
     }
 }
@@ -126,9 +129,16 @@ impl WeightFormat {
 /// Where the values are not whole rows, a row is not whole blocks, or the format (a K-quant) has no encoder.
 pub fn encode(format: WeightFormat, values: &[f32], cols: usize) -> Result<Vec<u8>> {
     let row = format.row_bytes(cols)?;
-    let whole = if cols == 0 { values.is_empty() } else { values.len().is_multiple_of(cols) };
+    let whole = if cols == 0 {
+        values.is_empty()
+    } else {
+        values.len().is_multiple_of(cols)
+    };
     if !whole {
-        return Err(TensorError::Format(format!("{} values are not rows of {cols} columns", values.len())));
+        return Err(TensorError::Format(format!(
+            "{} values are not rows of {cols} columns",
+            values.len()
+        )));
     }
     let rows = values.len().checked_div(cols).unwrap_or(0);
     let mut out = Vec::with_capacity(rows.saturating_mul(row));
@@ -145,7 +155,11 @@ pub fn encode(format: WeightFormat, values: &[f32], cols: usize) -> Result<Vec<u
 
 fn writable() -> Vec<&'static str> {
     let can = |f: &&WeightFormat| encode_into(**f, &[], &mut Vec::new());
-    WeightFormat::all().iter().filter(can).map(|f| f.name()).collect()
+    WeightFormat::all()
+        .iter()
+        .filter(can)
+        .map(|f| f.name())
+        .collect()
 }
 
 /// Decodes whole blocks with the widest vectors the processor has. The loops are the same ones compiled
@@ -176,8 +190,16 @@ fn f16(bytes: [u8; 2]) -> f32 {
     let magnitude = (h & 0x7fff) << 13;
     // A subnormal is its mantissa above the smallest exponent, less the one that a normal number implies there.
     let subnormal = (f32::from_bits(magnitude + SMALLEST) - f32::from_bits(SMALLEST)).to_bits();
-    let finite = if magnitude < 1 << 23 { subnormal } else { magnitude + BIAS };
-    let bits = if magnitude >= 0x1f << 23 { magnitude | 0x7f80_0000 } else { finite };
+    let finite = if magnitude < 1 << 23 {
+        subnormal
+    } else {
+        magnitude + BIAS
+    };
+    let bits = if magnitude >= 0x1f << 23 {
+        magnitude | 0x7f80_0000
+    } else {
+        finite
+    };
     f32::from_bits(bits | (h & 0x8000) << 16)
 }
 

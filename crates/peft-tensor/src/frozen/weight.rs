@@ -31,17 +31,25 @@ impl FrozenWeight {
     pub fn new(rows: usize, cols: usize, format: WeightFormat, bytes: Bytes) -> Result<Self> {
         let row_bytes = format.row_bytes(cols)?;
         // The decoded matrix must be addressable too, or a hostile header would overflow a later product.
-        let fits = rows.checked_mul(cols).is_some_and(|n| n <= isize::MAX as usize / size_of::<f32>());
+        let fits = rows
+            .checked_mul(cols)
+            .is_some_and(|n| n <= isize::MAX as usize / size_of::<f32>());
         match rows.checked_mul(row_bytes) {
-            Some(want) if fits && want == bytes.len() => {
-                Ok(FrozenWeight { rows, cols, row_bytes, format, bytes })
-            }
+            Some(want) if fits && want == bytes.len() => Ok(FrozenWeight {
+                rows,
+                cols,
+                row_bytes,
+                format,
+                bytes,
+            }),
             Some(want) if fits => Err(TensorError::Format(format!(
                 "a {rows} x {cols} matrix in {} takes {want} bytes, there are {}",
                 format.name(),
                 bytes.len()
             ))),
-            _ => Err(TensorError::Format(format!("a {rows} x {cols} matrix is too large"))),
+            _ => Err(TensorError::Format(format!(
+                "a {rows} x {cols} matrix is too large"
+            ))),
         }
     }
 
@@ -106,7 +114,11 @@ impl FrozenWeight {
         if let Some(all) = self.as_f32() {
             out.copy_from_slice(&all[r.start * self.cols..r.end * self.cols]);
         } else {
-            decode(self.format, &self.bytes[r.start * self.row_bytes..r.end * self.row_bytes], out);
+            decode(
+                self.format,
+                &self.bytes[r.start * self.row_bytes..r.end * self.row_bytes],
+                out,
+            );
         }
     }
 
@@ -117,10 +129,12 @@ impl FrozenWeight {
             return out;
         }
         let rows = (CHUNK / self.cols).max(1);
-        out.par_chunks_mut(rows * self.cols).enumerate().for_each(|(i, chunk)| {
-            let first = i * rows;
-            self.decode_rows(first..first + chunk.len() / self.cols, chunk);
-        });
+        out.par_chunks_mut(rows * self.cols)
+            .enumerate()
+            .for_each(|(i, chunk)| {
+                let first = i * rows;
+                self.decode_rows(first..first + chunk.len() / self.cols, chunk);
+            });
         out
     }
 
@@ -131,7 +145,9 @@ impl FrozenWeight {
     /// Where `order` is not a permutation of the rows.
     pub fn permute_rows(&self, order: &[usize]) -> Result<Self> {
         let mut seen = vec![false; self.rows];
-        let all_new = order.iter().all(|&r| r < self.rows && !std::mem::replace(&mut seen[r], true));
+        let all_new = order
+            .iter()
+            .all(|&r| r < self.rows && !std::mem::replace(&mut seen[r], true));
         if order.len() != self.rows || !all_new {
             return Err(TensorError::Shape {
                 op: "permute_rows",
@@ -150,12 +166,22 @@ impl FrozenWeight {
             }
             None => Bytes::from_vec(order.iter().flat_map(|&r| row(r)).copied().collect()),
         };
-        Ok(FrozenWeight { bytes, ..self.clone() })
+        Ok(FrozenWeight {
+            bytes,
+            ..self.clone()
+        })
     }
 }
 
 impl fmt::Debug for FrozenWeight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "FrozenWeight({} x {} {}, {:?})", self.rows, self.cols, self.format.name(), self.bytes)
+        write!(
+            f,
+            "FrozenWeight({} x {} {}, {:?})",
+            self.rows,
+            self.cols,
+            self.format.name(),
+            self.bytes
+        )
     }
 }

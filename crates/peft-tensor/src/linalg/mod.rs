@@ -55,7 +55,11 @@ pub fn svd(a: &Array2<f32>) -> Result<Svd> {
     let (a, scale) = prepare("svd", a)?;
     let (m, n) = a.dim();
     if m == 0 || n == 0 {
-        return Ok(Svd { u: Array2::zeros((m, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, n)) });
+        return Ok(Svd {
+            u: Array2::zeros((m, 0)),
+            s: Array1::zeros(0),
+            vt: Array2::zeros((0, n)),
+        });
     }
     let (u, mut s, vt) = provider::svd(&a).map_err(|e| failed("svd", a.dim(), &e))?;
     // Rounding may leave a zero of the wrong sign.
@@ -90,7 +94,9 @@ pub fn qr(a: &Array2<f32>) -> Result<(Array2<f32>, Array2<f32>)> {
 pub fn eigh(a: &Array2<f32>) -> Result<(Array1<f32>, Array2<f32>)> {
     let (m, n) = a.dim();
     if m != n {
-        return Err(TensorError::Linalg(format!("eigh takes a square matrix, this one is {m} x {n}")));
+        return Err(TensorError::Linalg(format!(
+            "eigh takes a square matrix, this one is {m} x {n}"
+        )));
     }
     let (a, scale) = prepare("eigh", a)?;
     if n == 0 {
@@ -137,7 +143,11 @@ pub fn randomized_svd(
         range = qr(&a.dot(&other))?.0;
     }
     let small = svd(&range.t().dot(&*a))?;
-    let mut out = Svd { u: range.dot(&small.u), ..small }.truncate(rank);
+    let mut out = Svd {
+        u: range.dot(&small.u),
+        ..small
+    }
+    .truncate(rank);
     out.s.mapv_inplace(|x| rescale(x, scale));
     finite("randomized_svd", (m, n), &out.s)?;
     Ok(out)
@@ -155,7 +165,11 @@ fn prepare<'a>(op: &str, a: &'a Array2<f32>) -> Result<(Cow<'a, Array2<f32>>, i3
         }
         largest = largest.max(v.abs());
     }
-    let exponent = if largest == 0.0 { 0 } else { libm::ilogb(f64::from(largest)) };
+    let exponent = if largest == 0.0 {
+        0
+    } else {
+        libm::ilogb(f64::from(largest))
+    };
     let scale = if exponent.abs() > 30 { exponent } else { 0 };
     Ok(match (scale, a.is_standard_layout()) {
         (0, true) => (Cow::Borrowed(a), 0),
@@ -170,14 +184,24 @@ fn prepare<'a>(op: &str, a: &'a Array2<f32>) -> Result<(Cow<'a, Array2<f32>>, i3
 
 /// `x * 2^scale`, rounded once.
 fn rescale(x: f32, scale: i32) -> f32 {
-    if scale == 0 { x } else { libm::ldexp(f64::from(x), scale) as f32 }
+    if scale == 0 {
+        x
+    } else {
+        libm::ldexp(f64::from(x), scale) as f32
+    }
 }
 
-fn finite<'a>(op: &str, (m, n): (usize, usize), values: impl IntoIterator<Item = &'a f32>) -> Result<()> {
+fn finite<'a>(
+    op: &str,
+    (m, n): (usize, usize),
+    values: impl IntoIterator<Item = &'a f32>,
+) -> Result<()> {
     if values.into_iter().all(|v| v.is_finite()) {
         Ok(())
     } else {
-        Err(TensorError::Linalg(format!("{op} of the {m} x {n} matrix does not fit f32")))
+        Err(TensorError::Linalg(format!(
+            "{op} of the {m} x {n} matrix does not fit f32"
+        )))
     }
 }
 

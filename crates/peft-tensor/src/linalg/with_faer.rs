@@ -23,8 +23,8 @@ pub(super) fn svd(a: &Array2<f32>) -> Outcome<(Array2<f32>, Array1<f32>, Array2<
     let k = m.min(n);
     let (mut u, mut v, mut s) = (Mat::zeros(m, k), Mat::zeros(n, k), Diag::zeros(k));
     let thin = svd_of::ComputeSvdVectors::Thin;
-    #[allow(unused_mut)] let mut params: Spec<svd_of::SvdParams, f32> = Default::default();
-    //MUT params.qr_ratio_threshold = f64::INFINITY;
+    let mut params: Spec<svd_of::SvdParams, f32> = Default::default();
+    params.qr_ratio_threshold = f64::INFINITY;
     let scratch = svd_of::svd_scratch::<f32>(m, n, thin, thin, PAR, params);
     svd_of::svd(
         a,
@@ -45,8 +45,13 @@ pub(super) fn qr(a: &Array2<f32>) -> Outcome<(Array2<f32>, Array2<f32>)> {
     let k = m.min(n);
     let block = qr_of::no_pivoting::factor::recommended_block_size::<f64>(m, n);
     let mut coeff = Mat::zeros(block, k);
-    let scratch =
-        qr_of::no_pivoting::factor::qr_in_place_scratch::<f64>(m, n, block, PAR, Default::default());
+    let scratch = qr_of::no_pivoting::factor::qr_in_place_scratch::<f64>(
+        m,
+        n,
+        block,
+        PAR,
+        Default::default(),
+    );
     qr_of::no_pivoting::factor::qr_in_place(
         packed.as_mut(),
         coeff.as_mut(),
@@ -55,9 +60,14 @@ pub(super) fn qr(a: &Array2<f32>) -> Outcome<(Array2<f32>, Array2<f32>)> {
         Default::default(),
     );
     // R lies in the upper triangle, the reflections below it; Q is the reflections applied to the identity.
-    let r = Array2::from_shape_fn((k, n), |(i, j)| if i <= j { packed[(i, j)] as f32 } else { 0.0 });
+    let r = Array2::from_shape_fn(
+        (k, n),
+        |(i, j)| if i <= j { packed[(i, j)] as f32 } else { 0.0 },
+    );
     let mut q = Mat::<f64>::identity(m, k);
-    let scratch = householder::apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(m, block, k);
+    let scratch = householder::apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(
+        m, block, k,
+    );
     householder::apply_block_householder_sequence_on_the_left_in_place_with_conj(
         packed.as_ref().subcols(0, k),
         coeff.as_ref(),
@@ -91,7 +101,9 @@ const NO_CONVERGENCE: &str = "the iteration did not converge";
 
 fn view(a: &Array2<f32>) -> Outcome<MatRef<'_, f32>> {
     let (m, n) = a.dim();
-    let slice = a.as_slice().ok_or("the matrix is not in the standard layout")?;
+    let slice = a
+        .as_slice()
+        .ok_or("the matrix is not in the standard layout")?;
     Ok(MatRef::from_row_major_slice(slice, m, n))
 }
 

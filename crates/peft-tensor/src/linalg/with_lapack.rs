@@ -10,7 +10,11 @@ type Outcome<T> = Result<T, String>;
 
 pub(super) fn svd(a: &Array2<f32>) -> Outcome<(Array2<f32>, Array1<f32>, Array2<f32>)> {
     let (u, s, vt) = columns(a).svddc(JobSvd::Some).map_err(|e| e.to_string())?;
-    Ok((standard(&u.ok_or("no left vectors")?), s, standard(&vt.ok_or("no right vectors")?)))
+    Ok((
+        standard(&u.ok_or("no left vectors")?),
+        s,
+        standard(&vt.ok_or("no right vectors")?),
+    ))
 }
 
 pub(super) fn qr(a: &Array2<f32>) -> Outcome<(Array2<f32>, Array2<f32>)> {

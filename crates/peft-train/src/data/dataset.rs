@@ -1,0 +1,167 @@
+//! Encoded rows.
+
+use std::path::PathBuf;
+
+use peft_core::{Error, Result};
+use peft_tensor::{IGNORE, RngKey};
+use rayon::prelude::*;
+
+use super::encode::{Cut, RowEncoder};
+use super::{EncodeOptions, Encoder, LabelNames, RawData};
+
+/// One row as the model sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Example {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Which of them are looked at; all if None.
+    pub mask: Option<Vec<bool>>,
+    /// What is to be learned.
+    pub goal: Goal,
+    /// The row's line in its file.
+    pub line: usize,
+}
+
+/// What a row teaches.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Goal {
+    /// Its tokens, each from those before.
+    Tokens {
+        /// A label for each token, [`IGNORE`] for none, not shifted.
+        labels: Vec<i64>,
+        /// Where the completion begins, for rows that have one.
+        prompt: Option<usize>,
+    },
+    /// Its class.
+    Class(u32),
+}
+
+impl Example {
+    pub(super) fn new(ids: Vec<u32>, goal: Goal) -> Self {
+        Self { ids, mask: None, goal, line: 0 }
+    }
+
+    /// How many predictions are learned from it: labels after the first token, or the one class.
+    pub fn labelled(&self) -> usize {
+        match &self.goal {
+            Goal::Tokens { labels, .. } => labels.iter().skip(1).filter(|&&l| l != IGNORE).count(),
+            Goal::Class(_) => 1,
+        }
+    }
+
+    /// How many tokens are looked at.
+    pub fn tokens(&self) -> usize {
+        self.mask.as_ref().map_or(self.ids.len(), |mask| mask.iter().filter(|&&m| m).count())
+    }
+}
+
+/// Encoded rows of one file.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// The file.
+    pub path: PathBuf,
+    /// Its rows.
+    pub examples: Vec<Example>,
+    /// The token that fills rows up.
+    pub pad: u32,
+    /// What a user should know: rows that were cut, rows that teach nothing.
+    pub notes: Vec<String>,
+}
+
+impl Dataset {
+    /// Encodes rows, in parallel; `tokenizer` may be absent where all rows are `input_ids`.
+    ///
+    /// # Errors
+    /// The first row that cannot be encoded, by its line; no row teaches anything.
+    pub fn encode(
+        raw: &RawData,
+        tokenizer: Option<&dyn Encoder>,
+        labels: Option<&LabelNames>,
+        options: &EncodeOptions,
+    ) -> Result<Self> {
+        let encoder = RowEncoder::new(tokenizer, options, labels)?;
+        let encoded: Vec<_> = raw.rows.par_iter().map(|row| encoder.row(row)).collect();
+        let mut examples = Vec::with_capacity(encoded.len());
+        let mut cuts = [0usize; 3];
+        // Looked through in order, so that the error is the same on every run.
+        for (row, encoded) in raw.rows.iter().zip(encoded) {
+            let (example, cut) = encoded.map_err(|detail| raw.at(row.line, detail))?;
+            match cut {
+                Cut::None => {}
+                Cut::End => cuts[0] += 1,
+                Cut::Prompt => cuts[1] += 1,
+                Cut::Completion => cuts[2] += 1,
+            }
+            examples.push(example);
+        }
+        let silent = examples.iter().filter(|e| e.labelled() == 0).count();
+        if silent == examples.len() {
+            return Err(Error::file(&raw.path, "no row has a token to learn; are all labels -100 or all texts one token?"));
+        }
+        let max = options.max_length;
+        let what = [
+            format!("rows were cut at their end to data.max_length = {max}"),
+            format!("prompts were cut at their beginning to fit data.max_length = {max}"),
+            format!("completions were cut at their end to fit data.max_length = {max}"),
+            "rows have no token to learn".to_owned(),
+        ];
+        let counts = cuts.into_iter().chain([silent]);
+        let of = examples.len();
+        let name = raw.path.display();
+        let notes = counts.zip(what).filter(|(n, _)| *n > 0).map(|(n, what)| format!("{name}: {n} of {of} {what}"));
+        let pad = tokenizer.and_then(|t| t.pad().or_else(|| t.eos())).filter(|&id| (id as usize) < options.vocab_size);
+        Ok(Self { path: raw.path.clone(), pad: pad.unwrap_or(0), notes: notes.collect(), examples })
+    }
+
+    /// Lengths of the rows in tokens.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.examples.iter().map(|e| e.ids.len()).collect()
+    }
+
+    /// Sets rows aside: a share of them below 1, a number of them from 1, drawn by `key`; both parts keep the file's order.
+    ///
+    /// # Errors
+    /// When one part would be empty.
+    pub fn split(mut self, share: f64, key: RngKey) -> Result<(Self, Self)> {
+        let n = self.examples.len();
+        let aside = if share < 1.0 { (share * n as f64).round() } else { share } as usize;
+        if aside == 0 || aside >= n {
+            let detail = format!("{share} of {n} rows leaves nothing to {}", if aside == 0 { "evaluate on" } else { "train on" });
+            return Err(Error::config("data.eval_split", detail));
+        }
+        let mut chosen = vec![false; n];
+        for &i in &key.permutation(n)[..aside] {
+            chosen[i] = true;
+        }
+        let mut train = Vec::with_capacity(n - aside);
+        let mut eval = Vec::with_capacity(aside);
+        for (example, chosen) in self.examples.into_iter().zip(chosen) {
+            if chosen { eval.push(example) } else { train.push(example) }
+        }
+        self.examples = train;
+        let eval = Self { path: self.path.clone(), examples: eval, pad: self.pad, notes: Vec::new() };
+        Ok((self, eval))
+    }
+
+    /// A number that changes with any token, label or the order of rows: FNV-1a.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        let mut put = |n: u64| {
+            for byte in n.to_le_bytes() {
+                hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+            }
+        };
+        for example in &self.examples {
+            put(example.ids.len() as u64);
+            example.ids.iter().for_each(|&id| put(u64::from(id)));
+            match &example.goal {
+                Goal::Tokens { labels, .. } => labels.iter().for_each(|&l| put(l as u64)),
+                Goal::Class(class) => put(1 << 40 | u64::from(*class)),
+            }
+            for &m in example.mask.iter().flatten() {
+                put(2 << 40 | u64::from(m));
+            }
+        }
+        hash
+    }
+}
