@@ -6,7 +6,7 @@ use std::sync::Arc;
 use peft_tensor::{Device, RngKey, Tensor};
 use serde_json::Value;
 
-use crate::{Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, Result, Site, Targets, entry_for};
+use crate::{Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, PeftMethod, Result, Site, Targets, entry_for};
 
 /// Which parameter of a module.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -100,6 +100,8 @@ pub struct Injector<'a> {
     pub(crate) key: RngKey,
     /// In front of every key; compositions keep their members apart with it.
     pub(crate) scope: String,
+    /// In front of a base module's path in a key.
+    pub(crate) prefix: &'static str,
 }
 
 impl<'a> Injector<'a> {
@@ -152,7 +154,7 @@ impl<'a> Injector<'a> {
     ///
     /// # Errors
     /// If the configuration is wrong or the method cannot be attached.
-    pub fn member(&mut self, config: &Value, scope: &str) -> Result<()> {
+    pub fn member(&mut self, config: &Value, scope: &str) -> Result<Box<dyn PeftMethod>> {
         let inside = |e: Error| e.context(scope.trim_end_matches('.').to_owned());
         let parsed = entry_for(config).and_then(|entry| (entry.parse)(config)).map_err(inside)?;
         let common = Common::from_config(config).map_err(inside)?;
@@ -162,8 +164,10 @@ impl<'a> Injector<'a> {
             store: self.store,
             key: self.key.fork(scope),
             scope: format!("{}{scope}", self.scope),
+            prefix: parsed.method.module_prefix(),
         };
-        crate::builtin::inject(&*parsed.method, &mut cx).map_err(inside)
+        crate::builtin::inject(&*parsed.method, &mut cx).map_err(inside)?;
+        Ok(parsed.method)
     }
 }
 

@@ -18,7 +18,7 @@ pub(crate) fn inject(method: &dyn PeftMethod, cx: &mut Injector<'_>) -> Result<(
 }
 
 fn key_of(cx: &Injector<'_>, path: &str, name: &str) -> String {
-    format!("{}base_model.model.{path}.{name}", cx.scope)
+    format!("{}{}{path}.{name}", cx.scope, cx.prefix)
 }
 
 /// HF writes the bias of an adapted module with `base_layer` in its key, because the module is wrapped.
@@ -44,8 +44,12 @@ fn train_biases(cx: &mut Injector<'_>, first: usize) -> Result<()> {
 /// `modules_to_save`, and a fresh classification head, which is useless untrained.
 fn save_modules(cx: &mut Injector<'_>) -> Result<()> {
     let mut names = cx.common.modules_to_save.clone();
-    if matches!(cx.common.task_type.as_deref(), Some("SEQ_CLS" | "TOKEN_CLS")) {
-        names.extend(cx.tree().facts().task_heads.iter().filter(|h| !cx.common.modules_to_save.contains(h)).cloned());
+    if cx.common.trains_head() {
+        let heads = &cx.tree().facts().task_heads;
+        names.retain(|n| heads.contains(n) || !matches!(n.as_str(), "classifier" | "score"));
+        names.extend(heads.iter().cloned());
+        names.sort_unstable();
+        names.dedup();
     }
     for id in cx.tree().subtree("modules_to_save", &names)? {
         let info = cx.tree().info(id);

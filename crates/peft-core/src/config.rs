@@ -32,6 +32,8 @@ pub struct Common {
     pub bias: Bias,
     /// Whether both sides of a tied pair of embeddings are adapted together.
     pub ensure_weight_tying: bool,
+    /// Whether the configuration comes from a saved adapter: HF writes true into every file.
+    pub inference_mode: bool,
 }
 
 /// `bias` of HF's tuners.
@@ -77,6 +79,12 @@ fn pairs<T: for<'a> Deserialize<'a>>(config: &Value, name: &str) -> Result<Vec<(
 }
 
 impl Common {
+    /// Whether a classification head is trained along: HF adds its two usual names to `modules_to_save` then, of which
+    /// a model has one at most.
+    pub fn trains_head(&self) -> bool {
+        matches!(self.task_type.as_deref(), Some("SEQ_CLS" | "TOKEN_CLS"))
+    }
+
     /// Reads the shared fields.
     ///
     /// # Errors
@@ -110,6 +118,7 @@ impl Common {
             trainable_token_indices: tokens,
             bias,
             ensure_weight_tying: field(config, "ensure_weight_tying")?.unwrap_or(false),
+            inference_mode: field(config, "inference_mode")?.unwrap_or(false),
         };
         if !common.layers_pattern.is_empty() && common.layers_to_transform.is_none() {
             return Err(Error::config("layers_pattern", "needs layers_to_transform"));

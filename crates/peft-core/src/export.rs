@@ -1,5 +1,6 @@
 //! Adapters to and from what is on disk: configuration and tensors, no files.
 
+use peft_tensor::no_grad;
 use serde_json::{Map, Value, json};
 
 use crate::attach::{Slot, Store};
@@ -40,6 +41,13 @@ impl Network {
         {
             out.insert("target_modules".to_owned(), json!(paths));
         }
+        let heads = ["classifier", "score"].map(Value::from);
+        let trains_head = matches!(out["task_type"].as_str(), Some("SEQ_CLS" | "TOKEN_CLS"));
+        if trains_head && out.contains_key("modules_to_save") {
+            let mut names = out["modules_to_save"].as_array().cloned().unwrap_or_default();
+            names.extend(heads.into_iter().filter(|h| !names.contains(h)).collect::<Vec<_>>());
+            out.insert("modules_to_save".to_owned(), Value::Array(names));
+        }
         parsed.method.finish_config(&mut out, self.tree());
         out.sort_keys();
         Value::Object(out)
@@ -51,9 +59,11 @@ impl Network {
     /// If there is no such adapter.
     pub fn export(&self, name: &str) -> Result<(Value, Tensors)> {
         let attached = self.find(name)?;
-        let saved = attached.store.params.iter().filter(|p| p.is_saved());
-        let live: Tensors = saved.map(|p| (p.key().to_owned(), p.tensor().detach())).collect();
-        Ok((attached.config.clone(), attached.method.save(live)?))
+        let params = &attached.store.params;
+        let live: Tensors = params.iter().map(|p| (p.key().to_owned(), p.tensor().detach())).collect();
+        let mut saved = no_grad(|| attached.method.save(live))?;
+        params.iter().filter(|p| !p.is_saved()).for_each(|p| drop(saved.remove(p.key())));
+        Ok((attached.config.clone(), saved))
     }
 
     /// Attaches an adapter with the values a file holds, trainable or frozen; other adapters are left as they are.

@@ -32,7 +32,7 @@ pub use error::{Error, Result, nearest};
 pub use hooks::{GroupRule, ParamGroups, TrainCx, TrainHooks};
 pub use matcher::Targets;
 pub use merge::Merged;
-pub use method::{Adapter, PeftMethod, Prefix, PrefixCx, PromptCx};
+pub use method::{Adapter, PeftMethod, Prefix, PrefixCx, PromptCx, Selected};
 pub use network::Network;
 pub use param::{Init, Param, Tensors};
 pub use registry::{Family, MethodEntry, Parsed, entry_for, methods, parse_fields};

@@ -47,7 +47,8 @@ pub trait PeftMethod: Send + Sync {
         Box::new(())
     }
 
-    /// From live parameters to what is on disk, where that differs.
+    /// From live parameters, transient ones included, to what is on disk, where that differs; transient ones are left
+    /// out of the file whatever this returns.
     ///
     /// # Errors
     /// If the parameters cannot be brought into that form.
@@ -61,6 +62,11 @@ pub trait PeftMethod: Send + Sync {
     /// If the file is not of that form.
     fn load(&self, params: Tensors) -> Result<Tensors> {
         Ok(params)
+    }
+
+    /// In front of a base module's path in a saved key; prompt methods of HF wrap the model once less.
+    fn module_prefix(&self) -> &'static str {
+        "base_model.model."
     }
 
     /// Last word on the fields to be saved, once the model is known (number of layers, token width).
@@ -118,6 +124,19 @@ pub trait Adapter: Send + Sync {
     /// Positions [`Adapter::prompt`] adds.
     fn prompt_len(&self) -> usize {
         0
+    }
+}
+
+/// An adapter that only trains stand-ins for base parameters ([`Attach::select`]) and does nothing on its own.
+pub struct Selected;
+
+impl Adapter for Selected {
+    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(w.clone()))
+    }
+
+    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
+        call.base()
     }
 }
 

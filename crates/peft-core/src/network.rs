@@ -116,6 +116,7 @@ impl Network {
             store: &mut store,
             key: RngKey::new(seed),
             scope: String::new(),
+            prefix: parsed.method.module_prefix(),
         };
         builtin::inject(&*parsed.method, &mut cx)?;
         if store.params.is_empty() {

@@ -9,6 +9,21 @@
 //! * **Nothing half-written.** Every write goes to a temporary name in the target folder, is synced, then
 //!   renamed; when a write fails, the temporaries and the folders made for it are removed.
 //!
+//! ```
+//! use peft_io::{Checkpoint, DType, PlanEntry, ShardPlan, StreamWriter};
+//!
+//! let folder = tempfile::tempdir().unwrap();
+//! let entry = PlanEntry { name: "w".into(), shape: vec![2, 2], dtype: DType::F32 };
+//! let plan = ShardPlan::new(vec![entry], 5_000_000_000)?;
+//! let mut writer = StreamWriter::create(folder.path(), &plan, &Default::default(), false)?;
+//! writer.write("w", bytemuck::cast_slice(&[1f32, 2.0, 3.0, 4.0]))?;
+//! writer.finish()?;
+//!
+//! let checkpoint = Checkpoint::open(folder.path())?;
+//! assert_eq!(checkpoint.weight("w")?.to_f32(), [1.0, 2.0, 3.0, 4.0]);
+//! # Ok::<(), peft_io::Error>(())
+//! ```
+//!
 //! Mapped files must not be changed in place while a [`Checkpoint`] on them is open; this crate itself
 //! only ever replaces files by renaming, which leaves open maps intact.
 

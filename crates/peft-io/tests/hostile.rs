@@ -315,7 +315,7 @@ fn hostile_gguf_files() {
         ),
         (
             Raw::head(3, 1, 0).tensor("w", &[u64::MAX / 32 * 32], 2, 0),
-            "`w`: reach",
+            "bytes at offset 0 reach past",
         ),
         (
             Raw::head(3, 1, 0).tensor("w", &[u64::MAX], 0, 0),
@@ -384,9 +384,8 @@ fn hostile_gguf_files() {
 
     for (raw, want) in cases {
         let error = error_of(&raw.0, "gguf");
-        let want = want.replace("`w`: reach", "`w`: shape");
         let shown: String = error.chars().take(400).collect();
-        assert!(error.contains(&want), "wanted {want}: {shown}");
+        assert!(error.contains(want), "wanted {want}: {shown}");
         assert!(error.len() < 2_000, "a message of {} bytes", error.len());
     }
 }

@@ -109,7 +109,7 @@ impl Layer {
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q_width, kv_width) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         b.container(path);
-        let attention = b.push(ModuleInfo::attention(&format!("{path}.self_attn"), kv_width));
+        let attention = b.push(ModuleInfo::attention(&format!("{path}.self_attn"), hidden));
         let at = |name: &str| format!("{path}.self_attn.{name}");
         let (qkv, output);
         if c.fused {

@@ -100,7 +100,7 @@ impl RopeConfig {
             Some(partial) => partial,
             None => f.float_or("partial_rotary_factor", 1.0)?,
         };
-        let dim = (head_dim as f64 * partial) as usize;
+        let dim = (head_dim as f64 * partial + 1e-9) as usize;
         let kind = r.opt_text("rope_type")?.or(r.opt_text("type")?).unwrap_or("default");
         // Some configurations keep the original length beside the scaling rather than in it.
         let original = |default: Option<usize>| -> Result<f64> {

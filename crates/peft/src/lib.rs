@@ -3,6 +3,8 @@
 //! [`methods`] is what this build knows. Models load with [`models`], run with adapters on them through
 //! [`core::Network`], train with [`train`], and their files are [`io`]'s.
 
+pub mod ops;
+
 pub use peft_core as core;
 pub use peft_io as io;
 pub use peft_models as models;

@@ -46,8 +46,6 @@ pub struct Collated {
     pub labels: Labels,
     /// Tokens that are looked at.
     pub tokens: usize,
-    /// Predictions that are learned.
-    pub labelled: usize,
 }
 
 /// Makes a batch. Rows without a class in a batch of classes (which [`super::Dataset::encode`] does not make) count as
@@ -72,7 +70,7 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
                 token_labels.extend(labels);
                 token_labels.resize(token_labels.len() + seq - len, IGNORE);
             }
-            Goal::Class(class) => classes.push(i64::from(*class)),
+            Goal::Class(class) => classes.push(*class),
         }
     }
     let mask = Some(mask).filter(|m| m.contains(&false));
@@ -81,6 +79,5 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
         batch: Batch { ids, batch: examples.len(), seq, mask, task_ids: None },
         labels,
         tokens: examples.iter().map(|e| e.tokens()).sum(),
-        labelled: examples.iter().map(|e| e.labelled()).sum(),
     }
 }

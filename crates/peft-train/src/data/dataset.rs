@@ -41,10 +41,12 @@ impl Example {
         Self { ids, mask: None, goal, line: 0 }
     }
 
-    /// How many predictions are learned from it: labels after the first token, or the one class.
-    pub fn labelled(&self) -> usize {
+    /// How many predictions are learned from it: labels after the first token, or the one class. With virtual tokens
+    /// in front, the first token is predicted too.
+    pub fn labelled(&self, virtual_tokens: bool) -> usize {
+        let first = usize::from(!virtual_tokens);
         match &self.goal {
-            Goal::Tokens { labels, .. } => labels.iter().skip(1).filter(|&&l| l != IGNORE).count(),
+            Goal::Tokens { labels, .. } => labels.iter().skip(first).filter(|&&l| l != IGNORE).count(),
             Goal::Class(_) => 1,
         }
     }
@@ -64,6 +66,8 @@ pub struct Dataset {
     pub examples: Vec<Example>,
     /// The token that fills rows up.
     pub pad: u32,
+    /// Longest row allowed, in tokens.
+    pub max_length: usize,
     /// What a user should know: rows that were cut, rows that teach nothing.
     pub notes: Vec<String>,
 }
@@ -94,7 +98,7 @@ impl Dataset {
             }
             examples.push(example);
         }
-        let silent = examples.iter().filter(|e| e.labelled() == 0).count();
+        let silent = examples.iter().filter(|e| e.labelled(true) == 0).count();
         if silent == examples.len() {
             return Err(Error::file(&raw.path, "no row has a token to learn; are all labels -100 or all texts one token?"));
         }
@@ -110,7 +114,7 @@ impl Dataset {
         let name = raw.path.display();
         let notes = counts.zip(what).filter(|(n, _)| *n > 0).map(|(n, what)| format!("{name}: {n} of {of} {what}"));
         let pad = tokenizer.and_then(|t| t.pad().or_else(|| t.eos())).filter(|&id| (id as usize) < options.vocab_size);
-        Ok(Self { path: raw.path.clone(), pad: pad.unwrap_or(0), notes: notes.collect(), examples })
+        Ok(Self { path: raw.path.clone(), pad: pad.unwrap_or(0), max_length: max, notes: notes.collect(), examples })
     }
 
     /// Lengths of the rows in tokens.
@@ -139,7 +143,7 @@ impl Dataset {
             if chosen { eval.push(example) } else { train.push(example) }
         }
         self.examples = train;
-        let eval = Self { path: self.path.clone(), examples: eval, pad: self.pad, notes: Vec::new() };
+        let eval = Self { path: self.path.clone(), examples: eval, pad: self.pad, max_length: self.max_length, notes: Vec::new() };
         Ok((self, eval))
     }
 

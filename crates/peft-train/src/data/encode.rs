@@ -236,7 +236,7 @@ pub(super) fn join_prompt(front: &[u32], prompt: &[u32], room: usize) -> Vec<u32
 }
 
 /// Labels that are the ids from `border` on.
-pub(super) fn learned_from(ids: &[u32], border: usize) -> Vec<i64> {
+pub(crate) fn learned_from(ids: &[u32], border: usize) -> Vec<i64> {
     ids.iter().enumerate().map(|(i, &id)| if i < border { peft_tensor::IGNORE } else { i64::from(id) }).collect()
 }
 

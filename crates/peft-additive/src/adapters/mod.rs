@@ -1,0 +1,3 @@
+//! Small networks inserted into a layer.
+
+pub mod pfeiffer;

@@ -1,0 +1,3 @@
+//! Several methods on one model.
+
+pub mod union;

@@ -1,0 +1,197 @@
+//! The training loss, and what a model predicts at labelled places, without ever holding a whole batch's logits.
+
+use peft_core::{Error, Pass, Result};
+use peft_tensor::{IGNORE, Tensor, eager, no_grad};
+
+use crate::arch::into_tensor_error;
+use crate::model::{Batch, Model, Task};
+
+/// Rows of logits that are in memory at once.
+const ROWS: usize = 256;
+
+/// What a batch should have been answered with.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Labels {
+    /// A token id for each of `[batch * seq]`, [`IGNORE`] where there is none; the model is asked for it one position
+    /// earlier.
+    Tokens(Vec<i64>),
+    /// A class for each row.
+    Classes(Vec<u32>),
+}
+
+/// A batch's loss.
+#[derive(Clone, Debug)]
+pub struct LossOutput {
+    /// Mean over what is labelled, shape `[]`; zero where nothing is.
+    pub loss: Tensor,
+    /// Sum over what is labelled.
+    pub sum: f64,
+    /// How many labels there are.
+    pub count: usize,
+    /// How many of them the model would have answered; not counted (0) in a training pass of a language model.
+    pub correct: usize,
+}
+
+/// The model's answer at one labelled place.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scored {
+    /// Row of the batch.
+    pub row: usize,
+    /// Position of the labelled token in the row; 0 for a class.
+    pub position: usize,
+    /// The label.
+    pub label: u32,
+    /// The likeliest answer.
+    pub predicted: u32,
+    /// Natural logarithm of the label's probability.
+    pub log_prob: f32,
+}
+
+/// The rows of hidden states a label is read from, with what belongs there.
+struct Labelled {
+    /// `[n, hidden]`
+    rows: Tensor,
+    targets: Vec<i64>,
+    /// (row, position) of each.
+    places: Vec<(usize, usize)>,
+}
+
+impl Model {
+    /// The mean cross-entropy over all labelled tokens (after the shift) or rows, as Hugging Face computes it: with
+    /// virtual tokens in front, the last of them is asked for the first token if that one is labelled.
+    ///
+    /// # Errors
+    /// If batch or labels do not fit the model or each other.
+    pub fn loss(&self, batch: &Batch, labels: &Labels, pass: &Pass) -> Result<LossOutput> {
+        let pass = &self.pass(batch, pass)?;
+        let Some(labelled) = self.labelled(batch, labels, pass)? else {
+            let loss = Tensor::zeros(&[], self.device())?;
+            return Ok(LossOutput { loss, sum: 0.0, count: 0, correct: 0 });
+        };
+        let count = labelled.targets.len();
+        let counted = !pass.train || matches!(labels, Labels::Classes(_));
+        let (mut total, mut sum, mut correct) = (None::<Tensor>, 0.0, 0);
+        for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
+            let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
+            let part = eager(&[&rows], |x| {
+                let logits = self.architecture.head(&self.network, &x[0], pass).map_err(into_tensor_error)?;
+                if counted {
+                    let values = logits.to_vec()?;
+                    let answers = values.chunks(logits.last_dim().max(1)).map(argmax);
+                    correct += answers.zip(targets).filter(|&(a, &t)| i64::from(a) == t).count();
+                }
+                logits.cross_entropy(targets)
+            })?;
+            sum += f64::from(part.item()?);
+            total = Some(match total {
+                Some(total) => total.add(&part)?,
+                None => part,
+            });
+        }
+        let loss = match total {
+            Some(total) => total.scale(1.0 / count as f32)?,
+            None => Tensor::zeros(&[], self.device())?,
+        };
+        Ok(LossOutput { loss, sum, count, correct })
+    }
+
+    /// What the model answers at every labelled place, and how likely it finds the label. No gradient.
+    ///
+    /// # Errors
+    /// As [`Model::loss`].
+    pub fn score(&self, batch: &Batch, labels: &Labels, pass: &Pass) -> Result<Vec<Scored>> {
+        no_grad(|| {
+            let pass = &self.pass(batch, pass)?;
+            let Some(labelled) = self.labelled(batch, labels, pass)? else { return Ok(Vec::new()) };
+            let mut scored = Vec::with_capacity(labelled.targets.len());
+            for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
+                let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
+                let logits = self.architecture.head(&self.network, &rows, pass)?;
+                let values = logits.to_vec()?;
+                let places = &labelled.places[chunk * ROWS..];
+                for ((row, &target), &(at, position)) in
+                    values.chunks(logits.last_dim().max(1)).zip(targets).zip(places)
+                {
+                    let label = row.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
+                    let log_prob = label - log_sum_exp(row);
+                    scored.push(Scored { row: at, position, label: target as u32, predicted: argmax(row), log_prob });
+                }
+            }
+            Ok(scored)
+        })
+    }
+
+    fn labelled(&self, batch: &Batch, labels: &Labels, pass: &Pass) -> Result<Option<Labelled>> {
+        match (self.task(), labels) {
+            (Task::CausalLm, Labels::Tokens(tokens)) => {
+                if tokens.len() != batch.ids.len() {
+                    let detail = format!("{} labels for {} ids", tokens.len(), batch.ids.len());
+                    return Err(Error::config("labels", detail));
+                }
+                if let Some(bad) = tokens.iter().find(|&&t| t != IGNORE && !self.is_token(t)) {
+                    let detail = format!("{bad} is no token of the vocabulary of {}", self.config().vocab_size);
+                    return Err(Error::config("labels", detail));
+                }
+                let added = self.network.prompt_len();
+                let width = added + batch.seq;
+                let (mut ids, mut targets, mut places) = (Vec::new(), Vec::new(), Vec::new());
+                for (row, tokens) in tokens.chunks(batch.seq).enumerate() {
+                    for (position, &token) in tokens.iter().enumerate() {
+                        let asked = (added + position).checked_sub(1);
+                        if let (Some(asked), true) = (asked, token >= 0) {
+                            ids.push((row * width + asked) as u32);
+                            targets.push(token);
+                            places.push((row, position));
+                        }
+                    }
+                }
+                if ids.is_empty() {
+                    return Ok(None);
+                }
+                let hidden = self.architecture.hidden(&self.network, batch, None, pass)?;
+                if hidden.dims3()?.1 != width {
+                    let detail = format!("{} positions, {width} were announced by the adapters", hidden.dims3()?.1);
+                    return Err(Error::other(detail));
+                }
+                Ok(Some(Labelled { rows: hidden.flatten_rows()?.gather_rows(&ids)?, targets, places }))
+            }
+            (Task::SequenceClassification { num_labels }, Labels::Classes(classes)) => {
+                if classes.len() != batch.batch {
+                    let detail = format!("{} labels for {} rows", classes.len(), batch.batch);
+                    return Err(Error::config("labels", detail));
+                }
+                if let Some(bad) = classes.iter().find(|&&c| c as usize >= num_labels) {
+                    return Err(Error::config("labels", format!("class {bad} of a model of {num_labels} labels")));
+                }
+                let hidden = self.architecture.hidden(&self.network, batch, None, pass)?;
+                let rows = self.architecture.pool(&hidden, batch)?;
+                let targets = classes.iter().map(|&c| i64::from(c)).collect();
+                Ok(Some(Labelled { rows, targets, places: (0..batch.batch).map(|row| (row, 0)).collect() }))
+            }
+            (Task::Features, _) => Err(Error::config("task", "a model loaded for its features has no loss")),
+            (Task::CausalLm, Labels::Classes(_)) => Err(Error::config("labels", "a language model takes tokens")),
+            (_, Labels::Tokens(_)) => Err(Error::config("labels", "a classifier takes one class a row")),
+        }
+    }
+
+    fn is_token(&self, label: i64) -> bool {
+        usize::try_from(label).is_ok_and(|t| t < self.config().vocab_size)
+    }
+}
+
+/// Index of the largest value, the first of equals.
+pub(crate) fn argmax(values: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (i, &v) in values.iter().enumerate() {
+        if v > best.1 {
+            best = (i, v);
+        }
+    }
+    best.0 as u32
+}
+
+fn log_sum_exp(values: &[f32]) -> f32 {
+    let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = values.iter().map(|&v| f64::from(v - max).exp()).sum();
+    max + sum.ln() as f32
+}

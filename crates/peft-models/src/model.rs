@@ -1,0 +1,348 @@
+//! A model to run: loading, forward pass, logits.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use peft_core::{Device, Error, ModuleTree, Network, Pass, Result};
+use peft_io::Checkpoint;
+use peft_tensor::Tensor;
+
+use crate::arch::Architecture;
+use crate::bert::Bert;
+use crate::config::ModelConfig;
+use crate::decoder::Decoder;
+use crate::gguf;
+use crate::gpt2::Gpt2;
+use crate::source::{Source, base, io};
+use crate::tokenizer::Tokenizer;
+
+/// What a model is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// The next token at every position.
+    CausalLm,
+    /// One label a text.
+    SequenceClassification {
+        /// How many labels there are.
+        num_labels: usize,
+    },
+    /// The last layer's hidden states.
+    Features,
+}
+
+/// How to load a model.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// What for; None = as the class in the checkpoint's `architectures` says.
+    pub task: Option<Task>,
+    /// Where to run.
+    pub device: Device,
+    /// Decides the values of a head the checkpoint does not have, and all values of [`Model::from_config`].
+    pub seed: u64,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { task: None, device: Device::cpu(), seed: 0 }
+    }
+}
+
+/// Rows of token ids, padded to one length on either side.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// `[batch * seq]`, row by row.
+    pub ids: Vec<u32>,
+    /// Rows.
+    pub batch: usize,
+    /// Tokens of a row.
+    pub seq: usize,
+    /// `[batch * seq]`, true for tokens and false for padding; None = no padding.
+    pub mask: Option<Vec<bool>>,
+    /// Task of each row, for methods that learn several.
+    pub task_ids: Option<Vec<u32>>,
+}
+
+impl Batch {
+    /// One row.
+    pub fn single(ids: Vec<u32>) -> Self {
+        let seq = ids.len();
+        Self { ids, batch: 1, seq, mask: None, task_ids: None }
+    }
+
+    /// Rows of any lengths, padded on the right with `pad`.
+    pub fn padded(rows: &[Vec<u32>], pad: u32) -> Self {
+        let seq = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let mask: Vec<bool> = rows.iter().flat_map(|r| (0..seq).map(move |i| i < r.len())).collect();
+        let ids = rows.iter().flat_map(|r| (0..seq).map(move |i| r.get(i).copied().unwrap_or(pad))).collect();
+        let mask = mask.contains(&false).then_some(mask);
+        Self { ids, batch: rows.len(), seq, mask, task_ids: None }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let cells = self.batch.checked_mul(self.seq);
+        if self.batch == 0 || self.seq == 0 {
+            return Err(Error::config("input_ids", "holds no tokens"));
+        }
+        if cells != Some(self.ids.len()) {
+            let detail = format!("{} ids for {} rows of {}", self.ids.len(), self.batch, self.seq);
+            return Err(Error::config("input_ids", detail));
+        }
+        if let Some(mask) = &self.mask
+            && mask.len() != self.ids.len()
+        {
+            return Err(Error::config("attention_mask", format!("{} entries for {} ids", mask.len(), self.ids.len())));
+        }
+        if let Some(tasks) = &self.task_ids
+            && tasks.len() != self.batch
+        {
+            return Err(Error::config("task_ids", format!("{} entries for {} rows", tasks.len(), self.batch)));
+        }
+        Ok(())
+    }
+}
+
+/// Where a model's tokenizer is.
+enum Origin {
+    Folder(PathBuf),
+    Gguf(Checkpoint),
+    None,
+}
+
+/// A model with its weights, adapters and tokenizer.
+pub struct Model {
+    pub(crate) network: Arc<Network>,
+    pub(crate) architecture: Box<dyn Architecture>,
+    config: ModelConfig,
+    task: Task,
+    origin: Origin,
+    tokenizer: OnceLock<Tokenizer>,
+}
+
+impl Model {
+    /// Loads a Hugging Face folder, a `.safetensors` file beside its `config.json`, or a `.gguf` file.
+    ///
+    /// # Errors
+    /// If files are missing or damaged, the architecture is unknown, or the weights do not fit the configuration
+    /// (everything that does not fit is listed at once).
+    pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let name = |e: Error| e.context(path.display().to_string());
+        let checkpoint = Checkpoint::open(path).map_err(io)?;
+        let folder = match checkpoint.folder() {
+            Some(folder) => folder.to_owned(),
+            None => path.parent().unwrap_or(Path::new("")).to_owned(),
+        };
+        let json = match checkpoint.gguf() {
+            Some(gguf) => gguf::config(&checkpoint, gguf).map_err(name)?,
+            None => peft_io::read_json(&folder.join("config.json")).map_err(io)?,
+        };
+        let config = ModelConfig::from_json(&json).map_err(name)?;
+        let origin = match checkpoint.gguf() {
+            Some(_) => Origin::Gguf(checkpoint.clone()),
+            None => Origin::Folder(folder),
+        };
+        Self::build(config, Some(&checkpoint), options, origin).map_err(name)
+    }
+
+    /// A model of random weights, initialised as Hugging Face does: normal with `initializer_range`, biases 0, norms 1.
+    ///
+    /// # Errors
+    /// If the task and the configuration do not fit.
+    pub fn from_config(config: &ModelConfig, options: &LoadOptions) -> Result<Self> {
+        Self::build(config.clone(), None, options, Origin::None)
+    }
+
+    fn build(
+        mut config: ModelConfig,
+        checkpoint: Option<&Checkpoint>,
+        options: &LoadOptions,
+        origin: Origin,
+    ) -> Result<Self> {
+        let task = match options.task {
+            Some(task) => task,
+            None => task_of(&config),
+        };
+        if task == Task::CausalLm && !config.is_causal() {
+            return Err(Error::config("task", "BERT predicts no next token; ask for classification or features"));
+        }
+        if let Task::SequenceClassification { num_labels } = task
+            && num_labels == 0
+        {
+            return Err(Error::config("num_labels", "has to be at least 1"));
+        }
+        let source = match checkpoint {
+            Some(checkpoint) => Some(Source::new(checkpoint, &config, task == Task::Features)?),
+            None => None,
+        };
+        if let Some(source) = &source {
+            if let Some(rope) = source.rope(config.rope.clone())? {
+                config.rope = Some(rope);
+            }
+            let (tree, _) = architecture(&config, &task);
+            let embedding = tree.facts().input_embedding.as_ref().map(|path| format!("{path}.weight"));
+            if tree.facts().tied
+                && let Some(embedding) = embedding
+                && source.head_differs(&embedding)?
+            {
+                tracing::warn!("the checkpoint says its embeddings are tied but stores two that differ: not tied");
+                config = config.with_tied(false);
+            }
+        }
+        let (tree, code) = architecture(&config, &task);
+        let mut fresh = tree.facts().task_heads.clone();
+        if config.model_type == "bert" {
+            fresh.extend(["bert.pooler.dense", "pooler.dense"].map(str::to_owned));
+        }
+        let base = base(tree, &config, source.as_ref(), &fresh, options.seed, &options.device)?;
+        Ok(Self {
+            network: Arc::new(Network::new(base)),
+            architecture: code,
+            config,
+            task,
+            origin,
+            tokenizer: OnceLock::new(),
+        })
+    }
+
+    /// Base weights and adapters.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// The same, to attach, load, merge or delete adapters.
+    ///
+    /// # Errors
+    /// While a gradient is still to be taken through this model (a loss that was made with gradient checkpointing and
+    /// is still there).
+    pub fn network_mut(&mut self) -> Result<&mut Network> {
+        let busy = "the model is in use by a loss that is still there; drop it first";
+        Arc::get_mut(&mut self.network).ok_or_else(|| Error::other(busy))
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What it was loaded for.
+    pub fn task(&self) -> Task {
+        self.task
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        self.network.device()
+    }
+
+    /// The folder it was loaded from; None for a GGUF or a fresh model.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.origin {
+            Origin::Folder(folder) => Some(folder),
+            Origin::Gguf(_) | Origin::None => None,
+        }
+    }
+
+    /// Its tokenizer, read on first use.
+    ///
+    /// # Errors
+    /// If the model has none, or one that cannot be read.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        if let Some(tokenizer) = self.tokenizer.get() {
+            return Ok(tokenizer);
+        }
+        let made = match &self.origin {
+            Origin::Folder(folder) => Tokenizer::from_folder(folder)?,
+            Origin::Gguf(checkpoint) => match checkpoint.gguf() {
+                Some(gguf) => Tokenizer::from_gguf(gguf)?,
+                None => return Err(Error::other("the model has no tokenizer")),
+            },
+            Origin::None => return Err(Error::other("a model made from a configuration has no tokenizer")),
+        };
+        Ok(self.tokenizer.get_or_init(|| made))
+    }
+
+    /// Gives the model a tokenizer, if it has not read one yet.
+    ///
+    /// # Errors
+    /// If it has one.
+    pub fn set_tokenizer(&mut self, tokenizer: Tokenizer) -> Result<()> {
+        self.tokenizer.set(tokenizer).map_err(|_| Error::other("the model has a tokenizer already"))
+    }
+
+    /// The pass with the batch's tasks, if it has some.
+    pub(crate) fn pass(&self, batch: &Batch, pass: &Pass) -> Result<Pass> {
+        batch.check()?;
+        let vocab = self.config.vocab_size;
+        if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::config("input_ids", format!("token {id} is beyond the vocabulary of {vocab}")));
+        }
+        let mut pass = pass.clone();
+        if let Some(tasks) = &batch.task_ids {
+            pass.task_ids = Some(Arc::new(tasks.clone()));
+        }
+        Ok(pass)
+    }
+
+    /// Hidden states after the last norm, `[B, V + S, hidden]`: V virtual tokens of prompt adapters come first.
+    /// Positions count from 0 (after a prefix: from its length), also on rows padded on the left, as in a plain
+    /// forward pass of `transformers`.
+    ///
+    /// # Errors
+    /// If ids, mask or length do not fit the model.
+    pub fn forward(&self, batch: &Batch, pass: &Pass) -> Result<Tensor> {
+        let pass = self.pass(batch, pass)?;
+        self.architecture.hidden(&self.network, batch, None, &pass)
+    }
+
+    /// Causal: `[B, V + S, vocab]`, virtual tokens included; classification: `[B, labels]`; features: the hidden
+    /// states of [`Model::forward`].
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn logits(&self, batch: &Batch, pass: &Pass) -> Result<Tensor> {
+        let pass = self.pass(batch, pass)?;
+        let hidden = self.architecture.hidden(&self.network, batch, None, &pass)?;
+        match self.task {
+            Task::Features => Ok(hidden),
+            Task::CausalLm => self.architecture.head(&self.network, &hidden, &pass),
+            Task::SequenceClassification { .. } => {
+                let rows = self.architecture.pool(&hidden, batch)?;
+                self.architecture.head(&self.network, &rows, &pass)
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Model({}, {:?}, {:?})", self.config.model_type, self.task, self.network)
+    }
+}
+
+fn architecture(config: &ModelConfig, task: &Task) -> (ModuleTree, Box<dyn Architecture>) {
+    match config.model_type.as_str() {
+        "bert" => {
+            let (tree, code) = Bert::build(config, task);
+            (tree, Box::new(code))
+        }
+        "gpt2" => {
+            let (tree, code) = Gpt2::build(config, task);
+            (tree, Box::new(code))
+        }
+        _ => {
+            let (tree, code) = Decoder::build(config, task);
+            (tree, Box::new(code))
+        }
+    }
+}
+
+/// The task of the class a checkpoint was saved from.
+fn task_of(config: &ModelConfig) -> Task {
+    let class = config.architectures.first().map_or("", String::as_str);
+    if class.ends_with("ForSequenceClassification") {
+        return Task::SequenceClassification { num_labels: config.num_labels.unwrap_or(2) };
+    }
+    if !config.is_causal() || class.ends_with("Model") && !class.ends_with("LMHeadModel") {
+        return Task::Features;
+    }
+    Task::CausalLm
+}

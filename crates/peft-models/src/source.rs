@@ -1,0 +1,194 @@
+//! Base weights from a checkpoint, whatever its names and formats, or fresh ones from a seed.
+
+use std::collections::HashSet;
+
+use peft_core::{Base, BaseWeight, Error, ModuleKind, ModuleTree, Result, RngKey};
+use peft_io::Checkpoint;
+use peft_tensor::{Device, FrozenWeight, Tensor};
+
+use crate::config::ModelConfig;
+use crate::gguf::{self, Change};
+use crate::rope::{RopeConfig, RopeScaling};
+
+/// An error about a file in this workspace's terms.
+pub(crate) fn io(error: peft_io::Error) -> Error {
+    Error::other(error.to_string())
+}
+
+/// Prefixes of the classes that put a head on a base model; a base model saved alone has none.
+const PREFIXES: [&str; 3] = ["model.", "transformer.", "bert."];
+
+/// Where a parameter is in a checkpoint.
+struct Place {
+    name: String,
+    change: Change,
+}
+
+/// A checkpoint seen under the names of one model.
+pub(crate) struct Source<'a> {
+    checkpoint: &'a Checkpoint,
+    architecture: Option<String>,
+    prefix: &'static str,
+    heads: (usize, usize),
+}
+
+impl<'a> Source<'a> {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, config: &ModelConfig, features: bool) -> Result<Self> {
+        let architecture = match checkpoint.gguf() {
+            Some(gguf) => Some(gguf.architecture().map_err(io)?.to_owned()),
+            None => None,
+        };
+        let prefix = match config.model_type.as_str() {
+            _ if features => "",
+            "gpt2" => "transformer.",
+            "bert" => "bert.",
+            _ => "model.",
+        };
+        Ok(Self { checkpoint, architecture, prefix, heads: (config.num_heads, config.num_kv_heads) })
+    }
+
+    /// Where `name` is stored: under this name, with or without a class's prefix, or under old names.
+    fn find(&self, name: &str) -> Option<Place> {
+        if let Some(architecture) = &self.architecture {
+            let (name, change) = gguf::stored(architecture, name, self.prefix, self.heads)?;
+            return self.checkpoint.meta(&name).map(|_| Place { name, change });
+        }
+        let mut names = vec![name.to_owned()];
+        names.extend(PREFIXES.iter().filter_map(|p| name.strip_prefix(p)).map(str::to_owned));
+        names.extend(PREFIXES.iter().map(|p| format!("{p}{name}")));
+        // BERT checkpoints converted from TensorFlow call a norm's parameters gamma and beta.
+        let old: Vec<String> = names
+            .iter()
+            .filter(|n| n.contains("LayerNorm."))
+            .map(|n| n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"))
+            .collect();
+        names.extend(old);
+        let name = names.into_iter().find(|n| self.checkpoint.meta(n).is_some())?;
+        Some(Place { name, change: Change::None })
+    }
+
+    /// Whether the output embedding has values of its own that differ from the input embedding's, which unties them as
+    /// it does in transformers 5.
+    pub(crate) fn head_differs(&self, embedding: &str) -> Result<bool> {
+        let (Some(head), Some(tokens)) = (self.find("lm_head.weight"), self.find(embedding)) else { return Ok(false) };
+        let (head, tokens) = (&head.name, &tokens.name);
+        let format = |name: &str| self.checkpoint.meta(name).map(|m| m.format);
+        let bytes = |name: &str| self.checkpoint.bytes(name).map_err(io);
+        Ok(format(head) != format(tokens) || *bytes(head)? != *bytes(tokens)?)
+    }
+
+    /// Llama 3's frequency divisions, which llama.cpp keeps as a tensor.
+    pub(crate) fn rope(&self, rope: Option<RopeConfig>) -> Result<Option<RopeConfig>> {
+        let stored = self.architecture.is_some() && self.checkpoint.meta("rope_freqs.weight").is_some();
+        let Some(mut rope) = rope.filter(|_| stored) else { return Ok(None) };
+        let (_, factors) = self.checkpoint.f32("rope_freqs.weight").map_err(io)?;
+        if factors.len() != rope.dim / 2 {
+            let detail = format!("{} entries, {} are needed", factors.len(), rope.dim / 2);
+            return Err(Error::config("rope_freqs.weight", detail));
+        }
+        rope.scaling = RopeScaling::Factors(factors.into_iter().map(f64::from).collect());
+        Ok(Some(rope))
+    }
+
+    fn matrix(&self, place: &Place, transposed: bool, device: &Device) -> Result<BaseWeight> {
+        let mut weight = self.checkpoint.weight(&place.name).map_err(io)?;
+        if let Change::Heads(heads) = place.change {
+            weight = weight.permute_rows(&gguf::head_order(weight.rows(), heads))?;
+        }
+        // llama.cpp stores GPT-2's matrices as everybody else's.
+        Ok(BaseWeight::frozen(weight, transposed && self.architecture.is_none(), device))
+    }
+
+    fn vector(&self, place: &Place, device: &Device) -> Result<BaseWeight> {
+        let (shape, mut values) = self.checkpoint.f32(&place.name).map_err(io)?;
+        match place.change {
+            Change::None => {}
+            Change::PlusOne => values.iter_mut().for_each(|v| *v -= 1.0),
+            Change::Heads(heads) => {
+                values = gguf::head_order(values.len(), heads).into_iter().map(|i| values[i]).collect();
+            }
+        }
+        Ok(BaseWeight::dense(Tensor::from_vec(values, &shape, device)?, false))
+    }
+}
+
+/// The base of `tree`. Without a source, all of it is fresh; with one, only the parameters of the `fresh` modules that
+/// the source lacks are, and any other that it lacks is an error.
+pub(crate) fn base(
+    tree: ModuleTree,
+    config: &ModelConfig,
+    source: Option<&Source<'_>>,
+    fresh: &[String],
+    seed: u64,
+    device: &Device,
+) -> Result<Base> {
+    let key = RngKey::new(seed).fork("init");
+    let mut made = Vec::new();
+    let mut done = HashSet::new();
+    for (_, m) in tree.iter() {
+        let transposed = m.kind == ModuleKind::Conv1d;
+        let vector = m.kind == ModuleKind::Norm;
+        for (name, is_bias) in m.weight.iter().map(|n| (n, false)).chain(m.bias.iter().map(|n| (n, true))) {
+            if !done.insert(name.clone()) {
+                continue;
+            }
+            let place = source.and_then(|s| {
+                // A tied pair may be stored under the output embedding's name alone.
+                let tied = || tree.facts().tied.then(|| s.find("lm_head.weight")).flatten();
+                let embedding = tree.facts().input_embedding.as_deref() == Some(&m.path);
+                s.find(name).or_else(|| if embedding { tied() } else { None })
+            });
+            let weight = match (source, place) {
+                (Some(s), Some(place)) if is_bias || vector => s.vector(&place, device)?,
+                (Some(s), Some(place)) => s.matrix(&place, transposed, device)?,
+                (Some(_), None) if !fresh.contains(&m.path) => continue,
+                _ => {
+                    if source.is_some() {
+                        tracing::warn!("{name} is not in the checkpoint: it starts from random values");
+                    }
+                    let shape = if is_bias { vec![m.out_features] } else { m.weight_shape() };
+                    let std = match config.model_type.as_str() {
+                        // The output projections' share of a residual stream of all layers (GPT-2's initialisation).
+                        "gpt2" if m.path.ends_with("c_proj") => {
+                            config.initializer_range / ((2 * config.num_layers) as f32).sqrt()
+                        }
+                        _ => config.initializer_range,
+                    };
+                    let constant = match (is_bias, vector) {
+                        (true, _) => Some(0.0),
+                        (false, true) => Some(1.0 - config.norm_offset),
+                        (false, false) => None,
+                    };
+                    initial(&shape, constant, std, key.fork(name), transposed, device)?
+                }
+            };
+            made.push((name.clone(), weight));
+        }
+    }
+    let mut base = Base::new(tree, device);
+    for (name, weight) in made {
+        base.insert(name, weight);
+    }
+    base.check()?;
+    Ok(base)
+}
+
+/// A constant vector, or a matrix of normal values.
+fn initial(
+    shape: &[usize],
+    constant: Option<f32>,
+    std: f32,
+    key: RngKey,
+    transposed: bool,
+    device: &Device,
+) -> Result<BaseWeight> {
+    match (constant, shape) {
+        (Some(value), _) => Ok(BaseWeight::dense(Tensor::full(value, shape, device)?, false)),
+        (None, &[rows, cols]) => {
+            let mut values = vec![0.0; rows * cols];
+            key.fill_normal(0.0, std, &mut values);
+            Ok(BaseWeight::frozen(FrozenWeight::from_f32(rows, cols, values)?, transposed, device))
+        }
+        (None, _) => Err(Error::other(format!("no initial values for shape {shape:?}"))),
+    }
+}

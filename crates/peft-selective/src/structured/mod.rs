@@ -1,0 +1,4 @@
+//! Whole parameters of some kinds.
+
+pub mod bitfit;
+pub mod ln_tuning;

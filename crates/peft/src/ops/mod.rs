@@ -1,0 +1,18 @@
+//! What the command's verbs do, as functions: open a model with adapters on it, merge them into a checkpoint
+//! tensor by tensor, look at a model's modules, write logits, make a fresh adapter.
+//!
+//! Paths may be hub ids wherever [`peft_io::resolve_model`] and [`peft_io::resolve_adapter`] take them.
+
+mod adapters;
+mod count;
+mod inspect;
+mod logits;
+mod merge;
+mod open;
+
+pub use adapters::{named_tensors, read_adapter, tensors_of, write_adapter};
+pub use count::count_parameters;
+pub use inspect::{Inspection, ModuleRow, inspect};
+pub use logits::{LogitsInput, LogitsReport, write_logits};
+pub use merge::{MergeDType, MergeOptions, MergeReport, merge};
+pub use open::{OpenedAdapter, Subject, open, task_of_adapters};
