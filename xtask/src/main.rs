@@ -1,1 +1,70 @@
-fn main() {}
+//! `cargo xtask`: what keeps the workspace in order and makes its generated parts.
+
+mod ci;
+mod docs;
+mod goldens;
+mod models;
+mod new_method;
+mod process;
+mod reviews;
+mod source;
+mod tidy;
+mod workspace;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Tasks of the peft workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Checks what the compiler does not: who depends on whom, file sizes, who names a method, who touches files.
+    Tidy,
+    /// Makes docs/methods/ and the README's table of methods from the heads of the method files.
+    Docs {
+        /// Only says what differs.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Writes a new method's file and its mod line.
+    NewMethod {
+        /// additive, selective, reparam or hybrid
+        family: String,
+        /// The folder in the family's crate, e.g. low_rank
+        subfamily: String,
+        /// The file's name, e.g. my_method
+        id: String,
+    },
+    /// Downloads the small models and the review data that the longer tests and the guide use, into models/.
+    Models,
+    /// Makes tests/goldens/ from the pinned Python packages.
+    Goldens {
+        /// Passed on to xtask/python/goldens.py.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Everything that has to pass before a change goes in.
+    Ci {
+        /// Leaves out `cargo test --workspace`, where it has just run.
+        #[arg(long)]
+        no_tests: bool,
+    },
+}
+
+fn main() -> Result<()> {
+    let root = workspace::root();
+    match Cli::parse().task {
+        Task::Tidy => tidy::run(&root),
+        Task::Docs { check } => docs::run(&root, check),
+        Task::NewMethod { family, subfamily, id } => new_method::run(&root, &family, &subfamily, &id),
+        Task::Models => models::run(&root),
+        Task::Goldens { args } => goldens::run(&root, &args),
+        Task::Ci { no_tests } => ci::run(&root, no_tests),
+    }
+}

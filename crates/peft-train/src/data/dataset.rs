@@ -98,8 +98,8 @@ impl Dataset {
             }
             examples.push(example);
         }
-        let silent = examples.iter().filter(|e| e.labelled(true) == 0).count();
-        if silent == examples.len() {
+        let silent = examples.iter().filter(|e| e.labelled(false) == 0).count();
+        if examples.iter().all(|e| e.labelled(true) == 0) {
             return Err(Error::file(&raw.path, "no row has a token to learn; are all labels -100 or all texts one token?"));
         }
         let max = options.max_length;

@@ -1,0 +1,262 @@
+//! The training loop.
+//!
+//! A run is a function of its configuration, data and weights: which rows a step sees and what dropout drops follow
+//! from the seed and the step's number alone, so a checkpoint needs no generator state, and a resumed run ends in the
+//! same bytes as one that was never stopped.
+
+mod output;
+mod setup;
+mod state;
+mod step;
+
+use std::path::Path;
+use std::time::Instant;
+
+use peft_core::{Grads, Param, ParamGroups, Result, TrainCx, TrainHooks};
+use peft_io::LineLog;
+use peft_models::Model;
+use peft_tensor::RngKey;
+
+pub use setup::{encode_for, task_for};
+
+use crate::config::TrainConfig;
+use crate::data::{Dataset, LabelNames, plan_epoch};
+use crate::optim::{AdamW, Groups};
+use crate::{EvalOptions, EvalReport, Observer, Summary, evaluate, io};
+
+/// The name the trained adapter has in the network.
+pub const ADAPTER_NAME: &str = "default";
+/// The log's file name.
+const METRICS: &str = "metrics.jsonl";
+/// The folder of the checkpoints.
+const CHECKPOINTS: &str = "checkpoints";
+
+/// Trains as a configuration says, from its files to its output folder.
+///
+/// With `resume`, goes on from the newest complete checkpoint in `output.dir` (from the start if there is none) and ends
+/// in the same adapter and the same metrics as an uninterrupted run.
+///
+/// # Errors
+/// Anything wrong with configuration, model, adapter or data, before anything is written; a loss or gradient that is not
+/// finite, with the step and the rows; a folder that holds another run.
+pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
+    setup::trainer(config, resume, observer)?.run(resume, observer)
+}
+
+/// A run about to start: a model with its trainable parameters, and encoded data.
+pub struct Trainer<'a> {
+    config: &'a TrainConfig,
+    model: Model,
+    train: Dataset,
+    eval: Option<Dataset>,
+    labels: Option<LabelNames>,
+}
+
+/// What changes from step to step.
+struct Progress {
+    hooks: Vec<(String, Box<dyn TrainHooks>)>,
+    groups: Groups,
+    optimizer: AdamW,
+    step: u64,
+    /// Seconds spent before this process.
+    earlier: f64,
+    begun: Instant,
+    /// Batches of the epoch in progress.
+    epoch: Option<(u64, Vec<Vec<usize>>)>,
+    eval_before: Option<EvalReport>,
+    eval_after: Option<EvalReport>,
+}
+
+impl Progress {
+    fn elapsed(&self) -> f64 {
+        self.earlier + self.begun.elapsed().as_secs_f64()
+    }
+}
+
+impl<'a> Trainer<'a> {
+    /// A run on a model that has what is to be trained attached under [`ADAPTER_NAME`], or, without an adapter, trains its
+    /// base ([`peft_core::Network::train_base`]). The configuration's `train` and `output` count; its `model` and `data`
+    /// only where they say how batches are made.
+    pub fn new(
+        config: &'a TrainConfig,
+        model: Model,
+        train: Dataset,
+        eval: Option<Dataset>,
+        labels: Option<LabelNames>,
+    ) -> Self {
+        Self { config, model, train, eval, labels }
+    }
+
+    /// The model, trained or not.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Optimiser steps of one epoch and of the whole run.
+    pub fn steps(&self) -> (u64, u64) {
+        let train = &self.config.train;
+        let batches = self.train.examples.len().div_ceil(train.batch_size.max(1));
+        let per_epoch = batches.div_ceil(train.gradient_accumulation.max(1)).max(1) as u64;
+        let total = train.steps.unwrap_or_else(|| (train.epochs * per_epoch as f64).ceil() as u64);
+        (per_epoch, total)
+    }
+
+    /// Runs to the end and writes the result.
+    ///
+    /// # Errors
+    /// As [`train`].
+    pub fn run(&mut self, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
+        let (_, total) = self.steps();
+        let config = self.config;
+        let folder = &config.output.dir;
+        let checkpoints = folder.join(CHECKPOINTS);
+        let params = self.all_params()?;
+        let trainable = params.iter().filter(|p| p.is_trainable()).map(Param::numel).sum();
+        let mut progress = self.progress(&params)?;
+        let newest = if resume { state::newest(&checkpoints)? } else { None };
+        let mut log = match &newest {
+            Some(name) => {
+                state::restore(self, &mut progress, &params, &checkpoints, name)?;
+                observer.message(&format!("going on from {}", checkpoints.join(name).display()));
+                let done = progress.step;
+                LineLog::resume(&folder.join(METRICS), |line| line["step"].as_u64().is_some_and(|s| s <= done))
+            }
+            None => {
+                if resume {
+                    observer.message(&format!("no checkpoint in {}: from the start", checkpoints.display()));
+                }
+                self.hook(&mut progress, &params, &mut Grads::default(), |hook, cx| hook.prepare(cx))?;
+                output::clear(folder, &checkpoints, config.output.overwrite || resume)?;
+                LineLog::create(&folder.join(METRICS))
+            }
+        }
+        .map_err(io)?;
+
+        observer.start(progress.step, total, trainable);
+        if config.train.eval_before && progress.step == 0 {
+            progress.eval_before = self.evaluate(0, &mut log, observer)?;
+        }
+        let (mut first_loss, mut last_loss) = (None, None);
+        while progress.step < total {
+            let report = self.step(&mut progress)?;
+            first_loss = first_loss.or(Some(report.loss));
+            last_loss = Some(report.loss);
+            log.push(&report.to_json()).map_err(io)?;
+            observer.step(&report);
+            let step = progress.step;
+            if step == total || due(step, config.train.eval_every) {
+                progress.eval_after = self.evaluate(step, &mut log, observer)?;
+            }
+            // After everything else of the step, so that a checkpoint's log is complete.
+            if due(step, config.train.save_every) {
+                let path = state::save(self, &progress, &params, &checkpoints)?;
+                observer.saved(&path);
+            }
+        }
+        output::write(config, &self.model, self.labels.as_ref())?;
+        observer.saved(folder);
+        Ok(Summary {
+            output: folder.clone(),
+            steps: progress.step,
+            trainable,
+            first_loss,
+            last_loss,
+            elapsed_s: progress.elapsed(),
+            eval_before: progress.eval_before,
+            eval_after: progress.eval_after,
+        })
+    }
+
+    fn progress(&self, params: &[Param]) -> Result<Progress> {
+        let hooks = self.model.network().trainers();
+        let mut rules = ParamGroups::default();
+        hooks.iter().for_each(|(_, hook)| hook.param_groups(&mut rules));
+        let train = &self.config.train;
+        Ok(Progress {
+            groups: Groups::new(train, &rules, params)?,
+            optimizer: AdamW::new(train.betas, train.eps),
+            hooks,
+            step: 0,
+            earlier: 0.0,
+            begun: Instant::now(),
+            epoch: None,
+            eval_before: None,
+            eval_after: None,
+        })
+    }
+
+    /// Every parameter a checkpoint holds: those of all adapters, also frozen ones, or the trained base.
+    fn all_params(&self) -> Result<Vec<Param>> {
+        let network = self.model.network();
+        let mut params = Vec::new();
+        for name in network.adapters() {
+            params.extend(network.adapter_parameters(name)?);
+        }
+        if params.is_empty() {
+            params = network.parameters();
+        }
+        if !params.iter().any(Param::is_trainable) {
+            return Err(peft_core::Error::other("there is nothing to train: no adapter is attached and the base is frozen"));
+        }
+        Ok(params)
+    }
+
+    /// Calls one hook of every method.
+    fn hook(
+        &self,
+        progress: &mut Progress,
+        params: &[Param],
+        grads: &mut Grads,
+        call: impl Fn(&mut dyn TrainHooks, &mut TrainCx<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let (_, total_steps) = self.steps();
+        let mut cx = TrainCx { step: progress.step, total_steps, network: self.model.network(), params, grads };
+        progress.hooks.iter_mut().try_for_each(|(_, hook)| call(hook.as_mut(), &mut cx))
+    }
+
+    fn evaluate(&self, step: u64, log: &mut LineLog, observer: &mut dyn Observer) -> Result<Option<EvalReport>> {
+        let Some(data) = &self.eval else { return Ok(None) };
+        let train = &self.config.train;
+        let options =
+            EvalOptions { batch_size: train.eval_batch_size.unwrap_or(train.batch_size), choices: self.config.data.choices };
+        let report = evaluate(&self.model, data, &options, observer)?;
+        log.push(&report.to_json(step)).map_err(io)?;
+        observer.eval(step, &report);
+        Ok(Some(report))
+    }
+
+    /// The rows of each forward pass of step `step`, from 0.
+    fn batches<'p>(&self, progress: &'p mut Progress, step: u64) -> &'p [Vec<usize>] {
+        let (per_epoch, _) = self.steps();
+        let (epoch, at) = (step / per_epoch, (step % per_epoch) as usize);
+        let data = &self.config.data;
+        if progress.epoch.as_ref().is_none_or(|(planned, _)| *planned != epoch) {
+            let size = self.config.train.batch_size;
+            let lengths = self.train.lengths();
+            let plan = plan_epoch(&lengths, size, data.shuffle, data.bucket, self.key(), epoch);
+            progress.epoch = Some((epoch, plan));
+        }
+        let all = progress.epoch.as_ref().map_or(&[][..], |(_, batches)| batches);
+        let many = self.config.train.gradient_accumulation.max(1);
+        &all[(at * many).min(all.len())..((at + 1) * many).min(all.len())]
+    }
+
+    /// The stream of everything random in the run but initial values.
+    fn key(&self) -> RngKey {
+        RngKey::new(self.config.train.seed).fork("train")
+    }
+}
+
+fn due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// Whether a folder has results of a run in it.
+fn holds_a_run(folder: &Path) -> bool {
+    [METRICS, CHECKPOINTS, peft_io::ADAPTER_CONFIG, peft_io::ADAPTER_WEIGHTS, "model.safetensors"]
+        .iter()
+        .any(|name| folder.join(name).exists())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,70 @@
+//! The `config.json` of a merged checkpoint.
+
+use peft_core::serde_json::{Map, Value, json};
+use peft_io::{DType, ShardPlan};
+use peft_models::Task;
+
+use crate::ops::Subject;
+
+/// Endings of the class names in `architectures`, longest first.
+const CLASSES: [&str; 8] = [
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForPreTraining",
+    "ForMaskedLM",
+    "ForCausalLM",
+    "LMHeadModel",
+    "Model",
+];
+
+/// The model's own configuration with what the merge changed: the tie, the element type, the head.
+pub(super) fn merged(subject: &Subject, plan: &ShardPlan, untied: bool) -> Value {
+    let mut config = subject.config.as_object().cloned().unwrap_or_default();
+    if untied {
+        config.insert("tie_word_embeddings".to_owned(), json!(false));
+    }
+    set_dtype(&mut config, plan);
+    if let Some(Task::SequenceClassification { num_labels }) = subject.model().map(peft_models::Model::task) {
+        set_classifier(&mut config, num_labels);
+    }
+    config.remove("_name_or_path");
+    config.sort_keys();
+    Value::Object(config)
+}
+
+/// `dtype` (`torch_dtype` before transformers 5), if all floats are of one type.
+fn set_dtype(config: &mut Map<String, Value>, plan: &ShardPlan) {
+    let mut kinds: Vec<&str> = plan
+        .entries()
+        .filter_map(|e| match e.dtype {
+            DType::F32 => Some("float32"),
+            DType::BF16 => Some("bfloat16"),
+            DType::F16 => Some("float16"),
+            _ => None,
+        })
+        .collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    let [kind] = kinds[..] else { return };
+    let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+    config.insert(key.to_owned(), json!(kind));
+}
+
+/// The class and labels of a classifier, where the base was something else.
+fn set_classifier(config: &mut Map<String, Value>, labels: usize) {
+    let class = config.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str).unwrap_or_default();
+    let family = CLASSES.iter().find_map(|ending| class.strip_suffix(ending)).unwrap_or(class);
+    if !family.is_empty() {
+        config.insert("architectures".to_owned(), json!([format!("{family}{}", CLASSES[0])]));
+    }
+    let known = config.get("id2label").and_then(Value::as_object).map(Map::len);
+    if known != Some(labels) {
+        let name = |i: usize| format!("LABEL_{i}");
+        let by_id: Map<String, Value> = (0..labels).map(|i| (i.to_string(), json!(name(i)))).collect();
+        let by_name: Map<String, Value> = (0..labels).map(|i| (name(i), json!(i))).collect();
+        config.insert("id2label".to_owned(), Value::Object(by_id));
+        config.insert("label2id".to_owned(), Value::Object(by_name));
+        config.remove("num_labels");
+    }
+}

@@ -1,0 +1,151 @@
+//! Putting tensors into the writer: merged modules whole, everything else in pieces of a mebibyte or so.
+
+use peft_core::{BaseWeight, Error, ModuleKind, Result, Tensor};
+use peft_io::{DType, StoredFormat, StreamWriter, check_finite};
+use peft_tensor::{FrozenWeight, WeightFormat, encode};
+
+use super::plan::{Output, Source};
+use crate::ops::Subject;
+
+/// Values that are converted at a time.
+const PIECE: usize = 1 << 20;
+
+/// Merges one module and writes its parameters; `group` are the tensors that come from it.
+pub(super) fn merged(writer: &mut StreamWriter, subject: &Subject, group: &[&Output]) -> Result<()> {
+    let Some(Source::Merged(id)) = group.first().map(|o| &o.source) else { return Ok(()) };
+    let network = subject.network();
+    let info = network.tree().info(*id);
+    let base = network.base();
+    let weight = info.weight.as_ref().and_then(|name| base.weight(name));
+    let bias = info.bias.as_ref().and_then(|name| base.weight(name)).map(vector).transpose()?;
+    let result = network.merged(*id, weight, bias.as_ref())?;
+    if info.bias.is_none() && result.bias.is_some() {
+        let detail = "an adapter brings a bias, which the base model has no place for: it cannot be merged";
+        return Err(Error::module(&info.path, detail));
+    }
+    for output in group {
+        let name = &output.entry.name;
+        let (changed, unchanged) =
+            if output.bias { (&result.bias, bias.clone()) } else { (&result.weight, None) };
+        match (changed, unchanged, weight) {
+            (Some(values), ..) => {
+                let values = if output.bias { values.clone() } else { stored_layout(values, weight, info.kind)? };
+                float(writer, output, &values.to_vec()?)?;
+            }
+            (None, Some(values), _) => float(writer, output, &values.to_vec()?)?,
+            (None, None, Some(weight)) => base_weight(writer, output, weight, info.kind)?,
+            (None, None, None) => return Err(Error::module(&info.path, format!("`{name}` has no values"))),
+        }
+    }
+    if let Some(frozen) = weight.and_then(BaseWeight::as_frozen) {
+        frozen.bytes().release();
+    }
+    Ok(())
+}
+
+/// Writes a tensor that no adapter changes.
+pub(super) fn copied(writer: &mut StreamWriter, subject: &Subject, output: &Output) -> Result<()> {
+    match &output.source {
+        Source::Merged(_) => Ok(()),
+        Source::Stored(name) => stored(writer, subject, output, name),
+        Source::Base(name, id) => {
+            let network = subject.network();
+            let weight = network
+                .base()
+                .weight(name)
+                .ok_or_else(|| Error::file(&subject.path, format!("there is no tensor `{name}`")))?;
+            base_weight(writer, output, weight, network.tree().info(*id).kind)
+        }
+    }
+}
+
+/// A tensor of the checkpoint: its bytes where the element type stays, converted in pieces where not.
+fn stored(writer: &mut StreamWriter, subject: &Subject, output: &Output, name: &str) -> Result<()> {
+    let checkpoint = &subject.checkpoint;
+    let Some(meta) = checkpoint.meta(name) else {
+        return Err(Error::file(&subject.path, format!("there is no tensor `{name}`")));
+    };
+    if let StoredFormat::Weight(_) = meta.format {
+        return frozen(writer, output, &checkpoint.weight(name)?);
+    }
+    let bytes = checkpoint.bytes(name)?;
+    writer.write(&output.entry.name, &bytes)?;
+    bytes.release();
+    Ok(())
+}
+
+/// A base parameter in the layout Hugging Face stores it in.
+fn base_weight(writer: &mut StreamWriter, output: &Output, weight: &BaseWeight, kind: ModuleKind) -> Result<()> {
+    let turned = kind == ModuleKind::Conv1d && !weight.is_transposed() && !output.bias;
+    match (weight.as_frozen(), weight.as_dense()) {
+        (Some(w), _) if !turned => frozen(writer, output, w),
+        (Some(_), _) => float(writer, output, &weight.to_dense()?.t()?.to_vec()?),
+        (_, Some(t)) => float(writer, output, &t.to_vec()?),
+        (None, None) => Ok(()),
+    }
+}
+
+/// A merged weight in the layout Hugging Face stores it in: `[in, out]` for GPT-2's linear layers, also where the base
+/// came from a GGUF, which turns them.
+fn stored_layout(values: &Tensor, base: Option<&BaseWeight>, kind: ModuleKind) -> Result<Tensor> {
+    let turned = kind == ModuleKind::Conv1d && base.is_some_and(|w| !w.is_transposed());
+    Ok(if turned { values.t()? } else { values.clone() })
+}
+
+/// A bias or a norm's weight as a vector.
+fn vector(weight: &BaseWeight) -> Result<Tensor> {
+    let values = weight.to_dense()?;
+    let n = values.numel();
+    Ok(values.reshape(&[n])?)
+}
+
+/// Writes a mapped matrix piece by piece, checking that it is finite and giving its pages back.
+fn frozen(writer: &mut StreamWriter, output: &Output, weight: &FrozenWeight) -> Result<()> {
+    let name = &output.entry.name;
+    let same = StoredFormat::Weight(weight.format()).dtype() == Some(output.entry.dtype);
+    let row_bytes = weight.nbytes() / weight.rows().max(1);
+    let rows = (PIECE / weight.cols().max(1)).clamp(1, weight.rows().max(1));
+    let mut values = Vec::new();
+    for start in (0..weight.rows()).step_by(rows) {
+        let end = (start + rows).min(weight.rows());
+        values.resize((end - start) * weight.cols(), 0.0);
+        weight.decode_rows(start..end, &mut values);
+        check_finite(name, &values)?;
+        let bytes = weight.bytes().slice(start * row_bytes..end * row_bytes);
+        match &bytes {
+            Some(bytes) if same => writer.write_part(name, bytes)?,
+            _ => writer.write_part(name, &encode(wanted(output), &values, values.len())?)?,
+        }
+        if let Some(bytes) = bytes {
+            bytes.release();
+        }
+    }
+    if weight.rows() == 0 || weight.cols() == 0 {
+        writer.write(name, &[])?;
+    }
+    Ok(())
+}
+
+/// Writes values in memory piece by piece.
+fn float(writer: &mut StreamWriter, output: &Output, values: &[f32]) -> Result<()> {
+    let name = &output.entry.name;
+    check_finite(name, values)?;
+    let expected: usize = output.entry.shape.iter().product();
+    if values.len() != expected {
+        let detail = format!("tensor `{name}` has {} values for shape {:?}", values.len(), output.entry.shape);
+        return Err(Error::other(detail));
+    }
+    for piece in values.chunks(PIECE) {
+        writer.write_part(name, &encode(wanted(output), piece, piece.len())?)?;
+    }
+    Ok(())
+}
+
+/// The element type of floats in the result.
+fn wanted(output: &Output) -> WeightFormat {
+    match output.entry.dtype {
+        DType::F16 => WeightFormat::F16,
+        DType::BF16 => WeightFormat::BF16,
+        _ => WeightFormat::F32,
+    }
+}

@@ -1,0 +1,239 @@
+//! What a law is about: one registered method on one device, and a drawn model, batch and configuration.
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+use serde_json::{Value, json};
+
+use peft::core::{Device, Grads, MethodEntry, Param, Pass, RngKey, Tensor};
+use peft::tensor::WeightFormat;
+
+use crate::compare::Check;
+use crate::toy::{Ids, Spec, Style, Toy};
+
+/// One drawn situation.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// The model.
+    pub spec: Spec,
+    /// Rows.
+    pub batch: usize,
+    /// Tokens a row.
+    pub seq: usize,
+    /// Seed of adapter, noise and tokens.
+    pub seed: u64,
+    /// Values for the numbers of the example configuration, by field.
+    pub numbers: Vec<(&'static str, u64)>,
+}
+
+/// A method on a device in a drawn situation.
+pub struct Subject<'a> {
+    /// The method.
+    pub entry: &'static MethodEntry,
+    /// The device.
+    pub device: &'a Device,
+    /// The situation.
+    pub case: &'a Case,
+}
+
+/// Numbers that configurations have, with the values that are drawn for them; a method that refuses the drawn value
+/// runs with its example's.
+const NUMBERS: &[(&str, u64, u64)] =
+    &[("r", 1, 5), ("lora_alpha", 1, 9), ("num_virtual_tokens", 1, 4), ("reduction_factor", 1, 4), ("encoder_hidden_size", 3, 9)];
+
+fn sizes() -> impl Strategy<Value = Spec> {
+    let format = prop_oneof![
+        Just(WeightFormat::F32),
+        Just(WeightFormat::BF16),
+        Just(WeightFormat::Q8_0),
+        Just(WeightFormat::Q4_1),
+    ];
+    let style = prop_oneof![Just(Style::Decoder), Just(Style::Encoder)];
+    (style, format, 1usize..=2, 0usize..3, 0usize..3, 0usize..2, any::<bool>(), 7usize..24, any::<u64>()).prop_map(
+        |(style, format, layers, split, width, inner, tied, vocab, seed)| {
+            let blocks = format.block_len() > 1;
+            // Blocks of 32 have to fill whole rows, and an encoder's rows are as long as its outputs.
+            let (heads, head_dim) = match (blocks, split) {
+                (true, 0) => (2, 16),
+                (true, 1) => (4, 8),
+                (true, _) => (8, 4),
+                (false, 0) => (2, 4),
+                (false, 1) => (2, 6),
+                (false, _) => (4, 4),
+            };
+            let kv_heads = if style == Style::Encoder || vocab % 2 == 0 { heads } else { heads / 2 };
+            let hidden = if blocks { 32 } else { [8, 12, 20][width] };
+            let inner = if blocks { [32, 64][inner] } else { [12, 24][inner] };
+            Spec { style, layers, heads, kv_heads, head_dim, hidden, inner, vocab, tied, format, seed }
+        },
+    )
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let numbers: Vec<_> = NUMBERS.iter().map(|&(name, low, high)| (low..=high).prop_map(move |n| (name, n))).collect();
+    (sizes(), 1usize..=3, 2usize..=5, any::<u64>(), numbers)
+        .prop_map(|(spec, batch, seq, seed, numbers)| Case { spec, batch, seq, seed, numbers })
+}
+
+/// Runs a law on every method and device, on `count` drawn situations each (`PROPTEST_CASES` sets another number), and
+/// fails with the smallest situation that breaks it for each.
+///
+/// # Panics
+/// If the law is broken, or the registry is empty.
+pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
+    let entries = peft::methods();
+    assert!(!entries.is_empty(), "no method is registered");
+    let count = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(count);
+    let mut failures = Vec::new();
+    for (at, entry) in entries.into_iter().enumerate() {
+        for (name, device) in [("cpu", Device::cpu()), ("reference", Device::reference())] {
+            let config = Config { cases: count, failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
+            // The same situations every time, others for each method.
+            let seed = RngKey::new(at as u64).fork(entry.id).0.to_le_bytes().repeat(4);
+            let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+            let outcome = runner.run(&cases(), |case| {
+                law(&Subject { entry, device: &device, case: &case }).map_err(TestCaseError::fail)
+            });
+            match outcome {
+                Ok(()) => {}
+                Err(TestError::Fail(reason, case)) => failures.push(format!("{} on {name}: {reason}\n    {case:?}", entry.id)),
+                Err(TestError::Abort(reason)) => failures.push(format!("{} on {name}: {reason}", entry.id)),
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} broken:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// An error as a sentence.
+pub fn told<T, E: std::fmt::Display>(what: &str, result: Result<T, E>) -> Result<T, String> {
+    result.map_err(|e| format!("{what}: {e}"))
+}
+
+/// The error of something that has to be refused; its message has to name `name`.
+///
+/// # Errors
+/// If it was not refused, or the message does not.
+pub fn refused<T, E: std::fmt::Display>(what: &str, name: &str, result: Result<T, E>) -> Check {
+    match result {
+        Ok(_) => Err(format!("{what} was accepted")),
+        Err(e) if e.to_string().contains(name) => Ok(()),
+        Err(e) => Err(format!("{what}: the error does not name {name:?}: {e}")),
+    }
+}
+
+impl Subject<'_> {
+    /// The example configuration of a method.
+    ///
+    /// # Errors
+    /// If it is no JSON object.
+    pub fn example_of(entry: &MethodEntry) -> Result<Value, String> {
+        let mut config: Value = told("the example configuration", serde_json::from_str(entry.example))?;
+        let object = config.as_object_mut().ok_or("the example configuration is no object")?;
+        object.insert("peft_type".to_owned(), json!(entry.peft_type));
+        Ok(config)
+    }
+
+    /// The method's example with the drawn numbers in it, where it takes them.
+    ///
+    /// # Errors
+    /// If the example itself does not attach.
+    pub fn config(&self) -> Result<Value, String> {
+        let example = Self::example_of(self.entry)?;
+        let mut drawn = example.clone();
+        for (name, number) in &self.case.numbers {
+            if example[*name].is_u64() {
+                drawn[*name] = json!(number);
+            }
+        }
+        match self.toy()?.network.attach("probe", &drawn, 0) {
+            Ok(()) => Ok(drawn),
+            Err(_) => told("the example configuration", self.toy()?.network.attach("probe", &example, 0)).map(|()| example),
+        }
+    }
+
+    /// The model without adapters.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn toy(&self) -> Result<Toy, String> {
+        told("the toy model", Toy::new(&self.case.spec, self.device))
+    }
+
+    /// The model with a fresh adapter `name`, active.
+    ///
+    /// # Errors
+    /// If it does not attach.
+    pub fn fresh(&self, name: &str) -> Result<Toy, String> {
+        let mut toy = self.toy()?;
+        told("attach", toy.network.attach(name, &self.config()?, self.case.seed))?;
+        Ok(toy)
+    }
+
+    /// The model with an adapter `name` whose parameters were moved away from their initial values.
+    ///
+    /// # Errors
+    /// If it does not attach.
+    pub fn moved(&self, name: &str) -> Result<Toy, String> {
+        let toy = self.fresh(name)?;
+        self.perturb(&toy, name)?;
+        Ok(toy)
+    }
+
+    /// Adds noise to every parameter of an adapter, the same on every device.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn perturb(&self, toy: &Toy, name: &str) -> Check {
+        let params = told("parameters", toy.network.adapter_parameters(name))?;
+        for param in &params {
+            let key = RngKey::new(self.case.seed).fork(name).fork(param.key());
+            let noise = told("noise", Tensor::normal(key, 0.0, 0.15, param.shape(), self.device))?;
+            told("perturb", param.tensor().detach().add(&noise).map_err(Into::into).and_then(|v| param.set(v)))?;
+        }
+        if params.is_empty() { Err("the adapter has no parameters".to_owned()) } else { Ok(()) }
+    }
+
+    /// The drawn tokens.
+    pub fn ids(&self) -> Ids {
+        let Case { batch, seq, seed, ref spec, .. } = *self.case;
+        let key = RngKey::new(seed).fork("tokens");
+        let ids = (0..batch * seq).map(|i| key.below(i as u64, spec.vocab as u64) as u32).collect();
+        Ids { ids, batch, seq }
+    }
+
+    /// The model's output on the drawn tokens.
+    ///
+    /// # Errors
+    /// Whatever the model says.
+    pub fn run(&self, toy: &Toy) -> Result<Tensor, String> {
+        told("forward", peft::tensor::no_grad(|| toy.logits(&self.ids(), &Pass::eval())))
+    }
+
+    /// A scalar that depends on every output with a weight of its own.
+    ///
+    /// # Errors
+    /// Whatever the model says.
+    pub fn loss(&self, toy: &Toy, pass: &Pass) -> Result<Tensor, String> {
+        let loss = || {
+            let logits = toy.logits(&self.ids(), pass)?;
+            let key = RngKey::new(self.case.seed).fork("loss");
+            let weights = Tensor::normal(key, 0.0, 1.0, logits.shape(), self.device)?;
+            Ok::<_, peft::Error>(logits.mul(&weights)?.mean_all()?)
+        };
+        told("loss", loss())
+    }
+
+    /// Gradients of [`Subject::loss`].
+    ///
+    /// # Errors
+    /// Whatever the model says.
+    pub fn grads(&self, toy: &Toy) -> Result<(Vec<Param>, Grads), String> {
+        let grads = told("backward", self.loss(toy, &Pass::eval())?.backward())?;
+        Ok((toy.network.parameters(), grads))
+    }
+
+    /// Rounding that outputs of a model this small may gather on this device, relative to 1 + their size.
+    pub fn tolerance(&self) -> f64 {
+        // The reference computes in f64; f32 leaves about a hundred roundings of 1e-7 in two layers.
+        if self.device.backend().name() == "cpu" { 2e-5 } else { 1e-10 }
+    }
+}
