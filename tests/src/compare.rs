@@ -11,7 +11,10 @@ pub type Check = Result<(), String>;
 /// Whatever the device says.
 pub fn bits(x: &Tensor) -> Result<(Vec<usize>, Vec<u64>), String> {
     let values = x.to_f64().map_err(|e| e.to_string())?;
-    Ok((x.shape().to_vec(), values.into_iter().map(f64::to_bits).collect()))
+    Ok((
+        x.shape().to_vec(),
+        values.into_iter().map(f64::to_bits).collect(),
+    ))
 }
 
 /// A base weight as it is stored, byte by byte.
@@ -21,7 +24,11 @@ pub fn bits(x: &Tensor) -> Result<(Vec<usize>, Vec<u64>), String> {
 pub fn stored_bits(weight: &BaseWeight) -> Result<Vec<u8>, String> {
     match (weight.as_frozen(), weight.as_dense()) {
         (Some(frozen), _) => Ok(frozen.bytes().to_vec()),
-        (None, Some(dense)) => Ok(bits(dense)?.1.into_iter().flat_map(u64::to_le_bytes).collect()),
+        (None, Some(dense)) => Ok(bits(dense)?
+            .1
+            .into_iter()
+            .flat_map(u64::to_le_bytes)
+            .collect()),
         (None, None) => Err("a weight of no kind".to_owned()),
     }
 }
@@ -36,10 +43,16 @@ pub fn same_bits(what: &str, got: &Tensor, want: &Tensor) -> Check {
         return Err(format!("{what}: shape {:?}, not {:?}", got.0, want.0));
     }
     let differing = got.1.iter().zip(&want.1).filter(|(a, b)| a != b);
-    let gap = differing.clone().map(|(a, b)| (f64::from_bits(*a) - f64::from_bits(*b)).abs()).fold(0.0, f64::max);
+    let gap = differing
+        .clone()
+        .map(|(a, b)| (f64::from_bits(*a) - f64::from_bits(*b)).abs())
+        .fold(0.0, f64::max);
     match differing.count() {
         0 => Ok(()),
-        n => Err(format!("{what}: {n} of {} values differ in their bits, by up to {gap:e}", want.1.len())),
+        n => Err(format!(
+            "{what}: {n} of {} values differ in their bits, by up to {gap:e}",
+            want.1.len()
+        )),
     }
 }
 
@@ -49,9 +62,16 @@ pub fn same_bits(what: &str, got: &Tensor, want: &Tensor) -> Check {
 /// If the shapes differ or a value is not finite.
 pub fn gap(what: &str, got: &Tensor, want: &Tensor) -> Result<f64, String> {
     if got.shape() != want.shape() {
-        return Err(format!("{what}: shape {:?}, not {:?}", got.shape(), want.shape()));
+        return Err(format!(
+            "{what}: shape {:?}, not {:?}",
+            got.shape(),
+            want.shape()
+        ));
     }
-    let (got, want) = (got.to_f64().map_err(|e| e.to_string())?, want.to_f64().map_err(|e| e.to_string())?);
+    let (got, want) = (
+        got.to_f64().map_err(|e| e.to_string())?,
+        want.to_f64().map_err(|e| e.to_string())?,
+    );
     let mut gap = 0f64;
     for (i, (g, w)) in got.iter().zip(&want).enumerate() {
         if !(g.is_finite() && w.is_finite()) {
@@ -67,7 +87,11 @@ pub fn gap(what: &str, got: &Tensor, want: &Tensor) -> Result<f64, String> {
 /// # Errors
 /// Whatever the device says.
 pub fn size(x: &Tensor) -> Result<f64, String> {
-    Ok(x.to_f64().map_err(|e| e.to_string())?.into_iter().map(f64::abs).fold(0.0, f64::max))
+    Ok(x.to_f64()
+        .map_err(|e| e.to_string())?
+        .into_iter()
+        .map(f64::abs)
+        .fold(0.0, f64::max))
 }
 
 /// Two tensors agree to `tolerance` times 1 + the largest wanted value.
@@ -76,7 +100,11 @@ pub fn size(x: &Tensor) -> Result<f64, String> {
 /// Says by how much they do not.
 pub fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) -> Check {
     let (gap, allowed) = (gap(what, got, want)?, tolerance * (1.0 + size(want)?));
-    if gap <= allowed { Ok(()) } else { Err(format!("{what}: differ by {gap:e}, allowed is {allowed:e}")) }
+    if gap <= allowed {
+        Ok(())
+    } else {
+        Err(format!("{what}: differ by {gap:e}, allowed is {allowed:e}"))
+    }
 }
 
 /// Two tensors differ by clearly more than rounding.
@@ -88,5 +116,9 @@ pub fn differ(what: &str, a: &Tensor, b: &Tensor) -> Check {
         return Ok(());
     }
     let gap = gap(what, a, b)?;
-    if gap > 1e-4 * (1.0 + size(b)?) { Ok(()) } else { Err(format!("{what}: differ by only {gap:e}")) }
+    if gap > 1e-4 * (1.0 + size(b)?) {
+        Ok(())
+    } else {
+        Err(format!("{what}: differ by only {gap:e}"))
+    }
 }

@@ -4,5 +4,6 @@
 //! `goldens.rs` compares with files Hugging Face PEFT wrote, `facade.rs` checks that nothing fell out of the registry.
 
 pub mod compare;
+pub mod golden;
 pub mod subject;
 pub mod toy;

@@ -37,8 +37,13 @@ pub struct Subject<'a> {
 
 /// Numbers that configurations have, with the values that are drawn for them; a method that refuses the drawn value
 /// runs with its example's.
-const NUMBERS: &[(&str, u64, u64)] =
-    &[("r", 1, 5), ("lora_alpha", 1, 9), ("num_virtual_tokens", 1, 4), ("reduction_factor", 1, 4), ("encoder_hidden_size", 3, 9)];
+const NUMBERS: &[(&str, u64, u64)] = &[
+    ("r", 1, 5),
+    ("lora_alpha", 1, 9),
+    ("num_virtual_tokens", 1, 4),
+    ("reduction_factor", 1, 4),
+    ("encoder_hidden_size", 3, 9),
+];
 
 fn sizes() -> impl Strategy<Value = Spec> {
     let format = prop_oneof![
@@ -48,30 +53,71 @@ fn sizes() -> impl Strategy<Value = Spec> {
         Just(WeightFormat::Q4_1),
     ];
     let style = prop_oneof![Just(Style::Decoder), Just(Style::Encoder)];
-    (style, format, 1usize..=2, 0usize..3, 0usize..3, 0usize..2, any::<bool>(), 7usize..24, any::<u64>()).prop_map(
-        |(style, format, layers, split, width, inner, tied, vocab, seed)| {
-            let blocks = format.block_len() > 1;
-            // Blocks of 32 have to fill whole rows, and an encoder's rows are as long as its outputs.
-            let (heads, head_dim) = match (blocks, split) {
-                (true, 0) => (2, 16),
-                (true, 1) => (4, 8),
-                (true, _) => (8, 4),
-                (false, 0) => (2, 4),
-                (false, 1) => (2, 6),
-                (false, _) => (4, 4),
-            };
-            let kv_heads = if style == Style::Encoder || vocab % 2 == 0 { heads } else { heads / 2 };
-            let hidden = if blocks { 32 } else { [8, 12, 20][width] };
-            let inner = if blocks { [32, 64][inner] } else { [12, 24][inner] };
-            Spec { style, layers, heads, kv_heads, head_dim, hidden, inner, vocab, tied, format, seed }
-        },
+    (
+        style,
+        format,
+        1usize..=2,
+        0usize..3,
+        0usize..3,
+        0usize..2,
+        any::<bool>(),
+        7usize..24,
+        any::<u64>(),
     )
+        .prop_map(
+            |(style, format, layers, split, width, inner, tied, vocab, seed)| {
+                let blocks = format.block_len() > 1;
+                // Blocks of 32 have to fill whole rows, and an encoder's rows are as long as its outputs.
+                let (heads, head_dim) = match (blocks, split) {
+                    (true, 0) => (2, 16),
+                    (true, 1) => (4, 8),
+                    (true, _) => (8, 4),
+                    (false, 0) => (2, 4),
+                    (false, 1) => (2, 6),
+                    (false, _) => (4, 4),
+                };
+                let kv_heads = if style == Style::Encoder || vocab % 2 == 0 {
+                    heads
+                } else {
+                    heads / 2
+                };
+                let hidden = if blocks { 32 } else { [8, 12, 20][width] };
+                let inner = if blocks {
+                    [32, 64][inner]
+                } else {
+                    [12, 24][inner]
+                };
+                Spec {
+                    style,
+                    layers,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    hidden,
+                    inner,
+                    vocab,
+                    tied,
+                    format,
+                    seed,
+                }
+            },
+        )
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let numbers: Vec<_> = NUMBERS.iter().map(|&(name, low, high)| (low..=high).prop_map(move |n| (name, n))).collect();
-    (sizes(), 1usize..=3, 2usize..=5, any::<u64>(), numbers)
-        .prop_map(|(spec, batch, seq, seed, numbers)| Case { spec, batch, seq, seed, numbers })
+    let numbers: Vec<_> = NUMBERS
+        .iter()
+        .map(|&(name, low, high)| (low..=high).prop_map(move |n| (name, n)))
+        .collect();
+    (sizes(), 1usize..=3, 2usize..=5, any::<u64>(), numbers).prop_map(
+        |(spec, batch, seq, seed, numbers)| Case {
+            spec,
+            batch,
+            seq,
+            seed,
+            numbers,
+        },
+    )
 }
 
 /// Runs a law on every method and device, on `count` drawn situations each (`PROPTEST_CASES` sets another number), and
@@ -82,25 +128,52 @@ fn cases() -> impl Strategy<Value = Case> {
 pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
     let entries = peft::methods();
     assert!(!entries.is_empty(), "no method is registered");
-    let count = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(count);
+    let count = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(count);
     let mut failures = Vec::new();
     for (at, entry) in entries.into_iter().enumerate() {
         for (name, device) in [("cpu", Device::cpu()), ("reference", Device::reference())] {
-            let config = Config { cases: count, failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
+            let config = Config {
+                cases: count,
+                failure_persistence: None,
+                max_shrink_iters: 60,
+                ..Config::default()
+            };
             // The same situations every time, others for each method.
-            let seed = RngKey::new(at as u64).fork(entry.id).0.to_le_bytes().repeat(4);
-            let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+            let seed = RngKey::new(at as u64)
+                .fork(entry.id)
+                .0
+                .to_le_bytes()
+                .repeat(4);
+            let mut runner =
+                TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
             let outcome = runner.run(&cases(), |case| {
-                law(&Subject { entry, device: &device, case: &case }).map_err(TestCaseError::fail)
+                law(&Subject {
+                    entry,
+                    device: &device,
+                    case: &case,
+                })
+                .map_err(TestCaseError::fail)
             });
             match outcome {
                 Ok(()) => {}
-                Err(TestError::Fail(reason, case)) => failures.push(format!("{} on {name}: {reason}\n    {case:?}", entry.id)),
-                Err(TestError::Abort(reason)) => failures.push(format!("{} on {name}: {reason}", entry.id)),
+                Err(TestError::Fail(reason, case)) => {
+                    failures.push(format!("{} on {name}: {reason}\n    {case:?}", entry.id))
+                }
+                Err(TestError::Abort(reason)) => {
+                    failures.push(format!("{} on {name}: {reason}", entry.id))
+                }
             }
         }
     }
-    assert!(failures.is_empty(), "{} broken:\n{}", failures.len(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} broken:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
 }
 
 /// An error as a sentence.
@@ -126,8 +199,13 @@ impl Subject<'_> {
     /// # Errors
     /// If it is no JSON object.
     pub fn example_of(entry: &MethodEntry) -> Result<Value, String> {
-        let mut config: Value = told("the example configuration", serde_json::from_str(entry.example))?;
-        let object = config.as_object_mut().ok_or("the example configuration is no object")?;
+        let mut config: Value = told(
+            "the example configuration",
+            serde_json::from_str(entry.example),
+        )?;
+        let object = config
+            .as_object_mut()
+            .ok_or("the example configuration is no object")?;
         object.insert("peft_type".to_owned(), json!(entry.peft_type));
         Ok(config)
     }
@@ -146,7 +224,11 @@ impl Subject<'_> {
         }
         match self.toy()?.network.attach("probe", &drawn, 0) {
             Ok(()) => Ok(drawn),
-            Err(_) => told("the example configuration", self.toy()?.network.attach("probe", &example, 0)).map(|()| example),
+            Err(_) => told(
+                "the example configuration",
+                self.toy()?.network.attach("probe", &example, 0),
+            )
+            .map(|()| example),
         }
     }
 
@@ -164,7 +246,10 @@ impl Subject<'_> {
     /// If it does not attach.
     pub fn fresh(&self, name: &str) -> Result<Toy, String> {
         let mut toy = self.toy()?;
-        told("attach", toy.network.attach(name, &self.config()?, self.case.seed))?;
+        told(
+            "attach",
+            toy.network.attach(name, &self.config()?, self.case.seed),
+        )?;
         Ok(toy)
     }
 
@@ -186,17 +271,40 @@ impl Subject<'_> {
         let params = told("parameters", toy.network.adapter_parameters(name))?;
         for param in &params {
             let key = RngKey::new(self.case.seed).fork(name).fork(param.key());
-            let noise = told("noise", Tensor::normal(key, 0.0, 0.15, param.shape(), self.device))?;
-            told("perturb", param.tensor().detach().add(&noise).map_err(Into::into).and_then(|v| param.set(v)))?;
+            let noise = told(
+                "noise",
+                Tensor::normal(key, 0.0, 0.15, param.shape(), self.device),
+            )?;
+            told(
+                "perturb",
+                param
+                    .tensor()
+                    .detach()
+                    .add(&noise)
+                    .map_err(Into::into)
+                    .and_then(|v| param.set(v)),
+            )?;
         }
-        if params.is_empty() { Err("the adapter has no parameters".to_owned()) } else { Ok(()) }
+        if params.is_empty() {
+            Err("the adapter has no parameters".to_owned())
+        } else {
+            Ok(())
+        }
     }
 
     /// The drawn tokens.
     pub fn ids(&self) -> Ids {
-        let Case { batch, seq, seed, ref spec, .. } = *self.case;
+        let Case {
+            batch,
+            seq,
+            seed,
+            ref spec,
+            ..
+        } = *self.case;
         let key = RngKey::new(seed).fork("tokens");
-        let ids = (0..batch * seq).map(|i| key.below(i as u64, spec.vocab as u64) as u32).collect();
+        let ids = (0..batch * seq)
+            .map(|i| key.below(i as u64, spec.vocab as u64) as u32)
+            .collect();
         Ids { ids, batch, seq }
     }
 
@@ -205,7 +313,10 @@ impl Subject<'_> {
     /// # Errors
     /// Whatever the model says.
     pub fn run(&self, toy: &Toy) -> Result<Tensor, String> {
-        told("forward", peft::tensor::no_grad(|| toy.logits(&self.ids(), &Pass::eval())))
+        told(
+            "forward",
+            peft::tensor::no_grad(|| toy.logits(&self.ids(), &Pass::eval())),
+        )
     }
 
     /// A scalar that depends on every output with a weight of its own.
@@ -234,6 +345,10 @@ impl Subject<'_> {
     /// Rounding that outputs of a model this small may gather on this device, relative to 1 + their size.
     pub fn tolerance(&self) -> f64 {
         // The reference computes in f64; f32 leaves about a hundred roundings of 1e-7 in two layers.
-        if self.device.backend().name() == "cpu" { 2e-5 } else { 1e-10 }
+        if self.device.backend().name() == "cpu" {
+            2e-5
+        } else {
+            1e-10
+        }
     }
 }

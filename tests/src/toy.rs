@@ -3,7 +3,10 @@
 
 use std::sync::Arc;
 
-use peft::core::{Base, BaseWeight, Device, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result, RngKey, Tensor};
+use peft::core::{
+    Base, BaseWeight, Device, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result,
+    RngKey, Tensor,
+};
 use peft::tensor::{Attention, Bytes, FrozenWeight, Glu, Mask, Rope, WeightFormat, concat, encode};
 
 /// Which arithmetic.
@@ -84,17 +87,27 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn values(&self, name: &str, n: usize, mean: f32, std: f32) -> Vec<f32> {
         let mut values = vec![0.0; n];
-        RngKey::new(self.spec.seed).fork(name).fill_normal(mean, std, &mut values);
+        RngKey::new(self.spec.seed)
+            .fork(name)
+            .fill_normal(mean, std, &mut values);
         values
     }
 
     /// A matrix `[rows, cols]` in the storage format.
-    fn matrix(&mut self, path: &str, rows: usize, cols: usize, std: f32, transposed: bool) -> Result<()> {
+    fn matrix(
+        &mut self,
+        path: &str,
+        rows: usize,
+        cols: usize,
+        std: f32,
+        transposed: bool,
+    ) -> Result<()> {
         let name = format!("{path}.weight");
         let values = self.values(&name, rows * cols, 0.0, std);
         let bytes = Bytes::from_vec(encode(self.spec.format, &values, cols)?);
         let weight = FrozenWeight::new(rows, cols, self.spec.format, bytes)?;
-        self.weights.push((name, BaseWeight::frozen(weight, transposed, self.device)));
+        self.weights
+            .push((name, BaseWeight::frozen(weight, transposed, self.device)));
         Ok(())
     }
 
@@ -132,10 +145,15 @@ impl Builder<'_> {
 
     fn layer(&mut self, index: usize) -> Result<Layer> {
         let Spec { hidden, inner, .. } = *self.spec;
-        let (q, kv) = (self.spec.heads * self.spec.head_dim, self.spec.kv_heads * self.spec.head_dim);
+        let (q, kv) = (
+            self.spec.heads * self.spec.head_dim,
+            self.spec.kv_heads * self.spec.head_dim,
+        );
         let at = |name: &str| format!("model.layers.{index}.{name}");
         let biased = self.spec.style == Style::Encoder;
-        let attention = self.tree.push(ModuleInfo::attention(&at("self_attn"), hidden));
+        let attention = self
+            .tree
+            .push(ModuleInfo::attention(&at("self_attn"), hidden));
         let qkvo = [
             self.linear(&at("self_attn.q_proj"), hidden, q, true)?,
             self.linear(&at("self_attn.k_proj"), hidden, kv, true)?,
@@ -147,10 +165,19 @@ impl Builder<'_> {
             self.linear(&at("mlp.up_proj"), hidden, inner, biased)?,
             self.linear(&at("mlp.down_proj"), inner, hidden, biased)?,
         ];
-        let norms = [self.norm(&at("input_layernorm"))?, self.norm(&at("post_attention_layernorm"))?];
+        let norms = [
+            self.norm(&at("input_layernorm"))?,
+            self.norm(&at("post_attention_layernorm"))?,
+        ];
         let mut junction = |name: &str| self.tree.push(ModuleInfo::junction(&at(name), hidden));
         let junctions = [junction("attention_adapters"), junction("output_adapters")];
-        Ok(Layer { norms, attention, qkvo, mlp, junctions })
+        Ok(Layer {
+            norms,
+            attention,
+            qkvo,
+            mlp,
+            junctions,
+        })
     }
 }
 
@@ -173,11 +200,20 @@ impl Toy {
             tied: spec.tied,
             task_heads: Vec::new(),
         };
-        let mut b = Builder { spec, tree: ModuleTree::new(facts), weights: Vec::new(), device };
+        let mut b = Builder {
+            spec,
+            tree: ModuleTree::new(facts),
+            weights: Vec::new(),
+            device,
+        };
         let table = "model.embed_tokens";
         b.matrix(table, spec.vocab, spec.hidden, 0.7, false)?;
-        let embedding = b.tree.push(ModuleInfo::embedding(table, spec.vocab, spec.hidden));
-        let layers = (0..spec.layers).map(|i| b.layer(i)).collect::<Result<_>>()?;
+        let embedding = b
+            .tree
+            .push(ModuleInfo::embedding(table, spec.vocab, spec.hidden));
+        let layers = (0..spec.layers)
+            .map(|i| b.layer(i))
+            .collect::<Result<_>>()?;
         let norm = b.norm("model.norm")?;
         let mut head = ModuleInfo::linear("lm_head", spec.hidden, spec.vocab, false);
         if spec.tied {
@@ -192,7 +228,14 @@ impl Toy {
             base.insert(name, weight);
         }
         base.check()?;
-        Ok(Self { network: Network::new(base), spec: spec.clone(), embedding, layers, norm, head })
+        Ok(Self {
+            network: Network::new(base),
+            spec: spec.clone(),
+            embedding,
+            layers,
+            norm,
+            head,
+        })
     }
 
     fn normed(&self, id: ModuleId, x: &Tensor, pass: &Pass) -> Result<Tensor> {
@@ -210,16 +253,26 @@ impl Toy {
         let net = &self.network;
         let Ids { batch, seq, .. } = *ids;
         let hidden = self.spec.hidden;
-        let mut x = net.embed(self.embedding, &ids.ids, pass)?.reshape(&[batch, seq, hidden])?;
+        let mut x = net
+            .embed(self.embedding, &ids.ids, pass)?
+            .reshape(&[batch, seq, hidden])?;
         if let Some(prompt) = net.prompt(batch, pass)? {
             x = concat(&[&per_row(&prompt, batch)?, &x], 1)?;
         }
         let rope = |heads: usize, seq: usize| self.rope(heads, batch, seq);
         for layer in &self.layers {
-            let h = if self.spec.style == Style::Decoder { self.normed(layer.norms[0], &x, pass)? } else { x.clone() };
+            let h = if self.spec.style == Style::Decoder {
+                self.normed(layer.norms[0], &x, pass)?
+            } else {
+                x.clone()
+            };
             let o = self.attend(layer, &h, &rope, pass)?;
             x = self.meet(layer, 0, &o, &x, pass)?;
-            let h = if self.spec.style == Style::Decoder { self.normed(layer.norms[1], &x, pass)? } else { x.clone() };
+            let h = if self.spec.style == Style::Decoder {
+                self.normed(layer.norms[1], &x, pass)?
+            } else {
+                x.clone()
+            };
             let gate = net.linear(layer.mlp[0], &h, pass)?;
             let inside = gate.glu(Glu::Silu, &net.linear(layer.mlp[1], &h, pass)?)?;
             let down = net.linear(layer.mlp[2], &inside, pass)?;
@@ -229,19 +282,46 @@ impl Toy {
     }
 
     /// A sublayer's output and its residual.
-    fn meet(&self, layer: &Layer, which: usize, y: &Tensor, residual: &Tensor, pass: &Pass) -> Result<Tensor> {
+    fn meet(
+        &self,
+        layer: &Layer,
+        which: usize,
+        y: &Tensor,
+        residual: &Tensor,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         let norm = |x: &Tensor| self.normed(layer.norms[which], x, pass);
-        let norm: Option<&dyn Fn(&Tensor) -> Result<Tensor>> =
-            if self.spec.style == Style::Encoder { Some(&norm) } else { None };
-        self.network.junction(layer.junctions[which], y, residual, norm, pass)
+        let norm: Option<&dyn Fn(&Tensor) -> Result<Tensor>> = if self.spec.style == Style::Encoder
+        {
+            Some(&norm)
+        } else {
+            None
+        };
+        self.network
+            .junction(layer.junctions[which], y, residual, norm, pass)
     }
 
-    fn attend(&self, layer: &Layer, h: &Tensor, rope: &dyn Fn(usize, usize) -> Arc<Rope>, pass: &Pass) -> Result<Tensor> {
+    fn attend(
+        &self,
+        layer: &Layer,
+        h: &Tensor,
+        rope: &dyn Fn(usize, usize) -> Arc<Rope>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         let net = &self.network;
         let (batch, seq, _) = h.dims3()?;
-        let Spec { heads, kv_heads, head_dim, .. } = self.spec;
-        let q = net.linear(layer.qkvo[0], h, pass)?.rope(&rope(heads, seq))?;
-        let mut k = net.linear(layer.qkvo[1], h, pass)?.rope(&rope(kv_heads, seq))?;
+        let Spec {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.spec;
+        let q = net
+            .linear(layer.qkvo[0], h, pass)?
+            .rope(&rope(heads, seq))?;
+        let mut k = net
+            .linear(layer.qkvo[1], h, pass)?
+            .rope(&rope(kv_heads, seq))?;
         let mut v = net.linear(layer.qkvo[2], h, pass)?;
         if let Some(prefix) = net.prefix(layer.attention, batch, pass)? {
             k = concat(&[&per_row(&prefix.k, batch)?, &k], 1)?;
@@ -266,10 +346,23 @@ impl Toy {
         let half = self.spec.head_dim / 2;
         let start = self.network.prefix_len();
         let angle = |at: usize| (at / half) as f32 * 0.3f32.powf((at % half) as f32);
-        let table = |f: fn(f32) -> f32| Arc::new((0..(start + seq) * half).map(|at| f(angle(at))).collect::<Vec<f32>>());
+        let table = |f: fn(f32) -> f32| {
+            Arc::new(
+                (0..(start + seq) * half)
+                    .map(|at| f(angle(at)))
+                    .collect::<Vec<f32>>(),
+            )
+        };
         let positions = (0..batch * seq).map(|i| (start + i % seq) as u32).collect();
         let (cos, sin) = (table(f32::cos), table(f32::sin));
-        Arc::new(Rope { heads, head_dim: self.spec.head_dim, half, cos, sin, positions: Arc::new(positions) })
+        Arc::new(Rope {
+            heads,
+            head_dim: self.spec.head_dim,
+            half,
+            cos,
+            sin,
+            positions: Arc::new(positions),
+        })
     }
 }
 

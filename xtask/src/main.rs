@@ -6,10 +6,13 @@ mod goldens;
 mod models;
 mod new_method;
 mod process;
+mod quickstart;
 mod reviews;
 mod source;
 mod tidy;
 mod workspace;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -49,6 +52,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Makes examples/quickstart/ again: data, tokenizer and base model (needs Python; trains for about ten minutes).
+    Quickstart {
+        /// Stops before the training.
+        #[arg(long)]
+        data_only: bool,
+    },
     /// Everything that has to pass before a change goes in.
     Ci {
         /// Leaves out `cargo test --workspace`, where it has just run.
@@ -57,14 +66,29 @@ enum Task {
     },
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
     let root = workspace::root();
-    match Cli::parse().task {
+    match task {
         Task::Tidy => tidy::run(&root),
         Task::Docs { check } => docs::run(&root, check),
-        Task::NewMethod { family, subfamily, id } => new_method::run(&root, &family, &subfamily, &id),
+        Task::NewMethod {
+            family,
+            subfamily,
+            id,
+        } => new_method::run(&root, &family, &subfamily, &id),
         Task::Models => models::run(&root),
         Task::Goldens { args } => goldens::run(&root, &args),
+        Task::Quickstart { data_only } => quickstart::run(&root, data_only),
         Task::Ci { no_tests } => ci::run(&root, no_tests),
     }
 }

@@ -33,7 +33,12 @@ impl Token {
 
 /// The tokens of Rust code; comments, numbers and character literals are left out.
 pub(crate) fn tokens(code: &str) -> Vec<Token> {
-    Lexer { rest: code, line: 1, out: Vec::new() }.run()
+    Lexer {
+        rest: code,
+        line: 1,
+        out: Vec::new(),
+    }
+    .run()
 }
 
 /// Without the items under `#[cfg(test)]`.
@@ -42,7 +47,11 @@ pub(crate) fn without_tests(tokens: &[Token]) -> Vec<Token> {
     let mut out = Vec::new();
     let mut at = 0;
     while at < tokens.len() {
-        let is_test = tokens.len() - at >= CFG_TEST.len() && CFG_TEST.iter().zip(&tokens[at..]).all(|(want, t)| t.text == *want);
+        let is_test = tokens.len() - at >= CFG_TEST.len()
+            && CFG_TEST
+                .iter()
+                .zip(&tokens[at..])
+                .all(|(want, t)| t.text == *want);
         if is_test {
             at = item_end(tokens, at + CFG_TEST.len());
         } else {
@@ -90,7 +99,9 @@ impl Lexer<'_> {
                 self.take(block_comment(self.rest));
             } else if let Some((prefix, hashes)) = raw_string(self.rest) {
                 let end = format!("\"{}", "#".repeat(hashes));
-                let content = self.rest[prefix..].find(&end).unwrap_or(self.rest.len() - prefix);
+                let content = self.rest[prefix..]
+                    .find(&end)
+                    .unwrap_or(self.rest.len() - prefix);
                 self.push(Kind::Text, prefix, content, end.len());
             } else if c == '"' || self.rest.starts_with("b\"") || self.rest.starts_with("c\"") {
                 let prefix = if c == '"' { 1 } else { 2 };
@@ -99,10 +110,17 @@ impl Lexer<'_> {
             } else if c == '\'' {
                 self.take(quote(self.rest));
             } else if c.is_alphabetic() || c == '_' {
-                let length = self.rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(self.rest.len());
+                let length = self
+                    .rest
+                    .find(|c: char| !c.is_alphanumeric() && c != '_')
+                    .unwrap_or(self.rest.len());
                 self.push(Kind::Word, 0, length, 0);
             } else if c.is_ascii_digit() {
-                self.take(self.rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(self.rest.len()));
+                self.take(
+                    self.rest
+                        .find(|c: char| !c.is_alphanumeric() && c != '_')
+                        .unwrap_or(self.rest.len()),
+                );
             } else if c.is_whitespace() {
                 self.take(c.len_utf8());
             } else {
@@ -119,7 +137,11 @@ impl Lexer<'_> {
     }
 
     fn push(&mut self, kind: Kind, before: usize, length: usize, after: usize) {
-        self.out.push(Token { kind, text: self.rest[before..before + length].to_owned(), line: self.line });
+        self.out.push(Token {
+            kind,
+            text: self.rest[before..before + length].to_owned(),
+            line: self.line,
+        });
         self.take(before + length + after);
     }
 }
@@ -147,11 +169,14 @@ fn block_comment(code: &str) -> usize {
 /// `r"`, `br##"` and the like: the length of the opening and the number of hashes.
 fn raw_string(code: &str) -> Option<(usize, usize)> {
     let prefix = ["r", "br", "cr"].into_iter().find(|p| {
-        code.strip_prefix(p).is_some_and(|rest| rest.starts_with(['#', '"']))
+        code.strip_prefix(p)
+            .is_some_and(|rest| rest.starts_with(['#', '"']))
     })?;
     let rest = &code[prefix.len()..];
     let hashes = rest.len() - rest.trim_start_matches('#').len();
-    rest[hashes..].starts_with('"').then_some((prefix.len() + hashes + 1, hashes))
+    rest[hashes..]
+        .starts_with('"')
+        .then_some((prefix.len() + hashes + 1, hashes))
 }
 
 /// Length of a string's content up to the quote that ends it.
@@ -186,13 +211,19 @@ mod tests {
     use super::*;
 
     fn shown(code: &str) -> Vec<String> {
-        tokens(code).into_iter().map(|t| format!("{}{}", ["", "=", ""][t.kind as usize], t.text)).collect()
+        tokens(code)
+            .into_iter()
+            .map(|t| format!("{}{}", ["", "=", ""][t.kind as usize], t.text))
+            .collect()
     }
 
     #[test]
     fn comments_strings_and_characters_are_told_apart() {
         assert_eq!(shown("a // b\n/* c /* d */ e */ f"), ["a", "f"]);
-        assert_eq!(shown(r##"x("a\"b", r#"c"d"#, b"e")"##), ["x", "(", "=a\\\"b", ",", "=c\"d", ",", "=e", ")"]);
+        assert_eq!(
+            shown(r##"x("a\"b", r#"c"d"#, b"e")"##),
+            ["x", "(", "=a\\\"b", ",", "=c\"d", ",", "=e", ")"]
+        );
         assert_eq!(shown(r"'a' '\'' '\u{1F}' &'life r"), ["&", "life", "r"]);
         assert_eq!(shown("r#type 1_000f32 é"), ["r", "#", "type", "é"]);
         assert_eq!(shown("\"open"), ["=open"]);
@@ -201,14 +232,23 @@ mod tests {
 
     #[test]
     fn lines_are_counted_through_everything() {
-        let lines: Vec<usize> = tokens("a\n\"x\ny\" b /*\n*/ c\n// d\ne").iter().map(|t| t.line).collect();
+        let lines: Vec<usize> = tokens("a\n\"x\ny\" b /*\n*/ c\n// d\ne")
+            .iter()
+            .map(|t| t.line)
+            .collect();
         assert_eq!(lines, [1, 2, 3, 4, 6]);
     }
 
     #[test]
     fn test_items_are_cut_out() {
         let code = "a #[cfg(test)] mod tests { fn f() { [1]; } } b #[cfg(test)] use x; c #[cfg(not(test))] fn d() {}";
-        let left: Vec<String> = without_tests(&tokens(code)).into_iter().map(|t| t.text).collect();
-        assert_eq!(left.join(" "), "a b c # [ cfg ( not ( test ) ) ] fn d ( ) { }");
+        let left: Vec<String> = without_tests(&tokens(code))
+            .into_iter()
+            .map(|t| t.text)
+            .collect();
+        assert_eq!(
+            left.join(" "),
+            "a b c # [ cfg ( not ( test ) ) ] fn d ( ) { }"
+        );
     }
 }

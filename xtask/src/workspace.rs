@@ -16,11 +16,21 @@ pub(crate) fn root() -> PathBuf {
 /// Files that git holds or would hold, relative to the root, sorted, with `/` between parts.
 pub(crate) fn files(root: &Path) -> Result<Vec<String>> {
     let listed = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard", "-z"])
+        .args([
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "-z",
+        ])
         .current_dir(root)
         .output()
         .context("running git ls-files")?;
-    ensure!(listed.status.success(), "git ls-files: {}", String::from_utf8_lossy(&listed.stderr));
+    ensure!(
+        listed.status.success(),
+        "git ls-files: {}",
+        String::from_utf8_lossy(&listed.stderr)
+    );
     let mut files: Vec<String> = String::from_utf8_lossy(&listed.stdout)
         .split('\0')
         .filter(|name| !name.is_empty() && root.join(name).is_file())
@@ -51,7 +61,10 @@ pub(crate) fn methods() -> Vec<&'static MethodEntry> {
 
 /// Whether a file has to be a registered method: it lies in a sub-family's folder of a family's crate.
 pub(crate) fn is_method_file(file: &str) -> bool {
-    let Some(rest) = FAMILIES.iter().find_map(|family| file.strip_prefix(&format!("crates/peft-{family}/src/"))) else {
+    let Some(rest) = FAMILIES
+        .iter()
+        .find_map(|family| file.strip_prefix(&format!("crates/peft-{family}/src/")))
+    else {
         return false;
     };
     rest.contains('/') && rest.ends_with(".rs") && !rest.ends_with("/mod.rs")
@@ -66,7 +79,10 @@ mod tests {
 
     #[test]
     fn method_files_are_those_in_subfamily_folders() {
-        for yes in ["crates/peft-reparam/src/low_rank/x.rs", "crates/peft-hybrid/src/a/b/c.rs"] {
+        for yes in [
+            "crates/peft-reparam/src/low_rank/x.rs",
+            "crates/peft-hybrid/src/a/b/c.rs",
+        ] {
             assert!(is_method_file(yes), "{yes}");
         }
         for no in [
@@ -83,6 +99,10 @@ mod tests {
 
     #[test]
     fn git_lists_this_file() {
-        assert!(files(&root()).unwrap().contains(&"xtask/src/workspace.rs".to_owned()));
+        assert!(
+            files(&root())
+                .unwrap()
+                .contains(&"xtask/src/workspace.rs".to_owned())
+        );
     }
 }

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use peft_tensor::{Device, RngKey, Tensor};
 use serde_json::Value;
 
-use crate::{Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, PeftMethod, Result, Site, Targets, entry_for};
+use crate::{
+    Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, PeftMethod,
+    Result, Site, Targets, entry_for,
+};
 
 /// Which parameter of a module.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -63,7 +66,13 @@ impl Store {
     }
 
     /// The trained stand-in for a base parameter, made at the first call.
-    pub(crate) fn select(&mut self, base: &Base, module: ModuleId, slot: Slot, key: String) -> Result<Param> {
+    pub(crate) fn select(
+        &mut self,
+        base: &Base,
+        module: ModuleId,
+        slot: Slot,
+        key: String,
+    ) -> Result<Param> {
         if let Some(param) = self.selected.get(&(module, slot)) {
             return Ok(param.clone());
         }
@@ -74,7 +83,10 @@ impl Store {
         };
         let weight = name.as_ref().and_then(|n| base.weight(n));
         let Some(weight) = weight else {
-            return Err(Error::module(&info.path, format!("has no {} to train", slot.name())));
+            return Err(Error::module(
+                &info.path,
+                format!("has no {} to train", slot.name()),
+            ));
         };
         let param = self.insert(Param::new(key, &stored_values(weight)?, true))?;
         self.selected.insert((module, slot), param.clone());
@@ -85,7 +97,11 @@ impl Store {
 /// A weight's values in the layout it is stored in, vectors as vectors.
 pub(crate) fn stored_values(weight: &BaseWeight) -> Result<Tensor> {
     let dense = weight.to_dense()?;
-    let dense = if weight.is_transposed() { dense.t()? } else { dense };
+    let dense = if weight.is_transposed() {
+        dense.t()?
+    } else {
+        dense
+    };
     match *dense.shape() {
         [1, n] if weight.as_frozen().is_some() => Ok(dense.reshape(&[n])?),
         _ => Ok(dense),
@@ -124,15 +140,33 @@ impl<'a> Injector<'a> {
         sites: Vec<Site>,
         mut attach: impl FnMut(&Site, &mut Attach<'_>) -> Result<Box<dyn Adapter>>,
     ) -> Result<()> {
-        self.common.check_patterns(sites.iter().map(|s| s.path.as_str()))?;
-        let listed = matches!(&self.common.target_modules, Some(Targets::Names(_) | Targets::Pattern(_)));
+        self.common
+            .check_patterns(sites.iter().map(|s| s.path.as_str()))?;
+        let listed = matches!(
+            &self.common.target_modules,
+            Some(Targets::Names(_) | Targets::Pattern(_))
+        );
         if !listed && self.scope.is_empty() {
-            let paths = sites.iter().filter(|s| s.id.is_some()).map(|s| s.path.clone());
+            let paths = sites
+                .iter()
+                .filter(|s| s.id.is_some())
+                .map(|s| s.path.clone());
             self.store.resolved_targets = Some(paths.collect());
         }
         for site in sites {
-            let adapter: Arc<dyn Adapter> = attach(&site, &mut Attach { cx: self, site: &site })?.into();
-            self.store.sites.push(Placed { site: site.clone(), adapter: adapter.clone(), mirrored: false });
+            let adapter: Arc<dyn Adapter> = attach(
+                &site,
+                &mut Attach {
+                    cx: self,
+                    site: &site,
+                },
+            )?
+            .into();
+            self.store.sites.push(Placed {
+                site: site.clone(),
+                adapter: adapter.clone(),
+                mirrored: false,
+            });
         }
         Ok(())
     }
@@ -140,14 +174,26 @@ impl<'a> Injector<'a> {
     /// Puts an adapter that another one already owns the parameters of at a second place (the other side of a tied
     /// pair); `mirrored` says that both merge into the same values.
     pub fn place(&mut self, site: Site, adapter: Arc<dyn Adapter>, mirrored: bool) {
-        self.store.sites.push(Placed { site, adapter, mirrored });
+        self.store.sites.push(Placed {
+            site,
+            adapter,
+            mirrored,
+        });
     }
 
     /// Both sides of a tied pair of embeddings, input and output.
     pub fn tied_pair(&self) -> Option<(Site, Site)> {
         let facts = self.tree().facts();
-        let side = |path: &Option<String>| path.as_ref().and_then(|p| self.tree().get(p)).map(|id| self.tree().site(id));
-        if facts.tied { side(&facts.input_embedding).zip(side(&facts.output_embedding)) } else { None }
+        let side = |path: &Option<String>| {
+            path.as_ref()
+                .and_then(|p| self.tree().get(p))
+                .map(|id| self.tree().site(id))
+        };
+        if facts.tied {
+            side(&facts.input_embedding).zip(side(&facts.output_embedding))
+        } else {
+            None
+        }
     }
 
     /// Attaches another method from its own configuration, its keys behind `scope`.
@@ -156,7 +202,9 @@ impl<'a> Injector<'a> {
     /// If the configuration is wrong or the method cannot be attached.
     pub fn member(&mut self, config: &Value, scope: &str) -> Result<Box<dyn PeftMethod>> {
         let inside = |e: Error| e.context(scope.trim_end_matches('.').to_owned());
-        let parsed = entry_for(config).and_then(|entry| (entry.parse)(config)).map_err(inside)?;
+        let parsed = entry_for(config)
+            .and_then(|entry| (entry.parse)(config))
+            .map_err(inside)?;
         let common = Common::from_config(config).map_err(inside)?;
         let mut cx = Injector {
             base: self.base,
@@ -230,7 +278,11 @@ impl Attach<'_> {
     /// # Errors
     /// If there is one of that name already, or given values have another shape.
     pub fn param(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
-        let path = if self.site.path.is_empty() { String::new() } else { format!("{}.", self.site.path) };
+        let path = if self.site.path.is_empty() {
+            String::new()
+        } else {
+            format!("{}.", self.site.path)
+        };
         self.make(format!("base_model.model.{path}{name}"), shape, init, true)
     }
 
@@ -273,8 +325,16 @@ impl Attach<'_> {
     /// # Errors
     /// If the module has no such parameter.
     pub fn select(&mut self, slot: Slot, name: &str) -> Result<Param> {
-        let Some(id) = self.site.id else { return Err(Error::other("the model as a whole has no parameters to select")) };
-        let key = format!("{}base_model.model.{}.{name}", self.cx.scope(), self.site.path);
+        let Some(id) = self.site.id else {
+            return Err(Error::other(
+                "the model as a whole has no parameters to select",
+            ));
+        };
+        let key = format!(
+            "{}base_model.model.{}.{name}",
+            self.cx.scope(),
+            self.site.path
+        );
         let base = self.cx.base().clone();
         self.cx.store().select(&base, id, slot, key)
     }
@@ -295,8 +355,12 @@ impl Attach<'_> {
     /// If it has none.
     pub fn base_weight(&self) -> Result<&BaseWeight> {
         let base = self.cx.base();
-        let name = self.site.id.and_then(|id| base.tree().info(id).weight.as_deref());
-        name.and_then(|n| base.weight(n)).ok_or_else(|| Error::module(&self.site.path, "has no weight"))
+        let name = self
+            .site
+            .id
+            .and_then(|id| base.tree().info(id).weight.as_deref());
+        name.and_then(|n| base.weight(n))
+            .ok_or_else(|| Error::module(&self.site.path, "has no weight"))
     }
 
     /// A parameter of the base model by its full name, as values.
@@ -306,7 +370,9 @@ impl Attach<'_> {
     pub fn base_values(&self, name: &str) -> Result<Tensor> {
         match self.cx.base().weight(name) {
             Some(weight) => stored_values(weight),
-            None => Err(Error::other(format!("the base model has no parameter {name:?}"))),
+            None => Err(Error::other(format!(
+                "the base model has no parameter {name:?}"
+            ))),
         }
     }
 }

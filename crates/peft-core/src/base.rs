@@ -18,12 +18,19 @@ pub struct Base {
 impl Base {
     /// Without parameters yet; [`Base::insert`] them.
     pub fn new(tree: ModuleTree, device: &Device) -> Self {
-        Self { tree, weights: BTreeMap::new(), device: device.clone() }
+        Self {
+            tree,
+            weights: BTreeMap::new(),
+            device: device.clone(),
+        }
     }
 
     /// An empty model on the processor, for programs that bring their own layers: see [`Base::linear`] and the others.
     pub fn custom() -> Self {
-        let facts = ModelFacts { model_type: "custom".to_owned(), ..ModelFacts::default() };
+        let facts = ModelFacts {
+            model_type: "custom".to_owned(),
+            ..ModelFacts::default()
+        };
         Self::new(ModuleTree::new(facts), &Device::cpu())
     }
 
@@ -31,14 +38,26 @@ impl Base {
     ///
     /// # Errors
     /// If the bias is not as long as W has rows.
-    pub fn linear(mut self, path: &str, weight: Array2<f32>, bias: Option<Array1<f32>>) -> Result<Self> {
+    pub fn linear(
+        mut self,
+        path: &str,
+        weight: Array2<f32>,
+        bias: Option<Array1<f32>>,
+    ) -> Result<Self> {
         let (out, inside) = weight.dim();
-        self.tree.push(ModuleInfo::linear(path, inside, out, bias.is_some()));
+        self.tree
+            .push(ModuleInfo::linear(path, inside, out, bias.is_some()));
         if let Some(bias) = bias {
             if bias.len() != out {
-                return Err(Error::module(path, format!("a bias of {} for a weight of {out} rows", bias.len())));
+                return Err(Error::module(
+                    path,
+                    format!("a bias of {} for a weight of {out} rows", bias.len()),
+                ));
             }
-            self.insert(format!("{path}.bias"), BaseWeight::dense(Tensor::from_array(bias, &self.device)?, false));
+            self.insert(
+                format!("{path}.bias"),
+                BaseWeight::dense(Tensor::from_array(bias, &self.device)?, false),
+            );
         }
         self.insert_matrix(format!("{path}.weight"), weight)
     }
@@ -57,15 +76,30 @@ impl Base {
     ///
     /// # Errors
     /// If the bias is not as long as the weight.
-    pub fn norm(mut self, path: &str, weight: Array1<f32>, bias: Option<Array1<f32>>) -> Result<Self> {
-        self.tree.push(ModuleInfo::norm(path, weight.len(), bias.is_some()));
+    pub fn norm(
+        mut self,
+        path: &str,
+        weight: Array1<f32>,
+        bias: Option<Array1<f32>>,
+    ) -> Result<Self> {
+        self.tree
+            .push(ModuleInfo::norm(path, weight.len(), bias.is_some()));
         if let Some(bias) = bias {
             if bias.len() != weight.len() {
-                return Err(Error::module(path, format!("a bias of {} for a weight of {}", bias.len(), weight.len())));
+                return Err(Error::module(
+                    path,
+                    format!("a bias of {} for a weight of {}", bias.len(), weight.len()),
+                ));
             }
-            self.insert(format!("{path}.bias"), BaseWeight::dense(Tensor::from_array(bias, &self.device)?, false));
+            self.insert(
+                format!("{path}.bias"),
+                BaseWeight::dense(Tensor::from_array(bias, &self.device)?, false),
+            );
         }
-        self.insert(format!("{path}.weight"), BaseWeight::dense(Tensor::from_array(weight, &self.device)?, false));
+        self.insert(
+            format!("{path}.weight"),
+            BaseWeight::dense(Tensor::from_array(weight, &self.device)?, false),
+        );
         Ok(self)
     }
 
@@ -80,7 +114,10 @@ impl Base {
         let (rows, cols) = matrix.dim();
         let values = Tensor::from_array(matrix, &Device::cpu())?.to_vec()?;
         let device = self.device.clone();
-        self.insert(name, BaseWeight::frozen(FrozenWeight::from_f32(rows, cols, values)?, false, &device));
+        self.insert(
+            name,
+            BaseWeight::frozen(FrozenWeight::from_f32(rows, cols, values)?, false, &device),
+        );
         Ok(self)
     }
 
@@ -119,7 +156,11 @@ impl Base {
             None => missing.push(name.to_owned()),
             Some(w) => {
                 // Frozen vectors are one row.
-                let found: Vec<usize> = if shape.len() == 1 && w.shape().len() == 2 { vec![w.shape().iter().product()] } else { w.shape() };
+                let found: Vec<usize> = if shape.len() == 1 && w.shape().len() == 2 {
+                    vec![w.shape().iter().product()]
+                } else {
+                    w.shape()
+                };
                 if found != shape {
                     misshaped.push(format!("{name}: {found:?}, expected {shape:?}"));
                 }
@@ -141,6 +182,11 @@ impl Base {
             return Ok(());
         }
         missing.dedup();
-        Err(Error::Load { what: "the checkpoint".to_owned(), missing, unexpected: Vec::new(), misshaped })
+        Err(Error::Load {
+            what: "the checkpoint".to_owned(),
+            missing,
+            unexpected: Vec::new(),
+            misshaped,
+        })
     }
 }

@@ -27,7 +27,10 @@ fn train_biases(cx: &mut Injector<'_>, first: usize) -> Result<()> {
     if mode == Bias::None {
         return Ok(());
     }
-    let adapted: Vec<ModuleId> = cx.store.sites[first..].iter().filter_map(|p| p.site.id).collect();
+    let adapted: Vec<ModuleId> = cx.store.sites[first..]
+        .iter()
+        .filter_map(|p| p.site.id)
+        .collect();
     let mut any = false;
     for (id, module) in cx.tree().iter() {
         let inside = adapted.contains(&id);
@@ -35,10 +38,18 @@ fn train_biases(cx: &mut Injector<'_>, first: usize) -> Result<()> {
             continue;
         }
         let name = if inside { "base_layer.bias" } else { "bias" };
-        cx.store.select(cx.base, id, Slot::Bias, key_of(cx, &module.path, name))?;
+        cx.store
+            .select(cx.base, id, Slot::Bias, key_of(cx, &module.path, name))?;
         any = true;
     }
-    if any { Ok(()) } else { Err(Error::config("bias", "none of these modules has a bias to train")) }
+    if any {
+        Ok(())
+    } else {
+        Err(Error::config(
+            "bias",
+            "none of these modules has a bias to train",
+        ))
+    }
 }
 
 /// `modules_to_save`, and a fresh classification head, which is useless untrained.
@@ -55,7 +66,8 @@ fn save_modules(cx: &mut Injector<'_>) -> Result<()> {
         let info = cx.tree().info(id);
         for (slot, name) in [(Slot::Weight, &info.weight), (Slot::Bias, &info.bias)] {
             if name.is_some() {
-                cx.store.select(cx.base, id, slot, key_of(cx, &info.path, slot.name()))?;
+                cx.store
+                    .select(cx.base, id, slot, key_of(cx, &info.path, slot.name()))?;
             }
         }
         tie_saved(cx, id);
@@ -71,14 +83,20 @@ fn tie_saved(cx: &mut Injector<'_>, id: ModuleId) {
     if let Some(other) = tied_partner(cx, id)
         && let Some(param) = cx.store.selected.get(&(id, Slot::Weight)).cloned()
     {
-        cx.store.selected.entry((other, Slot::Weight)).or_insert(param);
+        cx.store
+            .selected
+            .entry((other, Slot::Weight))
+            .or_insert(param);
     }
 }
 
 /// The other module that uses the same weight.
 pub(crate) fn tied_partner(cx: &Injector<'_>, id: ModuleId) -> Option<ModuleId> {
     let weight = cx.tree().info(id).weight.as_ref()?;
-    cx.tree().iter().find(|(other, m)| *other != id && m.weight.as_ref() == Some(weight)).map(|(other, _)| other)
+    cx.tree()
+        .iter()
+        .find(|(other, m)| *other != id && m.weight.as_ref() == Some(weight))
+        .map(|(other, _)| other)
 }
 
 fn train_tokens(cx: &mut Injector<'_>) -> Result<()> {
@@ -87,7 +105,10 @@ fn train_tokens(cx: &mut Injector<'_>) -> Result<()> {
         let name = match name {
             Some(name) => name.clone(),
             None => cx.tree().facts().input_embedding.clone().ok_or_else(|| {
-                Error::config(FIELD, "the model has no input embedding; give {\"module\": [rows]}")
+                Error::config(
+                    FIELD,
+                    "the model has no input embedding; give {\"module\": [rows]}",
+                )
             })?,
         };
         let found = cx.tree().subtree(FIELD, std::slice::from_ref(&name))?;
@@ -96,19 +117,38 @@ fn train_tokens(cx: &mut Injector<'_>) -> Result<()> {
                 continue;
             }
             let site = cx.tree().site(id);
-            let rows = if site.kind == ModuleKind::Embedding { site.in_features } else { site.out_features };
+            let rows = if site.kind == ModuleKind::Embedding {
+                site.in_features
+            } else {
+                site.out_features
+            };
             let mut unique = ids.clone();
             unique.sort_unstable();
             unique.dedup();
-            if ids.is_empty() || unique.len() != ids.len() || ids.iter().any(|&i| i as usize >= rows) {
-                let detail = format!("has to be different rows of `{}`, 0 to {}", site.path, rows.saturating_sub(1));
+            if ids.is_empty()
+                || unique.len() != ids.len()
+                || ids.iter().any(|&i| i as usize >= rows)
+            {
+                let detail = format!(
+                    "has to be different rows of `{}`, 0 to {}",
+                    site.path,
+                    rows.saturating_sub(1)
+                );
                 return Err(Error::config(FIELD, detail));
             }
             if cx.store.selected.contains_key(&(id, Slot::Weight)) {
-                let detail = format!("`{}` is in modules_to_save, which trains all of its rows", site.path);
+                let detail = format!(
+                    "`{}` is in modules_to_save, which trains all of its rows",
+                    site.path
+                );
                 return Err(Error::config(FIELD, detail));
             }
-            let weight = cx.tree().info(id).weight.as_ref().and_then(|n| cx.base.weight(n));
+            let weight = cx
+                .tree()
+                .info(id)
+                .weight
+                .as_ref()
+                .and_then(|n| cx.base.weight(n));
             let weight = weight.ok_or_else(|| Error::module(&site.path, "has no weight"))?;
             let table = weight.to_dense()?;
             let value = Init::Value(table.gather_rows(ids)?).tensor(
@@ -118,7 +158,10 @@ fn train_tokens(cx: &mut Injector<'_>) -> Result<()> {
             )?;
             let key = key_of(cx, &site.path, "token_adapter.trainable_tokens_delta");
             let rows = cx.store.insert(Param::new(key, &value, true))?;
-            let adapter: Arc<dyn Adapter> = Arc::new(TokenRows { ids: ids.clone(), rows });
+            let adapter: Arc<dyn Adapter> = Arc::new(TokenRows {
+                ids: ids.clone(),
+                rows,
+            });
             cx.place(site, adapter.clone(), false);
             if let Some(other) = tied_partner(cx, id) {
                 cx.place(cx.tree().site(other), adapter, true);
@@ -166,7 +209,11 @@ impl Adapter for TokenRows {
             return Ok(base);
         }
         let rows = base.shape()[0];
-        let change = self.rows.tensor().gather_rows(&which)?.sub(&base.gather_rows(&positions)?)?;
+        let change = self
+            .rows
+            .tensor()
+            .gather_rows(&which)?
+            .sub(&base.gather_rows(&positions)?)?;
         Ok(base.add(&change.scatter_rows(&positions, rows)?)?)
     }
 }

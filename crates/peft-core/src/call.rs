@@ -22,12 +22,21 @@ pub struct Pass {
 impl Pass {
     /// Without dropout.
     pub fn eval() -> Self {
-        Self { train: false, key: RngKey::new(0), checkpoint: false, task_ids: None }
+        Self {
+            train: false,
+            key: RngKey::new(0),
+            checkpoint: false,
+            task_ids: None,
+        }
     }
 
     /// With dropout, its masks decided by `key`.
     pub fn train(key: RngKey) -> Self {
-        Self { train: true, key, ..Self::eval() }
+        Self {
+            train: true,
+            key,
+            ..Self::eval()
+        }
     }
 }
 
@@ -38,7 +47,11 @@ pub(crate) type NormFn<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
 pub(crate) enum Input<'a> {
     Rows(&'a Tensor),
     Ids(&'a [u32]),
-    Junction { x: &'a Tensor, residual: &'a Tensor, norm: Option<NormFn<'a>> },
+    Junction {
+        x: &'a Tensor,
+        residual: &'a Tensor,
+        norm: Option<NormFn<'a>>,
+    },
 }
 
 /// One adapter of a module's stack, innermost first.
@@ -105,7 +118,9 @@ impl<'a> Call<'a> {
     /// Whatever the norm returns.
     pub fn norm(&self, x: &Tensor) -> Result<Option<Tensor>> {
         match self.input {
-            Input::Junction { norm: Some(norm), .. } => norm(x).map(Some),
+            Input::Junction {
+                norm: Some(norm), ..
+            } => norm(x).map(Some),
             _ => Ok(None),
         }
     }
@@ -139,7 +154,11 @@ impl<'a> Call<'a> {
     /// Whatever the layers below return.
     pub fn base(&self) -> Result<Tensor> {
         if let Some((top, below)) = self.below.split_last() {
-            return top.adapter.forward(&Self { below, current: Some(top), ..*self });
+            return top.adapter.forward(&Self {
+                below,
+                current: Some(top),
+                ..*self
+            });
         }
         match self.input {
             Input::Rows(x) => with_bias(self.weight()?.linear(x)?, self.bias),
@@ -187,9 +206,13 @@ impl<'a> Call<'a> {
     /// # Errors
     /// Whatever the adapters return.
     pub fn through_weight<A: Adapter + ?Sized>(&self, adapter: &A) -> Result<Tensor> {
-        let Some(weight) = self.weight else { return self.base() };
+        let Some(weight) = self.weight else {
+            return self.base();
+        };
         let below = fold_weight(self.below, weight.to_dense()?)?;
-        let Some(changed) = adapter.weight(&below)? else { return self.base() };
+        let Some(changed) = adapter.weight(&below)? else {
+            return self.base();
+        };
         let mut bias = self.bias.cloned();
         for stacked in self.below {
             bias = stacked.adapter.bias(bias)?;

@@ -51,7 +51,9 @@ pub enum Bias {
 fn field<'a, T: Deserialize<'a>>(config: &'a Value, name: &str) -> Result<Option<T>> {
     match &config[name] {
         Value::Null => Ok(None),
-        value => T::deserialize(value).map(Some).map_err(|e| Error::config(name, e.to_string())),
+        value => T::deserialize(value)
+            .map(Some)
+            .map_err(|e| Error::config(name, e.to_string())),
     }
 }
 
@@ -74,7 +76,10 @@ fn pairs<T: for<'a> Deserialize<'a>>(config: &Value, name: &str) -> Result<Vec<(
                 Err(e) => Err(Error::config(format!("{name}.{key}"), e.to_string())),
             })
             .collect(),
-        other => Err(Error::config(name, format!("expected a table, got {other}"))),
+        other => Err(Error::config(
+            name,
+            format!("expected a table, got {other}"),
+        )),
     }
 }
 
@@ -95,14 +100,19 @@ impl Common {
                 .into_iter()
                 .map(|(name, ids)| (Some(name), ids))
                 .collect(),
-            _ => field::<Vec<u32>>(config, "trainable_token_indices")?.map(|ids| vec![(None, ids)]).unwrap_or_default(),
+            _ => field::<Vec<u32>>(config, "trainable_token_indices")?
+                .map(|ids| vec![(None, ids)])
+                .unwrap_or_default(),
         };
         let bias = match field::<String>(config, "bias")?.as_deref() {
             None | Some("none") => Bias::None,
             Some("all") => Bias::All,
             Some(only) if only.ends_with("_only") => Bias::Adapted,
             Some(other) => {
-                return Err(Error::config("bias", format!("{other:?} is not one of none, all, <method>_only")));
+                return Err(Error::config(
+                    "bias",
+                    format!("{other:?} is not one of none, all, <method>_only"),
+                ));
             }
         };
         let common = Self {
@@ -131,8 +141,14 @@ impl Common {
     /// # Errors
     /// If a pattern is no regular expression, or the rank is 0.
     pub fn rank_at(&self, path: &str, default: usize) -> Result<usize> {
-        match matcher::pattern_value(&self.rank_pattern, path)?.copied().unwrap_or(default) {
-            0 => Err(Error::config("r", format!("the rank at `{path}` has to be at least 1"))),
+        match matcher::pattern_value(&self.rank_pattern, path)?
+            .copied()
+            .unwrap_or(default)
+        {
+            0 => Err(Error::config(
+                "r",
+                format!("the rank at `{path}` has to be at least 1"),
+            )),
             rank => Ok(rank),
         }
     }
@@ -142,7 +158,9 @@ impl Common {
     /// # Errors
     /// If a pattern is no regular expression.
     pub fn alpha_at(&self, path: &str, default: f64) -> Result<f64> {
-        Ok(matcher::pattern_value(&self.alpha_pattern, path)?.copied().unwrap_or(default))
+        Ok(matcher::pattern_value(&self.alpha_pattern, path)?
+            .copied()
+            .unwrap_or(default))
     }
 
     /// Checks that every pattern is used by one of these modules.
@@ -150,8 +168,15 @@ impl Common {
     /// # Errors
     /// If one is not, with the nearest names.
     pub fn check_patterns<'a>(&self, paths: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
-        let keys = self.rank_pattern.iter().map(|(key, _)| ("rank_pattern", key));
-        for (field, key) in keys.chain(self.alpha_pattern.iter().map(|(key, _)| ("alpha_pattern", key))) {
+        let keys = self
+            .rank_pattern
+            .iter()
+            .map(|(key, _)| ("rank_pattern", key));
+        for (field, key) in keys.chain(
+            self.alpha_pattern
+                .iter()
+                .map(|(key, _)| ("alpha_pattern", key)),
+        ) {
             let single = [(key.clone(), ())];
             let mut used = false;
             for path in paths.clone() {
@@ -159,7 +184,11 @@ impl Common {
             }
             if !used {
                 let nearest = crate::nearest(key, paths.clone());
-                return Err(Error::NoMatch { field: field.to_owned(), name: key.clone(), nearest });
+                return Err(Error::NoMatch {
+                    field: field.to_owned(),
+                    name: key.clone(),
+                    nearest,
+                });
             }
         }
         Ok(())

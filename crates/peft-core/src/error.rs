@@ -30,7 +30,12 @@ pub enum Error {
         nearest: Vec<String>,
     },
     /// Tensors that do not fit what they are loaded into; everything that is wrong at once.
-    #[error("{what} does not fit:{}{}{}", list("missing", missing), list("unexpected", unexpected), list("wrong shape", misshaped))]
+    #[error(
+        "{what} does not fit:{}{}{}",
+        list("missing", missing),
+        list("unexpected", unexpected),
+        list("wrong shape", misshaped)
+    )]
     Load {
         /// The adapter or checkpoint.
         what: String,
@@ -86,22 +91,35 @@ pub enum Error {
 impl Error {
     /// A field of a configuration.
     pub fn config(field: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Config { field: field.into(), detail: detail.into() }
+        Self::Config {
+            field: field.into(),
+            detail: detail.into(),
+        }
     }
 
     /// A module of the model.
     pub fn module(module: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Module { module: module.into(), detail: detail.into() }
+        Self::Module {
+            module: module.into(),
+            detail: detail.into(),
+        }
     }
 
     /// A file or folder.
     pub fn file(path: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
-        Self::File { path: path.into(), detail: detail.into() }
+        Self::File {
+            path: path.into(),
+            detail: detail.into(),
+        }
     }
 
     /// A row of a dataset; lines count from 1.
     pub fn data(path: impl Into<PathBuf>, line: usize, detail: impl Into<String>) -> Self {
-        Self::Data { path: path.into(), line, detail: detail.into() }
+        Self::Data {
+            path: path.into(),
+            line,
+            detail: detail.into(),
+        }
     }
 
     /// Anything else.
@@ -112,12 +130,19 @@ impl Error {
     /// The same error with the circumstances in front.
     #[must_use]
     pub fn context(self, what: impl Into<String>) -> Self {
-        Self::Context { what: what.into(), source: Box::new(self) }
+        Self::Context {
+            what: what.into(),
+            source: Box::new(self),
+        }
     }
 }
 
 fn did_you_mean(nearest: &[String]) -> String {
-    if nearest.is_empty() { String::new() } else { format!("; nearest: {}", nearest.join(", ")) }
+    if nearest.is_empty() {
+        String::new()
+    } else {
+        format!("; nearest: {}", nearest.join(", "))
+    }
 }
 
 /// A titled list, cut after twenty entries: a whole wrong model would otherwise fill the screen.
@@ -141,7 +166,10 @@ fn list(title: &str, keys: &[String]) -> String {
 pub fn nearest<'a>(name: &str, among: impl Iterator<Item = &'a str>) -> Vec<String> {
     let tail = |path: &'a str| {
         let parts = name.split('.').count();
-        let start = path.rmatch_indices('.').nth(parts - 1).map_or(0, |(i, _)| i + 1);
+        let start = path
+            .rmatch_indices('.')
+            .nth(parts - 1)
+            .map_or(0, |(i, _)| i + 1);
         &path[start..]
     };
     let mut scored: Vec<(f64, &str)> = Vec::new();
@@ -154,5 +182,10 @@ pub fn nearest<'a>(name: &str, among: impl Iterator<Item = &'a str>) -> Vec<Stri
         scored.push((score, tail));
     }
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
-    scored.into_iter().filter(|(score, _)| *score > 0.6).take(3).map(|(_, n)| n.to_owned()).collect()
+    scored
+        .into_iter()
+        .filter(|(score, _)| *score > 0.6)
+        .take(3)
+        .map(|(_, n)| n.to_owned())
+        .collect()
 }

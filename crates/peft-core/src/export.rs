@@ -13,7 +13,13 @@ const PEFT_VERSION: &str = "0.21.2";
 impl Network {
     /// The configuration as it will be saved: HF's common fields, the method's with defaults filled in, and whatever
     /// else was given, kept as it is.
-    pub(crate) fn saved_config(&self, entry: &MethodEntry, parsed: &Parsed, given: &Value, store: &Store) -> Value {
+    pub(crate) fn saved_config(
+        &self,
+        entry: &MethodEntry,
+        parsed: &Parsed,
+        given: &Value,
+        store: &Store,
+    ) -> Value {
         let mut out = Map::new();
         for (key, default) in [
             ("auto_mapping", Value::Null),
@@ -27,14 +33,18 @@ impl Network {
         for fields in [&parsed.fields, given] {
             if let Value::Object(map) = fields {
                 // A null given for a field with a default means that default.
-                let kept = map.iter().filter(|(key, value)| !(value.is_null() && out.contains_key(*key)));
+                let kept = map
+                    .iter()
+                    .filter(|(key, value)| !(value.is_null() && out.contains_key(*key)));
                 let kept: Vec<_> = kept.map(|(k, v)| (k.clone(), v.clone())).collect();
                 out.extend(kept);
             }
         }
         out.insert("peft_type".to_owned(), json!(entry.peft_type));
         out.insert("inference_mode".to_owned(), json!(true));
-        let expandable = out.get("target_modules").is_none_or(|t| t.is_null() || t.is_string());
+        let expandable = out
+            .get("target_modules")
+            .is_none_or(|t| t.is_null() || t.is_string());
         if let Some(paths) = &store.resolved_targets
             && expandable
             && !paths.is_empty()
@@ -44,8 +54,16 @@ impl Network {
         let heads = ["classifier", "score"].map(Value::from);
         let trains_head = matches!(out["task_type"].as_str(), Some("SEQ_CLS" | "TOKEN_CLS"));
         if trains_head && out.contains_key("modules_to_save") {
-            let mut names = out["modules_to_save"].as_array().cloned().unwrap_or_default();
-            names.extend(heads.into_iter().filter(|h| !names.contains(h)).collect::<Vec<_>>());
+            let mut names = out["modules_to_save"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            names.extend(
+                heads
+                    .into_iter()
+                    .filter(|h| !names.contains(h))
+                    .collect::<Vec<_>>(),
+            );
             out.insert("modules_to_save".to_owned(), Value::Array(names));
         }
         parsed.method.finish_config(&mut out, self.tree());
@@ -60,9 +78,15 @@ impl Network {
     pub fn export(&self, name: &str) -> Result<(Value, Tensors)> {
         let attached = self.find(name)?;
         let params = &attached.store.params;
-        let live: Tensors = params.iter().map(|p| (p.key().to_owned(), p.tensor().detach())).collect();
+        let live: Tensors = params
+            .iter()
+            .map(|p| (p.key().to_owned(), p.tensor().detach()))
+            .collect();
         let mut saved = no_grad(|| attached.method.save(live))?;
-        params.iter().filter(|p| !p.is_saved()).for_each(|p| drop(saved.remove(p.key())));
+        params
+            .iter()
+            .filter(|p| !p.is_saved())
+            .for_each(|p| drop(saved.remove(p.key())));
         Ok((attached.config.clone(), saved))
     }
 
@@ -71,12 +95,22 @@ impl Network {
     /// # Errors
     /// If the configuration does not fit the model, or keys are missing, unexpected or misshaped: all of them in one
     /// error. Nothing is attached then.
-    pub fn load(&mut self, name: &str, config: &Value, tensors: Tensors, trainable: bool) -> Result<()> {
+    pub fn load(
+        &mut self,
+        name: &str,
+        config: &Value,
+        tensors: Tensors,
+        trainable: bool,
+    ) -> Result<()> {
         let mut attached = self.build(name, config, 0)?;
         let mut tensors = attached.method.load(tensors)?;
         self.take_base_layers(&mut attached, &mut tensors)?;
         self.fill(&attached, tensors, name)?;
-        attached.store.params.iter().for_each(|p| p.set_trainable(trainable));
+        attached
+            .store
+            .params
+            .iter()
+            .for_each(|p| p.set_trainable(trainable));
         self.push(attached);
         Ok(())
     }
@@ -98,32 +132,59 @@ impl Network {
             match tensors.remove(param.key()) {
                 None => missing.push(param.key().to_owned()),
                 Some(t) if t.shape() == param.shape() => values.push((param, t)),
-                Some(t) => misshaped.push(format!("{}: {:?}, expected {:?}", param.key(), t.shape(), param.shape())),
+                Some(t) => misshaped.push(format!(
+                    "{}: {:?}, expected {:?}",
+                    param.key(),
+                    t.shape(),
+                    param.shape()
+                )),
             }
         }
         let unexpected: Vec<String> = tensors.into_keys().collect();
         if !(missing.is_empty() && misshaped.is_empty() && unexpected.is_empty()) {
-            return Err(Error::Load { what: format!("adapter {name:?}"), missing, unexpected, misshaped });
+            return Err(Error::Load {
+                what: format!("adapter {name:?}"),
+                missing,
+                unexpected,
+                misshaped,
+            });
         }
-        values.into_iter().try_for_each(|(param, t)| param.set(t.to_device(self.device())?))
+        values
+            .into_iter()
+            .try_for_each(|(param, t)| param.set(t.to_device(self.device())?))
     }
 
     /// HF saves a whole embedding beside a LoRA on it (`<module>.base_layer.weight`). It stands in for the base's, as
     /// it does when HF loads the file, and is written back when the adapter is saved.
     fn take_base_layers(&self, attached: &mut Attached, tensors: &mut Tensors) -> Result<()> {
-        let keys: Vec<String> = tensors.keys().filter(|k| k.ends_with(".base_layer.weight")).cloned().collect();
+        let keys: Vec<String> = tensors
+            .keys()
+            .filter(|k| k.ends_with(".base_layer.weight"))
+            .cloned()
+            .collect();
         for key in keys {
-            let path = key.strip_prefix("base_model.model.").and_then(|k| k.strip_suffix(".base_layer.weight"));
-            let Some(id) = path.and_then(|p| self.tree().get(p)) else { continue };
-            if attached.store.get(&key).is_some() || attached.store.selected.contains_key(&(id, Slot::Weight)) {
+            let path = key
+                .strip_prefix("base_model.model.")
+                .and_then(|k| k.strip_suffix(".base_layer.weight"));
+            let Some(id) = path.and_then(|p| self.tree().get(p)) else {
+                continue;
+            };
+            if attached.store.get(&key).is_some()
+                || attached.store.selected.contains_key(&(id, Slot::Weight))
+            {
                 continue;
             }
             let info = self.tree().info(id);
-            let Some(value) = tensors.get(&key) else { continue };
+            let Some(value) = tensors.get(&key) else {
+                continue;
+            };
             if value.shape() != info.weight_shape() {
                 continue;
             }
-            let param = attached.store.insert(Param::new(key, &value.to_device(self.device())?, true))?;
+            let param =
+                attached
+                    .store
+                    .insert(Param::new(key, &value.to_device(self.device())?, true))?;
             attached.store.selected.insert((id, Slot::Weight), param);
         }
         Ok(())

@@ -54,10 +54,17 @@ impl<'de> Deserialize<'de> for Targets {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Targets, E> {
-                Ok(if text.eq_ignore_ascii_case(ALL_LINEAR) { Targets::AllLinear } else { Targets::Pattern(text.to_owned()) })
+                Ok(if text.eq_ignore_ascii_case(ALL_LINEAR) {
+                    Targets::AllLinear
+                } else {
+                    Targets::Pattern(text.to_owned())
+                })
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Targets, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(
+                self,
+                mut seq: A,
+            ) -> std::result::Result<Targets, A::Error> {
                 let mut names = Vec::new();
                 while let Some(name) = seq.next_element()? {
                     names.push(name);
@@ -99,7 +106,10 @@ pub struct MatchSpec<'a> {
 
 /// Whether a literal `name` means the module at `path`: the whole path or its last dotted parts.
 pub fn matches_name(path: &str, name: &str) -> bool {
-    path == name || path.strip_suffix(name).is_some_and(|parent| parent.ends_with('.') && !name.is_empty())
+    path == name
+        || path
+            .strip_suffix(name)
+            .is_some_and(|parent| parent.ends_with('.') && !name.is_empty())
 }
 
 /// The modules that a configuration names, as indices into `candidates`, in their order.
@@ -112,12 +122,22 @@ pub fn select(candidates: &[Candidate<'_>], spec: &MatchSpec<'_>) -> Result<Vec<
         return Err(Error::config("target_modules", "has to be given"));
     };
     let wanted = Wanted::new("target_modules", targets)?;
-    let excluded = spec.exclude.filter(|e| !is_empty(e)).map(|e| Wanted::new("exclude_modules", e)).transpose()?;
+    let excluded = spec
+        .exclude
+        .filter(|e| !is_empty(e))
+        .map(|e| Wanted::new("exclude_modules", e))
+        .transpose()?;
     if matches!(spec.exclude, Some(Targets::AllLinear)) {
-        return Err(Error::config("exclude_modules", "takes names or a regular expression, not \"all-linear\""));
+        return Err(Error::config(
+            "exclude_modules",
+            "takes names or a regular expression, not \"all-linear\"",
+        ));
     }
-    let saved: Vec<Regex> =
-        spec.modules_to_save.iter().map(|name| pattern::part("modules_to_save", name)).collect::<Result<_>>()?;
+    let saved: Vec<Regex> = spec
+        .modules_to_save
+        .iter()
+        .map(|name| pattern::part("modules_to_save", name))
+        .collect::<Result<_>>()?;
     let layers = Layers::new(spec)?;
 
     let paths = || candidates.iter().map(|c| c.path);
@@ -197,12 +217,18 @@ impl<'a> Wanted<'a> {
             Targets::Pattern(pattern) => Some(compile(field, pattern)?),
             _ => None,
         };
-        Ok(Self { field, targets, regex })
+        Ok(Self {
+            field,
+            targets,
+            regex,
+        })
     }
 
     fn means(&self, candidate: &Candidate<'_>) -> bool {
         match (self.targets, &self.regex) {
-            (Targets::Names(names), _) => names.iter().any(|name| matches_name(candidate.path, name)),
+            (Targets::Names(names), _) => {
+                names.iter().any(|name| matches_name(candidate.path, name))
+            }
             (_, Some(regex)) => regex.is_match(candidate.path),
             _ => candidate.linear && candidate.adaptable && !candidate.output_head,
         }
@@ -216,9 +242,14 @@ impl<'a> Wanted<'a> {
     /// Every entry means something.
     fn check(&self, candidates: &[Candidate<'_>]) -> Result<()> {
         match self.targets {
-            Targets::Names(names) if names.is_empty() => Err(Error::config(self.field, "the list is empty")),
+            Targets::Names(names) if names.is_empty() => {
+                Err(Error::config(self.field, "the list is empty"))
+            }
             Targets::Names(names) => {
-                match names.iter().find(|name| !candidates.iter().any(|c| matches_name(c.path, name))) {
+                match names
+                    .iter()
+                    .find(|name| !candidates.iter().any(|c| matches_name(c.path, name)))
+                {
                     Some(name) => Err(no_match(self.field, name, candidates)),
                     None => Ok(()),
                 }
@@ -226,14 +257,24 @@ impl<'a> Wanted<'a> {
             _ if candidates.iter().any(|c| self.means(c)) => Ok(()),
             Targets::Pattern(pattern) => {
                 let near = nearest(pattern, candidates.iter().map(|c| c.path));
-                let near = if near.is_empty() { String::new() } else { format!("; nearest: {}", near.join(", ")) };
+                let near = if near.is_empty() {
+                    String::new()
+                } else {
+                    format!("; nearest: {}", near.join(", "))
+                };
                 let what = "is a regular expression for whole paths and matches none";
-                let hint = format!("to name modules by the end of their paths, write a list: [{pattern:?}]");
-                Err(Error::config(self.field, format!("{pattern:?} {what}{near}; {hint}")))
+                let hint = format!(
+                    "to name modules by the end of their paths, write a list: [{pattern:?}]"
+                );
+                Err(Error::config(
+                    self.field,
+                    format!("{pattern:?} {what}{near}; {hint}"),
+                ))
             }
-            Targets::AllLinear => {
-                Err(Error::config(self.field, "\"all-linear\": the model has no linear module that can be adapted"))
-            }
+            Targets::AllLinear => Err(Error::config(
+                self.field,
+                "\"all-linear\": the model has no linear module that can be adapted",
+            )),
         }
     }
 }
@@ -245,15 +286,36 @@ fn no_match(field: &str, name: &str, candidates: &[Candidate<'_>]) -> Error {
     if near.is_empty() {
         near = nearest(name, candidates.iter().map(|c| c.path));
     }
-    Error::NoMatch { field: field.to_owned(), name: name.to_owned(), nearest: near }
+    Error::NoMatch {
+        field: field.to_owned(),
+        name: name.to_owned(),
+        nearest: near,
+    }
 }
 
 fn unsupported(candidates: &[Candidate<'_>], index: usize) -> Error {
     let path = candidates[index].path;
-    let is_below = |c: &&Candidate<'_>| c.adaptable && c.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.'));
-    let below: Vec<&str> = candidates.iter().filter(is_below).take(4).map(|c| c.path).collect();
-    let hint = if below.is_empty() { String::new() } else { format!("; below it are {}", below.join(", ")) };
-    Error::module(path, format!("is named by target_modules, but is of a kind that this method cannot adapt{hint}"))
+    let is_below = |c: &&Candidate<'_>| {
+        c.adaptable
+            && c.path
+                .strip_prefix(path)
+                .is_some_and(|rest| rest.starts_with('.'))
+    };
+    let below: Vec<&str> = candidates
+        .iter()
+        .filter(is_below)
+        .take(4)
+        .map(|c| c.path)
+        .collect();
+    let hint = if below.is_empty() {
+        String::new()
+    } else {
+        format!("; below it are {}", below.join(", "))
+    };
+    Error::module(
+        path,
+        format!("is named by target_modules, but is of a kind that this method cannot adapt{hint}"),
+    )
 }
 
 /// `layers_to_transform` with the ways to find a path's layer.
@@ -266,14 +328,23 @@ struct Layers<'a> {
 impl<'a> Layers<'a> {
     fn new(spec: &MatchSpec<'a>) -> Result<Option<Self>> {
         let listed = matches!(spec.targets, Some(Targets::Names(_)));
-        let contradiction = |field| Err(Error::config(field, "cannot be used where target_modules is a string"));
+        let contradiction = |field| {
+            Err(Error::config(
+                field,
+                "cannot be used where target_modules is a string",
+            ))
+        };
         if !listed && spec.layers_to_transform.is_some() {
             return contradiction("layers_to_transform");
         }
         if !listed && !spec.layers_pattern.is_empty() {
             return contradiction("layers_pattern");
         }
-        let patterns: Vec<&String> = spec.layers_pattern.iter().filter(|p| !p.is_empty()).collect();
+        let patterns: Vec<&String> = spec
+            .layers_pattern
+            .iter()
+            .filter(|p| !p.is_empty())
+            .collect();
         let indices = spec.layers_to_transform.unwrap_or_default();
         if indices.is_empty() {
             return match patterns[..] {
@@ -284,33 +355,61 @@ impl<'a> Layers<'a> {
         let finders = if patterns.is_empty() {
             vec![pattern::any_layer()?]
         } else {
-            patterns.into_iter().map(|p| pattern::layer("layers_pattern", p)).collect::<Result<_>>()?
+            patterns
+                .into_iter()
+                .map(|p| pattern::layer("layers_pattern", p))
+                .collect::<Result<_>>()?
         };
         Ok(Some(Self { indices, finders }))
     }
 
     /// The index of the layer that a path is in: the first number that follows a list's name.
     fn layer_of(&self, path: &str) -> Option<usize> {
-        let found = self.finders.iter().find_map(|finder| finder.captures(path))?;
+        let found = self
+            .finders
+            .iter()
+            .find_map(|finder| finder.captures(path))?;
         found.name("idx")?.as_str().parse().ok()
     }
 
     fn contain(&self, path: &str) -> bool {
-        self.layer_of(path).is_some_and(|layer| self.indices.contains(&layer))
+        self.layer_of(path)
+            .is_some_and(|layer| self.indices.contains(&layer))
     }
 
     /// Every index is a layer of the model.
     fn check(&self, candidates: &[Candidate<'_>]) -> Result<()> {
-        let mut present: Vec<usize> = candidates.iter().filter_map(|c| self.layer_of(c.path)).collect();
+        let mut present: Vec<usize> = candidates
+            .iter()
+            .filter_map(|c| self.layer_of(c.path))
+            .collect();
         present.sort_unstable();
         present.dedup();
-        let Some(unknown) = self.indices.iter().find(|i| present.binary_search(i).is_err()) else { return Ok(()) };
+        let Some(unknown) = self
+            .indices
+            .iter()
+            .find(|i| present.binary_search(i).is_err())
+        else {
+            return Ok(());
+        };
         let there = match present[..] {
             [] => "no layer was found; does layers_pattern name the list they are in?".to_owned(),
-            [first, .., last] if last - first + 1 == present.len() => format!("there are {first} to {last}"),
-            _ => format!("there are {}", present.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")),
+            [first, .., last] if last - first + 1 == present.len() => {
+                format!("there are {first} to {last}")
+            }
+            _ => format!(
+                "there are {}",
+                present
+                    .iter()
+                    .map(usize::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ),
         };
-        Err(Error::config("layers_to_transform", format!("layer {unknown} is not in the model; {there}")))
+        Err(Error::config(
+            "layers_to_transform",
+            format!("layer {unknown} is not in the model; {there}"),
+        ))
     }
 }
 
@@ -329,8 +428,14 @@ impl LeftOut {
             (self.saved, "modules_to_save"),
             (self.layers, "layers_to_transform"),
         ];
-        let reasons: Vec<String> =
-            counts.iter().filter(|(n, _)| *n > 0).map(|(n, field)| format!("{field} takes away {n}")).collect();
-        Error::config("target_modules", format!("nothing is left to adapt: {}", reasons.join(", ")))
+        let reasons: Vec<String> = counts
+            .iter()
+            .filter(|(n, _)| *n > 0)
+            .map(|(n, field)| format!("{field} takes away {n}"))
+            .collect();
+        Error::config(
+            "target_modules",
+            format!("nothing is left to adapt: {}", reasons.join(", ")),
+        )
     }
 }

@@ -28,7 +28,9 @@ impl Network {
     /// Whether the active adapters change this module's parameters.
     pub fn changes(&self, id: ModuleId) -> bool {
         self.stacks.contains_key(&id)
-            || [Slot::Weight, Slot::Bias].iter().any(|&slot| self.selected.contains_key(&(id, slot)))
+            || [Slot::Weight, Slot::Bias]
+                .iter()
+                .any(|&slot| self.selected.contains_key(&(id, slot)))
     }
 
     /// The merged parameters of one module, from the base parameters given: the streaming merge hands them in one
@@ -36,11 +38,21 @@ impl Network {
     ///
     /// # Errors
     /// If an adapter cannot be merged there, or the result is not finite.
-    pub fn merged(&self, id: ModuleId, weight: Option<&BaseWeight>, bias: Option<&Tensor>) -> Result<Merged> {
+    pub fn merged(
+        &self,
+        id: ModuleId,
+        weight: Option<&BaseWeight>,
+        bias: Option<&Tensor>,
+    ) -> Result<Merged> {
         no_grad(|| self.merge_module(id, weight, bias))
     }
 
-    fn merge_module(&self, id: ModuleId, weight: Option<&BaseWeight>, bias: Option<&Tensor>) -> Result<Merged> {
+    fn merge_module(
+        &self,
+        id: ModuleId,
+        weight: Option<&BaseWeight>,
+        bias: Option<&Tensor>,
+    ) -> Result<Merged> {
         let info = self.tree().info(id);
         let stack = self.stacks.get(&id).map_or(&[][..], Vec::as_slice);
         let mut out = Merged::default();
@@ -54,21 +66,35 @@ impl Network {
                 for stacked in stack {
                     let probe = before.to_dense()?;
                     if stacked.adapter.weight(&probe)?.is_none() {
-                        let detail = format!("adapter {:?} wraps it and cannot be merged into its weight", stacked.name);
+                        let detail = format!(
+                            "adapter {:?} wraps it and cannot be merged into its weight",
+                            stacked.name
+                        );
                         return Err(Error::module(&info.path, detail));
                     }
                 }
                 let merged = fold_weight(stack, before.to_dense()?)?;
                 finite(&info.path, &merged)?;
-                out.weight = Some(if weight.is_transposed() { merged.t()? } else { merged });
+                out.weight = Some(if weight.is_transposed() {
+                    merged.t()?
+                } else {
+                    merged
+                });
             } else if replaced.is_some() {
                 out.weight = Some(stored_values(&before)?);
             }
         } else if let Some(stacked) = stack.first() {
-            let detail = format!("adapter {:?} acts on the {} as it runs and cannot be merged", stacked.name, info.kind.name());
+            let detail = format!(
+                "adapter {:?} acts on the {} as it runs and cannot be merged",
+                stacked.name,
+                info.kind.name()
+            );
             return Err(Error::module(&info.path, detail));
         }
-        let own = self.selected.get(&(id, Slot::Bias)).map(|p| p.tensor().detach());
+        let own = self
+            .selected
+            .get(&(id, Slot::Bias))
+            .map(|p| p.tensor().detach());
         let changed_bias = own.is_some();
         let mut merged_bias = own.or_else(|| bias.map(Tensor::detach));
         let had = merged_bias.is_some();
@@ -103,15 +129,30 @@ impl Network {
         let mut merged = HashMap::new();
         for id in self.changed_modules() {
             let info = self.tree().info(id);
-            let weight = info.weight.as_ref().and_then(|n| self.base.weight(n)).cloned();
-            let bias = info.bias.as_ref().and_then(|n| self.base.weight(n)).map(stored_values).transpose()?;
+            let weight = info
+                .weight
+                .as_ref()
+                .and_then(|n| self.base.weight(n))
+                .cloned();
+            let bias = info
+                .bias
+                .as_ref()
+                .and_then(|n| self.base.weight(n))
+                .map(stored_values)
+                .transpose()?;
             let change = self.merged(id, weight.as_ref(), bias.as_ref())?;
             let Some(weight) = weight else { continue };
             let weight = match change.weight {
                 Some(values) => BaseWeight::dense(values, info.kind == ModuleKind::Conv1d),
                 None => weight,
             };
-            merged.insert(id, MergedModule { weight, bias: change.bias.or(bias) });
+            merged.insert(
+                id,
+                MergedModule {
+                    weight,
+                    bias: change.bias.or(bias),
+                },
+            );
         }
         self.merged = Some(merged);
         Ok(())
@@ -119,7 +160,12 @@ impl Network {
 
     /// Modules the active adapters change, in tree order.
     pub fn changed_modules(&self) -> Vec<ModuleId> {
-        let all: BTreeSet<ModuleId> = self.stacks.keys().copied().chain(self.selected.keys().map(|(id, _)| *id)).collect();
+        let all: BTreeSet<ModuleId> = self
+            .stacks
+            .keys()
+            .copied()
+            .chain(self.selected.keys().map(|(id, _)| *id))
+            .collect();
         all.into_iter().collect()
     }
 
@@ -129,7 +175,9 @@ impl Network {
     /// Names the first that is not.
     pub fn check_mergeable(&self) -> Result<()> {
         if self.prefix_len() + self.prompt_len() > 0 {
-            return Err(Error::other("an active adapter adds virtual tokens, which no weight can hold: it cannot be merged"));
+            return Err(Error::other(
+                "an active adapter adds virtual tokens, which no weight can hold: it cannot be merged",
+            ));
         }
         Ok(())
     }
@@ -149,22 +197,38 @@ impl Network {
     pub fn unties(&self) -> bool {
         let facts = self.tree().facts();
         let side = |path: &Option<String>| path.as_ref().and_then(|p| self.tree().get(p));
-        let (Some(input), Some(output)) = (side(&facts.input_embedding), side(&facts.output_embedding)) else { return false };
+        let (Some(input), Some(output)) =
+            (side(&facts.input_embedding), side(&facts.output_embedding))
+        else {
+            return false;
+        };
         if !facts.tied {
             return false;
         }
-        let param = |id| self.selected.get(&(id, Slot::Weight)).map(|p| p.key().to_owned());
+        let param = |id| {
+            self.selected
+                .get(&(id, Slot::Weight))
+                .map(|p| p.key().to_owned())
+        };
         let stack = |id| self.stacks.get(&id).map_or(&[][..], Vec::as_slice);
         let together = param(input) == param(output)
             && stack(input).len() == stack(output).len()
-            && stack(input).iter().zip(stack(output)).all(|(a, b)| a.name == b.name && (a.mirrored || b.mirrored));
+            && stack(input)
+                .iter()
+                .zip(stack(output))
+                .all(|(a, b)| a.name == b.name && (a.mirrored || b.mirrored));
         !together
     }
 }
 
 fn finite(path: &str, values: &Tensor) -> Result<()> {
     match values.to_vec()?.iter().position(|v| !v.is_finite()) {
-        Some(at) => Err(Error::module(path, format!("the merged parameter is not finite at element {at}: the adapter or the base is broken"))),
+        Some(at) => Err(Error::module(
+            path,
+            format!(
+                "the merged parameter is not finite at element {at}: the adapter or the base is broken"
+            ),
+        )),
         None => Ok(()),
     }
 }

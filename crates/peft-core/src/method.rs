@@ -3,7 +3,10 @@
 use peft_tensor::Tensor;
 use serde_json::Value;
 
-use crate::{Attach, Call, Common, Injector, ModelFacts, ModuleKind, ModuleTree, Pass, Result, Site, Targets, TrainHooks, Tensors, matcher};
+use crate::{
+    Attach, Call, Common, Injector, ModelFacts, ModuleKind, ModuleTree, Pass, Result, Site,
+    Targets, Tensors, TrainHooks, matcher,
+};
 
 /// A method: the struct of its fields in `adapter_config.json`.
 ///
@@ -17,7 +20,9 @@ pub trait PeftMethod: Send + Sync {
     /// Targets where the configuration gives none.
     fn default_targets(&self, tree: &ModuleTree) -> Option<Targets> {
         let names = matcher::default_targets(&tree.facts().model_type)?;
-        Some(Targets::Names(names.iter().map(|&n| n.to_owned()).collect()))
+        Some(Targets::Names(
+            names.iter().map(|&n| n.to_owned()).collect(),
+        ))
     }
 
     /// Where it acts: what `target_modules` and its companions match.
@@ -39,7 +44,9 @@ pub trait PeftMethod: Send + Sync {
     /// # Errors
     /// Whatever the sites return.
     fn inject(&self, cx: &mut Injector<'_>) -> Result<()> {
-        cx.attach_all(self.sites(cx.tree(), cx.common())?, |site, cx| self.attach(site, cx))
+        cx.attach_all(self.sites(cx.tree(), cx.common())?, |site, cx| {
+            self.attach(site, cx)
+        })
     }
 
     /// Behaviour between steps; `()` is none.

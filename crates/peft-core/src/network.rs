@@ -9,8 +9,8 @@ use crate::attach::{Injector, Slot, Store};
 use crate::call::{Call, Input, NormFn, Stacked};
 use crate::merge::MergedModule;
 use crate::{
-    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Param, Pass, PeftMethod, Prefix,
-    PrefixCx, PromptCx, Result, TrainHooks, builtin, entry_for,
+    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Param, Pass, PeftMethod,
+    Prefix, PrefixCx, PromptCx, Result, TrainHooks, builtin, entry_for,
 };
 
 /// One attached adapter: a method with its parameters on this model.
@@ -48,7 +48,11 @@ impl Network {
             .tree()
             .iter()
             .flat_map(|(_, m)| {
-                let weight = if m.kind == ModuleKind::Norm { m.weight.clone() } else { None };
+                let weight = if m.kind == ModuleKind::Norm {
+                    m.weight.clone()
+                } else {
+                    None
+                };
                 [weight, m.bias.clone()]
             })
             .flatten()
@@ -101,7 +105,9 @@ impl Network {
 
     pub(crate) fn build(&self, name: &str, config: &Value, seed: u64) -> Result<Attached> {
         if self.adapters.iter().any(|a| a.name == name) {
-            return Err(Error::other(format!("there is an adapter {name:?} already")));
+            return Err(Error::other(format!(
+                "there is an adapter {name:?} already"
+            )));
         }
         if self.merged.is_some() {
             return Err(Error::other("unmerge before another adapter is attached"));
@@ -120,10 +126,19 @@ impl Network {
         };
         builtin::inject(&*parsed.method, &mut cx)?;
         if store.params.is_empty() {
-            return Err(Error::config("adapter", "has nothing to train on this model"));
+            return Err(Error::config(
+                "adapter",
+                "has nothing to train on this model",
+            ));
         }
         let config = self.saved_config(entry, &parsed, config, &store);
-        Ok(Attached { name: name.to_owned(), entry, method: parsed.method, config, store })
+        Ok(Attached {
+            name: name.to_owned(),
+            entry,
+            method: parsed.method,
+            config,
+            store,
+        })
     }
 
     pub(crate) fn push(&mut self, attached: Attached) {
@@ -151,9 +166,15 @@ impl Network {
     }
 
     pub(crate) fn find(&self, name: &str) -> Result<&Attached> {
-        self.adapters.iter().find(|a| a.name == name).ok_or_else(|| {
-            Error::other(format!("there is no adapter {name:?}; attached: {}", self.adapters().join(", ")))
-        })
+        self.adapters
+            .iter()
+            .find(|a| a.name == name)
+            .ok_or_else(|| {
+                Error::other(format!(
+                    "there is no adapter {name:?}; attached: {}",
+                    self.adapters().join(", ")
+                ))
+            })
     }
 
     /// Makes exactly these adapters act, innermost first; none = the base model. Which parameters are trainable does
@@ -163,7 +184,9 @@ impl Network {
     /// If one is not attached, or the model is merged.
     pub fn set_active(&mut self, names: &[&str]) -> Result<()> {
         if self.merged.is_some() {
-            return Err(Error::other("unmerge before other adapters are made active"));
+            return Err(Error::other(
+                "unmerge before other adapters are made active",
+            ));
         }
         for name in names {
             self.find(name)?;
@@ -193,7 +216,9 @@ impl Network {
         self.roots.clear();
         self.selected.clear();
         for name in &self.active {
-            let Some(attached) = self.adapters.iter().find(|a| a.name == *name) else { continue };
+            let Some(attached) = self.adapters.iter().find(|a| a.name == *name) else {
+                continue;
+            };
             for placed in &attached.store.sites {
                 let stacked = Stacked {
                     name: name.clone(),
@@ -206,7 +231,11 @@ impl Network {
                     None => self.roots.push(stacked),
                 }
             }
-            let selected = attached.store.selected.iter().map(|(at, param)| (*at, param.clone()));
+            let selected = attached
+                .store
+                .selected
+                .iter()
+                .map(|(at, param)| (*at, param.clone()));
             self.selected.extend(selected);
         }
     }
@@ -220,7 +249,8 @@ impl Network {
             return Err(Error::other("full-parameter training takes no adapter"));
         }
         for (name, weight) in self.base.weights() {
-            self.base_params.insert(name.clone(), builtin::trainable_base(name, weight)?);
+            self.base_params
+                .insert(name.clone(), builtin::trainable_base(name, weight)?);
         }
         Ok(())
     }
@@ -228,7 +258,12 @@ impl Network {
     /// The trainable parameters, in the order they were made.
     pub fn parameters(&self) -> Vec<Param> {
         let own = self.adapters.iter().flat_map(|a| &a.store.params);
-        self.base_params.values().chain(own).filter(|p| p.is_trainable()).cloned().collect()
+        self.base_params
+            .values()
+            .chain(own)
+            .filter(|p| p.is_trainable())
+            .cloned()
+            .collect()
     }
 
     /// All parameters of one adapter.
@@ -244,19 +279,29 @@ impl Network {
     /// # Errors
     /// If there is no such adapter.
     pub fn set_trainable(&mut self, name: &str, trainable: bool) -> Result<()> {
-        self.find(name)?.store.params.iter().for_each(|p| p.set_trainable(trainable));
+        self.find(name)?
+            .store
+            .params
+            .iter()
+            .for_each(|p| p.set_trainable(trainable));
         Ok(())
     }
 
     /// The hooks of every attached adapter's method.
     pub fn trainers(&self) -> Vec<(String, Box<dyn TrainHooks>)> {
-        self.adapters.iter().map(|a| (a.name.clone(), a.method.trainer())).collect()
+        self.adapters
+            .iter()
+            .map(|a| (a.name.clone(), a.method.trainer()))
+            .collect()
     }
 
     // --- running ---
 
     fn base_weight(&self, name: &str) -> Result<BaseWeight> {
-        let weight = self.base.weight(name).ok_or_else(|| Error::other(format!("the base model has no parameter {name:?}")))?;
+        let weight = self
+            .base
+            .weight(name)
+            .ok_or_else(|| Error::other(format!("the base model has no parameter {name:?}")))?;
         Ok(match self.base_params.get(name) {
             Some(param) => BaseWeight::dense(param.tensor(), weight.is_transposed()),
             None => weight.clone(),
@@ -287,15 +332,23 @@ impl Network {
     /// A module's weight: the trained stand-in of an active adapter, or the base's.
     pub(crate) fn weight_of(&self, id: ModuleId) -> Result<Option<BaseWeight>> {
         let info = self.tree().info(id);
-        let Some(name) = &info.weight else { return Ok(None) };
+        let Some(name) = &info.weight else {
+            return Ok(None);
+        };
         match self.selected.get(&(id, Slot::Weight)) {
-            Some(param) => Ok(Some(BaseWeight::dense(param.tensor(), info.kind == ModuleKind::Conv1d))),
+            Some(param) => Ok(Some(BaseWeight::dense(
+                param.tensor(),
+                info.kind == ModuleKind::Conv1d,
+            ))),
             None => self.base_weight(name).map(Some),
         }
     }
 
     pub(crate) fn bias_of(&self, id: ModuleId) -> Result<Option<Tensor>> {
-        match (self.selected.get(&(id, Slot::Bias)), &self.tree().info(id).bias) {
+        match (
+            self.selected.get(&(id, Slot::Bias)),
+            &self.tree().info(id).bias,
+        ) {
             (Some(param), _) => Ok(Some(param.tensor())),
             (None, Some(name)) => self.vector(name).map(Some),
             (None, None) => Ok(None),
@@ -306,11 +359,27 @@ impl Network {
     fn call(&self, id: ModuleId, input: Input<'_>, pass: &Pass) -> Result<Tensor> {
         let run = || {
             if let Some(merged) = self.merged.as_ref().and_then(|m| m.get(&id)) {
-                return Call { input, below: &[], current: None, weight: Some(&merged.weight), bias: merged.bias.as_ref(), pass }.base();
+                return Call {
+                    input,
+                    below: &[],
+                    current: None,
+                    weight: Some(&merged.weight),
+                    bias: merged.bias.as_ref(),
+                    pass,
+                }
+                .base();
             }
             let (weight, bias) = (self.weight_of(id)?, self.bias_of(id)?);
             let below = self.stacks.get(&id).map_or(&[][..], Vec::as_slice);
-            Call { input, below, current: None, weight: weight.as_ref(), bias: bias.as_ref(), pass }.base()
+            Call {
+                input,
+                below,
+                current: None,
+                weight: weight.as_ref(),
+                bias: bias.as_ref(),
+                pass,
+            }
+            .base()
         };
         run().map_err(|e| match e {
             Error::Tensor(e) => Error::module(&self.tree().info(id).path, e.to_string()),
@@ -338,7 +407,14 @@ impl Network {
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn junction(&self, id: ModuleId, x: &Tensor, residual: &Tensor, norm: Option<NormFn<'_>>, pass: &Pass) -> Result<Tensor> {
+    pub fn junction(
+        &self,
+        id: ModuleId,
+        x: &Tensor,
+        residual: &Tensor,
+        norm: Option<NormFn<'_>>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         self.call(id, Input::Junction { x, residual, norm }, pass)
     }
 
@@ -358,12 +434,20 @@ impl Network {
     ///
     /// # Errors
     /// If `x` does not fit.
-    pub fn rms_norm(&self, id: ModuleId, x: &Tensor, eps: f32, offset: f32, _pass: &Pass) -> Result<Tensor> {
+    pub fn rms_norm(
+        &self,
+        id: ModuleId,
+        x: &Tensor,
+        eps: f32,
+        offset: f32,
+        _pass: &Pass,
+    ) -> Result<Tensor> {
         let mut weight = self.norm_weight(id)?;
         if offset != 0.0 {
             weight = weight.affine(1.0, offset)?;
         }
-        x.rms_norm(&weight, eps).map_err(|e| Error::module(&self.tree().info(id).path, e.to_string()))
+        x.rms_norm(&weight, eps)
+            .map_err(|e| Error::module(&self.tree().info(id).path, e.to_string()))
     }
 
     /// A LayerNorm.
@@ -377,7 +461,8 @@ impl Network {
             None => self.bias_of(id)?,
         };
         let weight = self.norm_weight(id)?;
-        x.layer_norm(&weight, bias.as_ref(), eps).map_err(|e| Error::module(&self.tree().info(id).path, e.to_string()))
+        x.layer_norm(&weight, bias.as_ref(), eps)
+            .map_err(|e| Error::module(&self.tree().info(id).path, e.to_string()))
     }
 
     /// Any module by its path, for programs without a model: `x [.., in] -> [.., out]`.
@@ -389,7 +474,10 @@ impl Network {
         let info = self.tree().info(id);
         match info.kind {
             ModuleKind::Linear | ModuleKind::Conv1d => self.linear(id, x, pass),
-            kind => Err(Error::module(path, format!("is of kind {}; run takes Linear and Conv1D", kind.name()))),
+            kind => Err(Error::module(
+                path,
+                format!("is of kind {}; run takes Linear and Conv1D", kind.name()),
+            )),
         }
     }
 
@@ -398,12 +486,17 @@ impl Network {
     /// # Errors
     /// If the module has none.
     pub fn weight(&self, id: ModuleId) -> Result<Tensor> {
-        let merged = self.merged.as_ref().and_then(|m| m.get(&id)).map(|m| m.weight.clone());
+        let merged = self
+            .merged
+            .as_ref()
+            .and_then(|m| m.get(&id))
+            .map(|m| m.weight.clone());
         let weight = match merged {
             Some(weight) => Some(weight),
             None => self.weight_of(id)?,
         };
-        let weight = weight.ok_or_else(|| Error::module(&self.tree().info(id).path, "has no weight"))?;
+        let weight =
+            weight.ok_or_else(|| Error::module(&self.tree().info(id).path, "has no weight"))?;
         Ok(weight.to_dense()?.detach())
     }
 
@@ -414,12 +507,18 @@ impl Network {
     pub fn module(&self, path: &str) -> Result<ModuleId> {
         self.tree().get(path).ok_or_else(|| {
             let nearest = crate::nearest(path, self.tree().iter().map(|(_, m)| m.path.as_str()));
-            Error::NoMatch { field: "module".to_owned(), name: path.to_owned(), nearest }
+            Error::NoMatch {
+                field: "module".to_owned(),
+                name: path.to_owned(),
+                nearest,
+            }
         })
     }
 
     fn around(&self, attention: ModuleId) -> impl Iterator<Item = &Stacked> {
-        self.roots.iter().chain(self.stacks.get(&attention).into_iter().flatten())
+        self.roots
+            .iter()
+            .chain(self.stacks.get(&attention).into_iter().flatten())
     }
 
     /// Keys and values to put in front of a layer's own, `[P, kv]` or `[batch, P, kv]`.
@@ -430,7 +529,12 @@ impl Network {
         let layer = self.tree().info(attention).layer.unwrap_or(0);
         let mut all = Vec::new();
         for stacked in self.around(attention) {
-            let at = PrefixCx { layer, facts: self.tree().facts(), batch, pass };
+            let at = PrefixCx {
+                layer,
+                facts: self.tree().facts(),
+                batch,
+                pass,
+            };
             all.extend(stacked.adapter.prefix(&at)?);
         }
         let axis = all.first().map_or(0, |p| p.k.rank() - 2);
@@ -439,7 +543,10 @@ impl Network {
         if all.is_empty() {
             return Ok(None);
         }
-        Ok(Some(Prefix { k: concat(&k, axis)?, v: concat(&v, axis)? }))
+        Ok(Some(Prefix {
+            k: concat(&k, axis)?,
+            v: concat(&v, axis)?,
+        }))
     }
 
     /// Positions [`Network::prefix`] adds to every layer.
@@ -454,7 +561,11 @@ impl Network {
     pub fn prompt(&self, batch: usize, pass: &Pass) -> Result<Option<Tensor>> {
         let mut all = Vec::new();
         for stacked in &self.roots {
-            all.extend(stacked.adapter.prompt(&PromptCx { facts: self.tree().facts(), batch, pass })?);
+            all.extend(stacked.adapter.prompt(&PromptCx {
+                facts: self.tree().facts(),
+                batch,
+                pass,
+            })?);
         }
         match &all[..] {
             [] => Ok(None),
@@ -473,6 +584,12 @@ impl Network {
 
 impl std::fmt::Debug for Network {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Network({} modules, adapters {:?}, active {:?})", self.tree().iter().count(), self.adapters(), self.active)
+        write!(
+            f,
+            "Network({} modules, adapters {:?}, active {:?})",
+            self.tree().iter().count(),
+            self.adapters(),
+            self.active
+        )
     }
 }

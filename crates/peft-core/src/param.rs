@@ -52,8 +52,17 @@ impl Param {
 
     /// Its current value: a leaf that gets a gradient if the parameter is trainable.
     pub fn tensor(&self) -> Tensor {
-        let value = self.0.value.read().unwrap_or_else(PoisonError::into_inner).clone();
-        if self.is_trainable() { value } else { value.detach() }
+        let value = self
+            .0
+            .value
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if self.is_trainable() {
+            value
+        } else {
+            value.detach()
+        }
     }
 
     /// Gives it another value.
@@ -62,7 +71,12 @@ impl Param {
     /// If the shape differs.
     pub fn set(&self, value: Tensor) -> Result<()> {
         if value.shape() != self.shape() {
-            let detail = format!("{} has shape {:?}, not {:?}", self.key(), self.shape(), value.shape());
+            let detail = format!(
+                "{} has shape {:?}, not {:?}",
+                self.key(),
+                self.shape(),
+                value.shape()
+            );
             return Err(Error::other(detail));
         }
         *self.0.value.write().unwrap_or_else(PoisonError::into_inner) = value.leaf();
@@ -135,7 +149,10 @@ impl Init {
             }
             Self::Value(value) if value.shape() == shape => value.to_device(device)?,
             Self::Value(value) => {
-                return Err(Error::other(format!("initial values {:?} for shape {shape:?}", value.shape())));
+                return Err(Error::other(format!(
+                    "initial values {:?} for shape {shape:?}",
+                    value.shape()
+                )));
             }
         })
     }

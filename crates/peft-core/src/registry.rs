@@ -91,26 +91,43 @@ pub fn entry_for(config: &Value) -> Result<&'static MethodEntry> {
         names.join(", ")
     };
     let Some(peft_type) = config["peft_type"].as_str() else {
-        return Err(Error::config("peft_type", format!("has to be given, one of {}", known())));
+        return Err(Error::config(
+            "peft_type",
+            format!("has to be given, one of {}", known()),
+        ));
     };
-    let same: Vec<_> = all.iter().copied().filter(|e| e.peft_type == peft_type).collect();
+    let same: Vec<_> = all
+        .iter()
+        .copied()
+        .filter(|e| e.peft_type == peft_type)
+        .collect();
     let claims: Vec<_> = same.iter().copied().filter(|e| (e.when)(config)).collect();
     match (&claims[..], &same[..]) {
         ([one], _) => Ok(one),
         ([], [one]) => Ok(one),
         ([], []) => {
             let near = crate::nearest(peft_type, all.iter().map(|e| e.peft_type));
-            let hint = near.first().map_or(String::new(), |n| format!("; did you mean {n}?"));
-            Err(Error::config("peft_type", format!("{peft_type:?} is unknown, known: {}{hint}", known())))
+            let hint = near
+                .first()
+                .map_or(String::new(), |n| format!("; did you mean {n}?"));
+            Err(Error::config(
+                "peft_type",
+                format!("{peft_type:?} is unknown, known: {}{hint}", known()),
+            ))
         }
         ([], several) => several
             .iter()
             .copied()
             .find(|e| e.id.eq_ignore_ascii_case(peft_type))
-            .ok_or_else(|| Error::config("peft_type", format!("no default method for {peft_type:?}"))),
+            .ok_or_else(|| {
+                Error::config("peft_type", format!("no default method for {peft_type:?}"))
+            }),
         (several, _) => {
             let ids: Vec<_> = several.iter().map(|e| e.id).collect();
-            Err(Error::config("peft_type", format!("the configuration fits several methods: {}", ids.join(", "))))
+            Err(Error::config(
+                "peft_type",
+                format!("the configuration fits several methods: {}", ids.join(", ")),
+            ))
         }
     }
 }
@@ -130,7 +147,11 @@ where
     // A null means the default, as in Python, unless the field can be null.
     let own: Map<String, Value> = given
         .iter()
-        .filter(|(key, value)| known.get(*key).is_some_and(|default| !value.is_null() || default.is_null()))
+        .filter(|(key, value)| {
+            known
+                .get(*key)
+                .is_some_and(|default| !value.is_null() || default.is_null())
+        })
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     for (key, value) in &own {
@@ -143,7 +164,8 @@ where
     }
     let mut all = known.clone();
     all.extend(own);
-    let method = T::deserialize(Value::Object(all)).map_err(|e| Error::config("adapter", e.to_string()))?;
+    let method =
+        T::deserialize(Value::Object(all)).map_err(|e| Error::config("adapter", e.to_string()))?;
     let fields = serde_json::to_value(&method).map_err(|e| Error::other(e.to_string()))?;
     Ok((method, fields))
 }

@@ -70,7 +70,14 @@ pub struct ModuleInfo {
 }
 
 impl ModuleInfo {
-    fn sized(path: &str, kind: ModuleKind, in_features: usize, out_features: usize, weight: bool, bias: bool) -> Self {
+    fn sized(
+        path: &str,
+        kind: ModuleKind,
+        in_features: usize,
+        out_features: usize,
+        weight: bool,
+        bias: bool,
+    ) -> Self {
         let named = |wanted: bool, what: &str| wanted.then(|| format!("{path}.{what}"));
         Self {
             path: path.to_owned(),
@@ -90,12 +97,26 @@ impl ModuleInfo {
 
     /// `y = x Wᵀ + b` with W `[out, in]`.
     pub fn linear(path: &str, in_features: usize, out_features: usize, bias: bool) -> Self {
-        Self::sized(path, ModuleKind::Linear, in_features, out_features, true, bias)
+        Self::sized(
+            path,
+            ModuleKind::Linear,
+            in_features,
+            out_features,
+            true,
+            bias,
+        )
     }
 
     /// GPT-2's linear layer, W stored `[in, out]`.
     pub fn conv1d(path: &str, in_features: usize, out_features: usize, bias: bool) -> Self {
-        Self::sized(path, ModuleKind::Conv1d, in_features, out_features, true, bias)
+        Self::sized(
+            path,
+            ModuleKind::Conv1d,
+            in_features,
+            out_features,
+            true,
+            bias,
+        )
     }
 
     /// A table `[rows, dim]`.
@@ -180,7 +201,10 @@ pub struct ModuleTree {
 impl ModuleTree {
     /// An empty tree.
     pub fn new(facts: ModelFacts) -> Self {
-        Self { facts, ..Self::default() }
+        Self {
+            facts,
+            ..Self::default()
+        }
     }
 
     /// Adds a module; one of the same path is replaced.
@@ -210,7 +234,10 @@ impl ModuleTree {
 
     /// All modules with their ids.
     pub fn iter(&self) -> impl Iterator<Item = (ModuleId, &ModuleInfo)> {
-        self.modules.iter().enumerate().map(|(i, m)| (ModuleId(i), m))
+        self.modules
+            .iter()
+            .enumerate()
+            .map(|(i, m)| (ModuleId(i), m))
     }
 
     /// Sizes and names of the model as a whole.
@@ -235,14 +262,22 @@ impl ModuleTree {
     ///
     /// # Errors
     /// If a name or pattern matches nothing, or matches a module of another kind.
-    pub fn matching(&self, common: &Common, kinds: &[ModuleKind], defaults: Option<Targets>) -> Result<Vec<Site>> {
+    pub fn matching(
+        &self,
+        common: &Common,
+        kinds: &[ModuleKind],
+        defaults: Option<Targets>,
+    ) -> Result<Vec<Site>> {
         let targets = common.target_modules.clone().or(defaults);
         if targets.is_none() {
             let known = matcher::default_targets(&self.facts.model_type).is_some();
             debug_assert!(!known, "defaults are the caller's to look up");
             return Err(Error::config(
                 "target_modules",
-                format!("has to be given: there is no default for model_type {:?}", self.facts.model_type),
+                format!(
+                    "has to be given: there is no default for model_type {:?}",
+                    self.facts.model_type
+                ),
             ));
         }
         let candidates: Vec<Candidate<'_>> = self
@@ -267,7 +302,8 @@ impl ModuleTree {
     }
 
     fn is_head(&self, m: &ModuleInfo) -> bool {
-        self.facts.output_embedding.as_deref() == Some(&m.path) || self.facts.task_heads.contains(&m.path)
+        self.facts.output_embedding.as_deref() == Some(&m.path)
+            || self.facts.task_heads.contains(&m.path)
     }
 
     /// Every module at or below one of `names`, which are whole dotted parts at the end of a path (or regular
@@ -280,10 +316,18 @@ impl ModuleTree {
         for name in names {
             let pattern = matcher::compile(field, &format!(r"(.*\.)?{name}(\..*)?"))?;
             let before = found.len();
-            found.extend(self.iter().filter(|(_, m)| pattern.is_match(&m.path)).map(|(id, _)| id));
+            found.extend(
+                self.iter()
+                    .filter(|(_, m)| pattern.is_match(&m.path))
+                    .map(|(id, _)| id),
+            );
             if found.len() == before {
                 let nearest = crate::nearest(name, self.modules.iter().map(|m| m.path.as_str()));
-                return Err(Error::NoMatch { field: field.to_owned(), name: name.clone(), nearest });
+                return Err(Error::NoMatch {
+                    field: field.to_owned(),
+                    name: name.clone(),
+                    nearest,
+                });
             }
         }
         found.sort_unstable();
@@ -293,7 +337,10 @@ impl ModuleTree {
 
     /// A tree from a checkpoint's tensor names and stored shapes, for architectures we cannot run: a matrix is a
     /// Linear unless its name says embedding, a vector is a Norm.
-    pub fn from_tensors<'a>(tensors: impl Iterator<Item = (&'a str, &'a [usize])>, config: &Value) -> Self {
+    pub fn from_tensors<'a>(
+        tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
+        config: &Value,
+    ) -> Self {
         let tensors: HashMap<&str, &[usize]> = tensors.collect();
         let number = |key: &str| config[key].as_u64().unwrap_or(0) as usize;
         let mut names: Vec<&str> = tensors.keys().copied().collect();
@@ -305,36 +352,63 @@ impl ModuleTree {
             hidden_size,
             num_layers: number("num_hidden_layers"),
             num_heads: heads,
-            num_kv_heads: config["num_key_value_heads"].as_u64().map_or(heads, |n| n as usize),
-            head_dim: config["head_dim"].as_u64().map_or(hidden_size / heads.max(1), |n| n as usize),
+            num_kv_heads: config["num_key_value_heads"]
+                .as_u64()
+                .map_or(heads, |n| n as usize),
+            head_dim: config["head_dim"]
+                .as_u64()
+                .map_or(hidden_size / heads.max(1), |n| n as usize),
             vocab_size: number("vocab_size"),
             ..ModelFacts::default()
         });
         for name in names {
-            let Some(path) = name.strip_suffix(".weight") else { continue };
+            let Some(path) = name.strip_suffix(".weight") else {
+                continue;
+            };
             let bias = tensors.contains_key(format!("{path}.bias").as_str());
             let leaf = path.rsplit('.').next().unwrap_or(path);
             let module = match *tensors[name] {
                 [dim] => ModuleInfo::norm(path, dim, bias),
-                [rows, dim] if leaf.contains("embed") || matches!(leaf, "wte" | "wpe" | "shared") => {
+                [rows, dim]
+                    if leaf.contains("embed") || matches!(leaf, "wte" | "wpe" | "shared") =>
+                {
                     ModuleInfo::embedding(path, rows, dim)
                 }
-                [a, b] if model_type == "gpt2" && leaf.starts_with("c_") => ModuleInfo::conv1d(path, a, b, bias),
+                [a, b] if model_type == "gpt2" && leaf.starts_with("c_") => {
+                    ModuleInfo::conv1d(path, a, b, bias)
+                }
                 [out, inside] => ModuleInfo::linear(path, inside, out, bias),
                 _ => continue,
             };
             tree.push(module);
         }
         let find = |leaves: &[&str]| {
-            tree.modules.iter().find(|m| leaves.contains(&m.path.rsplit('.').next().unwrap_or(""))).map(|m| m.path.clone())
+            tree.modules
+                .iter()
+                .find(|m| leaves.contains(&m.path.rsplit('.').next().unwrap_or("")))
+                .map(|m| m.path.clone())
         };
         let input = find(&["embed_tokens", "wte", "word_embeddings", "shared"]);
         let output = find(&["lm_head", "embed_out"]);
-        let task_heads = tree.modules.iter().filter(|m| matches!(m.path.as_str(), "classifier" | "score")).map(|m| m.path.clone()).collect();
-        if output.is_none() && let Some(path) = &input && config["tie_word_embeddings"].as_bool() != Some(false) {
+        let task_heads = tree
+            .modules
+            .iter()
+            .filter(|m| matches!(m.path.as_str(), "classifier" | "score"))
+            .map(|m| m.path.clone())
+            .collect();
+        if output.is_none()
+            && let Some(path) = &input
+            && config["tie_word_embeddings"].as_bool() != Some(false)
+        {
             let id = tree.by_path[path];
-            let (rows, dim) = (tree.modules[id.0].in_features, tree.modules[id.0].out_features);
-            tree.push(ModuleInfo::linear("lm_head", dim, rows, false).with_weight(format!("{path}.weight")));
+            let (rows, dim) = (
+                tree.modules[id.0].in_features,
+                tree.modules[id.0].out_features,
+            );
+            tree.push(
+                ModuleInfo::linear("lm_head", dim, rows, false)
+                    .with_weight(format!("{path}.weight")),
+            );
             tree.facts.output_embedding = Some("lm_head".to_owned());
             tree.facts.tied = true;
         } else {
@@ -349,7 +423,9 @@ impl ModuleTree {
 
 /// Sort key in which numbers count as numbers.
 fn natural(name: &str) -> Vec<(usize, &str)> {
-    name.split('.').map(|part| part.parse().map_or((usize::MAX, part), |n| (n, ""))).collect()
+    name.split('.')
+        .map(|part| part.parse().map_or((usize::MAX, part), |n| (n, "")))
+        .collect()
 }
 
 /// Where one adapter sits.
@@ -372,6 +448,13 @@ pub struct Site {
 impl Site {
     /// The model as a whole: virtual tokens and prefixes.
     pub fn root() -> Self {
-        Self { id: None, path: String::new(), kind: ModuleKind::Container, in_features: 0, out_features: 0, layer: None }
+        Self {
+            id: None,
+            path: String::new(),
+            kind: ModuleKind::Container,
+            in_features: 0,
+            out_features: 0,
+            layer: None,
+        }
     }
 }

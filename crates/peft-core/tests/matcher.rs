@@ -1,13 +1,23 @@
 //! The matcher against HF PEFT's answers (`tests/goldens/matcher.json`), a naive model, and its own promises.
 
-use peft_core::matcher::{Candidate, MatchSpec, compile, default_targets, matches_name, pattern_value, select};
+use peft_core::matcher::{
+    Candidate, MatchSpec, compile, default_targets, matches_name, pattern_value, select,
+};
 use peft_core::{Error, Result, Targets};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 /// Modules that any method takes, none of them a head.
 fn linears<'a>(paths: &[&'a str]) -> Vec<Candidate<'a>> {
-    paths.iter().map(|&path| Candidate { path, adaptable: true, linear: true, output_head: false }).collect()
+    paths
+        .iter()
+        .map(|&path| Candidate {
+            path,
+            adaptable: true,
+            linear: true,
+            output_head: false,
+        })
+        .collect()
 }
 
 fn strings(value: &Value) -> Vec<String> {
@@ -20,13 +30,17 @@ fn strings(value: &Value) -> Vec<String> {
 
 /// Selects as a configuration says and gives the paths.
 fn chosen(candidates: &[Candidate<'_>], config: &Value) -> Result<Vec<String>> {
-    let targets = |key: &str| -> Option<Targets> { serde_json::from_value(config[key].clone()).unwrap() };
+    let targets =
+        |key: &str| -> Option<Targets> { serde_json::from_value(config[key].clone()).unwrap() };
     let (target, exclude) = (targets("target_modules"), targets("exclude_modules"));
     let layers: Option<Vec<usize>> = match &config["layers_to_transform"] {
         Value::Number(one) => Some(vec![one.as_u64().unwrap() as usize]),
         other => serde_json::from_value(other.clone()).unwrap(),
     };
-    let (pattern, saved) = (strings(&config["layers_pattern"]), strings(&config["modules_to_save"]));
+    let (pattern, saved) = (
+        strings(&config["layers_pattern"]),
+        strings(&config["modules_to_save"]),
+    );
     let picked = select(
         candidates,
         &MatchSpec {
@@ -37,7 +51,10 @@ fn chosen(candidates: &[Candidate<'_>], config: &Value) -> Result<Vec<String>> {
             modules_to_save: &saved,
         },
     )?;
-    Ok(picked.into_iter().map(|i| candidates[i].path.to_owned()).collect())
+    Ok(picked
+        .into_iter()
+        .map(|i| candidates[i].path.to_owned())
+        .collect())
 }
 
 fn message(candidates: &[Candidate<'_>], config: Value) -> String {
@@ -58,7 +75,9 @@ const LLAMA: [&str; 8] = [
 /// Whether an entry of a list names none of the modules, or a layer is not there: where HF is silent, we are not.
 fn is_stricter(modules: &[&str], config: &Value) -> bool {
     let unmatched = |key: &str| match &config[key] {
-        Value::Array(names) => names.iter().any(|n| !modules.iter().any(|m| matches_name(m, n.as_str().unwrap()))),
+        Value::Array(names) => names
+            .iter()
+            .any(|n| !modules.iter().any(|m| matches_name(m, n.as_str().unwrap()))),
         Value::String(text) if !text.is_empty() => {
             let regex = compile(key, text).unwrap();
             !modules.iter().any(|m| regex.is_match(m))
@@ -66,15 +85,24 @@ fn is_stricter(modules: &[&str], config: &Value) -> bool {
         _ => false,
     };
     let no_such_layer = config["layers_pattern"].is_null()
-        && strings(&json!(config["layers_to_transform"].as_array().map(|a| a.iter().map(Value::to_string).collect::<Vec<_>>())))
-            .iter()
-            .any(|wanted| !modules.iter().any(|m| naive_layer(m).is_some_and(|l| l.to_string() == *wanted)));
+        && strings(&json!(
+            config["layers_to_transform"]
+                .as_array()
+                .map(|a| a.iter().map(Value::to_string).collect::<Vec<_>>())
+        ))
+        .iter()
+        .any(|wanted| {
+            !modules
+                .iter()
+                .any(|m| naive_layer(m).is_some_and(|l| l.to_string() == *wanted))
+        });
     unmatched("target_modules") || unmatched("exclude_modules") || no_such_layer
 }
 
 #[test]
 fn answers_what_peft_answers() {
-    let goldens: Value = serde_json::from_str(include_str!("../../../tests/goldens/matcher.json")).unwrap();
+    let goldens: Value =
+        serde_json::from_str(include_str!("../../../tests/goldens/matcher.json")).unwrap();
     let (mut equal, mut refused) = (0, 0);
     for entry in goldens["match"].as_array().unwrap() {
         let names = strings(&entry["modules"]);
@@ -83,26 +111,45 @@ fn answers_what_peft_answers() {
         let ours = chosen(&linears(&modules), config);
         if entry["lookaround"] == json!(true) {
             let text = ours.unwrap_err().to_string();
-            assert!(text.contains("look-ahead") && text.contains("target_modules"), "{text}");
+            assert!(
+                text.contains("look-ahead") && text.contains("target_modules"),
+                "{text}"
+            );
             continue;
         }
         if expected == "error" || expected == &json!([]) || is_stricter(&modules, config) {
             assert!(ours.is_err(), "{config} gave {ours:?}, expected an error");
             refused += 1;
         } else {
-            assert_eq!(ours.unwrap_or_else(|e| panic!("{config}: {e}")), strings(expected), "{config}");
+            assert_eq!(
+                ours.unwrap_or_else(|e| panic!("{config}: {e}")),
+                strings(expected),
+                "{config}"
+            );
             equal += 1;
         }
     }
-    assert!(equal >= 40 && refused >= 8, "{equal} equal, {refused} refused: the goldens are not read");
+    assert!(
+        equal >= 40 && refused >= 8,
+        "{equal} equal, {refused} refused: the goldens are not read"
+    );
 
     for entry in goldens["pattern_key"].as_array().unwrap() {
-        let patterns: Vec<(String, String)> = strings(&entry["keys"]).into_iter().map(|k| (k.clone(), k)).collect();
+        let patterns: Vec<(String, String)> = strings(&entry["keys"])
+            .into_iter()
+            .map(|k| (k.clone(), k))
+            .collect();
         let found = pattern_value(&patterns, entry["module"].as_str().unwrap()).unwrap();
-        assert_eq!(found.map(String::as_str), entry["expected"].as_str(), "{entry}");
+        assert_eq!(
+            found.map(String::as_str),
+            entry["expected"].as_str(),
+            "{entry}"
+        );
     }
     for (model_type, names) in goldens["default_targets"].as_object().unwrap() {
-        let ours = default_targets(model_type).map(|names| json!(names)).unwrap_or(Value::Null);
+        let ours = default_targets(model_type)
+            .map(|names| json!(names))
+            .unwrap_or(Value::Null);
         assert_eq!(&ours, names, "{model_type}");
     }
 }
@@ -127,35 +174,78 @@ fn all_linear_leaves_the_head_and_what_cannot_be_adapted() {
 fn what_matches_nothing_is_an_error_with_the_nearest() {
     let modules = linears(&LLAMA);
     let cases = [
-        (json!({"target_modules": ["q_proj", "v_porj"]}), ["target_modules", "v_porj", "v_proj"]),
-        (json!({"target_modules": ["q_proj"], "exclude_modules": ["up_prj"]}), ["exclude_modules", "up_prj", "up_proj"]),
-        (json!({"target_modules": ["q_proj"], "modules_to_save": ["lmhead"]}), ["modules_to_save", "lmhead", "lm_head"]),
-        (json!({"target_modules": ["q_proj"], "layers_to_transform": [1, 5]}), ["layers_to_transform", "5", "0 to 1"]),
-        (json!({"target_modules": "v_proj"}), ["target_modules", "whole paths", r#"["v_proj"]"#]),
-        (json!({"target_modules": [".*_proj"]}), ["target_modules", ".*_proj", "no module"]),
-        (json!({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}), ["target_modules", "exclude_modules", "2"]),
-        (json!({"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["self_attn"]}), ["nothing", "modules_to_save", "4"]),
+        (
+            json!({"target_modules": ["q_proj", "v_porj"]}),
+            ["target_modules", "v_porj", "v_proj"],
+        ),
+        (
+            json!({"target_modules": ["q_proj"], "exclude_modules": ["up_prj"]}),
+            ["exclude_modules", "up_prj", "up_proj"],
+        ),
+        (
+            json!({"target_modules": ["q_proj"], "modules_to_save": ["lmhead"]}),
+            ["modules_to_save", "lmhead", "lm_head"],
+        ),
+        (
+            json!({"target_modules": ["q_proj"], "layers_to_transform": [1, 5]}),
+            ["layers_to_transform", "5", "0 to 1"],
+        ),
+        (
+            json!({"target_modules": "v_proj"}),
+            ["target_modules", "whole paths", r#"["v_proj"]"#],
+        ),
+        (
+            json!({"target_modules": [".*_proj"]}),
+            ["target_modules", ".*_proj", "no module"],
+        ),
+        (
+            json!({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}),
+            ["target_modules", "exclude_modules", "2"],
+        ),
+        (
+            json!({"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["self_attn"]}),
+            ["nothing", "modules_to_save", "4"],
+        ),
         (json!({}), ["target_modules", "has to be given", ""]),
-        (json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"}), ["layers_pattern", "0", "no layer"]),
+        (
+            json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"}),
+            ["layers_pattern", "0", "no layer"],
+        ),
     ];
     for (config, parts) in cases {
         let text = message(&modules, config.clone());
-        assert!(parts.iter().all(|part| text.contains(part)), "{config}: {text}");
+        assert!(
+            parts.iter().all(|part| text.contains(part)),
+            "{config}: {text}"
+        );
     }
 }
 
 #[test]
 fn an_unsupported_kind_is_an_error_that_says_what_is_below() {
-    let mut modules = linears(&["model.layers.0.mlp", "model.layers.0.mlp.up_proj", "model.layers.0.mlp_norm"]);
+    let mut modules = linears(&[
+        "model.layers.0.mlp",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp_norm",
+    ]);
     modules[0].adaptable = false;
     modules[2].adaptable = false;
     let error = chosen(&modules, &json!({"target_modules": ["mlp", "up_proj"]})).unwrap_err();
-    assert!(matches!(&error, Error::Module { module, .. } if module == "model.layers.0.mlp"), "{error}");
+    assert!(
+        matches!(&error, Error::Module { module, .. } if module == "model.layers.0.mlp"),
+        "{error}"
+    );
     let text = error.to_string();
-    assert!(text.contains("mlp.up_proj") && !text.contains("mlp_norm"), "{text}");
+    assert!(
+        text.contains("mlp.up_proj") && !text.contains("mlp_norm"),
+        "{text}"
+    );
     // An excluded one is not in the way.
     let config = json!({"target_modules": ["mlp", "up_proj"], "exclude_modules": ["mlp"]});
-    assert_eq!(chosen(&modules, &config).unwrap(), ["model.layers.0.mlp.up_proj"]);
+    assert_eq!(
+        chosen(&modules, &config).unwrap(),
+        ["model.layers.0.mlp.up_proj"]
+    );
 }
 
 #[test]
@@ -215,7 +305,10 @@ fn patterns_mean_what_they_mean_in_python() {
     ];
     for (pattern, part) in refused {
         let text = compile("layers_pattern", pattern).unwrap_err().to_string();
-        assert!(text.contains(part) && text.contains("`layers_pattern`"), "{pattern}: {text}");
+        assert!(
+            text.contains(part) && text.contains("`layers_pattern`"),
+            "{pattern}: {text}"
+        );
     }
     // Asked a second time, past the cache.
     assert!(compile("target_modules", r"a*+b").is_err());
@@ -224,21 +317,50 @@ fn patterns_mean_what_they_mean_in_python() {
 #[test]
 fn targets_are_read_and_written_as_in_adapter_config() {
     let read = |value: Value| serde_json::from_value::<Targets>(value);
-    assert_eq!(read(json!(["q", "v"])).unwrap(), Targets::Names(vec!["q".into(), "v".into()]));
+    assert_eq!(
+        read(json!(["q", "v"])).unwrap(),
+        Targets::Names(vec!["q".into(), "v".into()])
+    );
     assert_eq!(read(json!("ALL-linear")).unwrap(), Targets::AllLinear);
-    assert_eq!(read(json!("all-linears")).unwrap(), Targets::Pattern("all-linears".into()));
+    assert_eq!(
+        read(json!("all-linears")).unwrap(),
+        Targets::Pattern("all-linears".into())
+    );
     for value in [json!(["q"]), json!(".*q"), json!("all-linear")] {
-        assert_eq!(serde_json::to_value(read(value.clone()).unwrap()).unwrap(), value);
+        assert_eq!(
+            serde_json::to_value(read(value.clone()).unwrap()).unwrap(),
+            value
+        );
     }
-    assert!(read(json!(3)).unwrap_err().to_string().contains("a list of module names"));
+    assert!(
+        read(json!(3))
+            .unwrap_err()
+            .to_string()
+            .contains("a list of module names")
+    );
 }
 
 #[test]
 fn first_matching_pattern_wins_and_bad_ones_are_reported() {
-    let patterns = [(r"layers\.1\..*".to_owned(), 1), ("q_proj".to_owned(), 2), ("(a)\\1".to_owned(), 3)];
-    assert_eq!(pattern_value(&patterns, "m.layers.1.q_proj").unwrap(), Some(&1));
-    assert_eq!(pattern_value(&patterns, "m.layers.2.q_proj").unwrap(), Some(&2));
-    assert!(pattern_value(&patterns, "m.layers.2.k_proj").unwrap_err().to_string().contains("rank_pattern"));
+    let patterns = [
+        (r"layers\.1\..*".to_owned(), 1),
+        ("q_proj".to_owned(), 2),
+        ("(a)\\1".to_owned(), 3),
+    ];
+    assert_eq!(
+        pattern_value(&patterns, "m.layers.1.q_proj").unwrap(),
+        Some(&1)
+    );
+    assert_eq!(
+        pattern_value(&patterns, "m.layers.2.q_proj").unwrap(),
+        Some(&2)
+    );
+    assert!(
+        pattern_value(&patterns, "m.layers.2.k_proj")
+            .unwrap_err()
+            .to_string()
+            .contains("rank_pattern")
+    );
 }
 
 /// Whole dotted parts at the end, written the slow way.

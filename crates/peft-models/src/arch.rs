@@ -40,7 +40,8 @@ impl Builder {
     }
 
     pub(crate) fn container(&mut self, path: &str) {
-        self.tree.push(ModuleInfo::new(path, peft_core::ModuleKind::Container));
+        self.tree
+            .push(ModuleInfo::new(path, peft_core::ModuleKind::Container));
     }
 
     pub(crate) fn linear(&mut self, path: String, from: usize, to: usize, bias: bool) -> ModuleId {
@@ -75,19 +76,37 @@ pub(crate) fn embedded(
         let virtual_tokens = prompt.dims3()?.1;
         x = concat(&[&prompt, &x], 1)?;
         keys = keys.map(|mask| {
-            let row = |r: &[bool]| std::iter::repeat_n(true, virtual_tokens).chain(r.iter().copied()).collect::<Vec<_>>();
+            let row = |r: &[bool]| {
+                std::iter::repeat_n(true, virtual_tokens)
+                    .chain(r.iter().copied())
+                    .collect::<Vec<_>>()
+            };
             mask.chunks(batch.seq.max(1)).flat_map(row).collect()
         });
     }
     let seq = x.dims3()?.1;
-    Ok((x, Rows { batch: batch.batch, seq, keys: keys.map(Arc::new) }))
+    Ok((
+        x,
+        Rows {
+            batch: batch.batch,
+            seq,
+            keys: keys.map(Arc::new),
+        },
+    ))
 }
 
 /// Positions `first..` of every row of the batch.
 pub(crate) fn positions(rows: &Rows, first: usize) -> Result<Arc<Vec<u32>>> {
-    let end = u32::try_from(first + rows.seq).map_err(|_| Error::other("the sequence is too long"))?;
+    let end =
+        u32::try_from(first + rows.seq).map_err(|_| Error::other("the sequence is too long"))?;
     let one: Vec<u32> = (first as u32..end).collect();
-    Ok(Arc::new(one.iter().copied().cycle().take(one.len() * rows.batch).collect()))
+    Ok(Arc::new(
+        one.iter()
+            .copied()
+            .cycle()
+            .take(one.len() * rows.batch)
+            .collect(),
+    ))
 }
 
 /// Runs a layer, recomputing it in the backward pass if the pass says so.
@@ -101,7 +120,9 @@ pub(crate) fn layer(
         return run(network, x, pass);
     }
     let (network, pass) = (network.clone(), pass.clone());
-    Ok(peft_tensor::checkpoint(&[x], move |inputs| run(&network, &inputs[0], &pass).map_err(into_tensor_error))?)
+    Ok(peft_tensor::checkpoint(&[x], move |inputs| {
+        run(&network, &inputs[0], &pass).map_err(into_tensor_error)
+    })?)
 }
 
 /// An error on its way through a tensor operation.

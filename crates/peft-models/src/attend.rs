@@ -47,7 +47,11 @@ impl Rows {
                 return keys.clone();
             }
             let len = keys.len() / self.batch.max(1);
-            let row = |r: &[bool]| std::iter::repeat_n(true, prefix).chain(r.iter().copied()).collect::<Vec<_>>();
+            let row = |r: &[bool]| {
+                std::iter::repeat_n(true, prefix)
+                    .chain(r.iter().copied())
+                    .collect::<Vec<_>>()
+            };
             Arc::new(keys.chunks(len.max(1)).flat_map(row).collect())
         });
         Mask { keys }
@@ -66,7 +70,11 @@ pub(crate) fn attend(
 ) -> Result<Tensor> {
     let earlier = cache.as_ref().and_then(|c| c.as_ref());
     let (k, v, prefix) = match earlier {
-        Some(seen) => (concat(&[&seen.k, &k], 1)?, concat(&[&seen.v, &v], 1)?, seen.prefix),
+        Some(seen) => (
+            concat(&[&seen.k, &k], 1)?,
+            concat(&[&seen.v, &v], 1)?,
+            seen.prefix,
+        ),
         None => match network.prefix(module, rows.batch, pass)? {
             Some(p) => {
                 let (pk, pv) = (per_row(&p.k, rows.batch)?, per_row(&p.v, rows.batch)?);
@@ -76,7 +84,11 @@ pub(crate) fn attend(
             None => (k, v, 0),
         },
     };
-    let spec = Attention { prefix, mask: rows.mask(prefix), ..spec.clone() };
+    let spec = Attention {
+        prefix,
+        mask: rows.mask(prefix),
+        ..spec.clone()
+    };
     let out = q.attention(&k, &v, &spec)?;
     if let Some(place) = cache {
         *place = Some(LayerCache { k, v, prefix });
@@ -87,7 +99,9 @@ pub(crate) fn attend(
 /// `[n, width]` for every row of a batch; `[B, n, width]` as it is.
 pub(crate) fn per_row(x: &Tensor, batch: usize) -> Result<Tensor> {
     match *x.shape() {
-        [n, width] => Ok(x.reshape(&[1, n, width])?.broadcast_to(&[batch, n, width])?),
+        [n, width] => Ok(x
+            .reshape(&[1, n, width])?
+            .broadcast_to(&[batch, n, width])?),
         _ => Ok(x.clone()),
     }
 }

@@ -54,16 +54,26 @@ impl Bert {
             input_embedding: Some(format!("{prefix}embeddings.word_embeddings")),
             output_embedding: None,
             tied: false,
-            task_heads: if labels(task).is_some() { vec!["classifier".to_owned()] } else { Vec::new() },
+            task_heads: if labels(task).is_some() {
+                vec!["classifier".to_owned()]
+            } else {
+                Vec::new()
+            },
         };
-        let mut b = Builder { tree: ModuleTree::new(facts) };
+        let mut b = Builder {
+            tree: ModuleTree::new(facts),
+        };
         if !prefix.is_empty() {
             b.container("bert");
         }
         let shared = Arc::new(config.clone());
         b.container(&format!("{prefix}embeddings"));
         let table = |b: &mut Builder, name: &str, rows: usize| {
-            b.push(ModuleInfo::embedding(&format!("{prefix}embeddings.{name}"), rows, hidden))
+            b.push(ModuleInfo::embedding(
+                &format!("{prefix}embeddings.{name}"),
+                rows,
+                hidden,
+            ))
         };
         let words = table(&mut b, "word_embeddings", config.vocab_size);
         let places = table(&mut b, "position_embeddings", config.max_positions);
@@ -71,12 +81,30 @@ impl Bert {
         let norm = b.norm(format!("{prefix}embeddings.LayerNorm"), hidden, true);
         b.container(&format!("{prefix}encoder"));
         let layers = (0..config.num_layers)
-            .map(|i| Arc::new(Block::build(&mut b, shared.clone(), &format!("{prefix}encoder.layer.{i}"))))
+            .map(|i| {
+                Arc::new(Block::build(
+                    &mut b,
+                    shared.clone(),
+                    &format!("{prefix}encoder.layer.{i}"),
+                ))
+            })
             .collect();
         b.container(&format!("{prefix}pooler"));
         let pooler = b.linear(format!("{prefix}pooler.dense"), hidden, hidden, true);
         let head = labels(task).map(|n| b.linear("classifier".to_owned(), hidden, n, true));
-        (b.tree, Self { config: shared, words, places, segments, norm, layers, pooler, head })
+        (
+            b.tree,
+            Self {
+                config: shared,
+                words,
+                places,
+                segments,
+                norm,
+                layers,
+                pooler,
+                head,
+            },
+        )
     }
 }
 
@@ -85,12 +113,23 @@ impl Block {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         b.container(path);
         b.container(&format!("{path}.attention"));
-        let attention = b.push(ModuleInfo::attention(&format!("{path}.attention.self"), hidden));
+        let attention = b.push(ModuleInfo::attention(
+            &format!("{path}.attention.self"),
+            hidden,
+        ));
         let query = b.linear(format!("{path}.attention.self.query"), hidden, hidden, true);
         let key = b.linear(format!("{path}.attention.self.key"), hidden, hidden, true);
         let value = b.linear(format!("{path}.attention.self.value"), hidden, hidden, true);
-        let first_junction = b.push(ModuleInfo::junction(&format!("{path}.attention.output"), hidden));
-        let output = b.linear(format!("{path}.attention.output.dense"), hidden, hidden, true);
+        let first_junction = b.push(ModuleInfo::junction(
+            &format!("{path}.attention.output"),
+            hidden,
+        ));
+        let output = b.linear(
+            format!("{path}.attention.output.dense"),
+            hidden,
+            hidden,
+            true,
+        );
         let first_norm = b.norm(format!("{path}.attention.output.LayerNorm"), hidden, true);
         b.container(&format!("{path}.intermediate"));
         let up = b.linear(format!("{path}.intermediate.dense"), hidden, inner, true);
@@ -149,25 +188,35 @@ impl Architecture for Bert {
         pass: &Pass,
     ) -> Result<Tensor> {
         if cache.is_some() {
-            return Err(Error::other("BERT sees both sides of a token and cannot generate text"));
+            return Err(Error::other(
+                "BERT sees both sides of a token and cannot generate text",
+            ));
         }
         let (x, rows) = embedded(network, self.words, None, batch, 0, pass)?;
         let first = network.prefix_len();
         check_length(first + rows.seq, &self.config, "max_position_embeddings")?;
         let shape = x.shape().to_vec();
-        let segments = network.embed(self.segments, &vec![0; rows.batch * rows.seq], pass)?.reshape(&shape)?;
-        let places = network.embed(self.places, &positions(&rows, first)?, pass)?.reshape(&shape)?;
+        let segments = network
+            .embed(self.segments, &vec![0; rows.batch * rows.seq], pass)?
+            .reshape(&shape)?;
+        let places = network
+            .embed(self.places, &positions(&rows, first)?, pass)?
+            .reshape(&shape)?;
         let x = x.add(&segments)?.add(&places)?;
         let mut x = network.layer_norm(self.norm, &x, self.config.norm_eps, pass)?;
         for block in &self.layers {
             let (block, rows) = (block.clone(), rows.clone());
-            x = layer(network, &x, pass, move |network, x, pass| block.run(network, x, &rows, pass))?;
+            x = layer(network, &x, pass, move |network, x, pass| {
+                block.run(network, x, &rows, pass)
+            })?;
         }
         Ok(x)
     }
 
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let Some(head) = self.head else { return Ok(rows.clone()) };
+        let Some(head) = self.head else {
+            return Ok(rows.clone());
+        };
         let pooled = network.linear(self.pooler, rows, pass)?.tanh()?;
         network.linear(head, &pooled, pass)
     }

@@ -24,15 +24,27 @@ impl ChatTemplate {
     /// If it does not parse: names the line.
     pub fn new(source: &str, specials: &[(String, String)]) -> Result<Self> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(template_error)?;
         environment.set_syntax(syntax);
         environment.set_unknown_method_callback(python_method);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
-        let specials = specials.iter().map(|(n, t)| (n.clone(), Jinja::from(t.as_str()))).collect();
-        Ok(Self { environment, specials })
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(template_error)?;
+        let specials = specials
+            .iter()
+            .map(|(n, t)| (n.clone(), Jinja::from(t.as_str())))
+            .collect();
+        Ok(Self {
+            environment,
+            specials,
+        })
     }
 
     /// The conversation as text; `add_generation_prompt` starts the assistant's next turn.
@@ -49,7 +61,10 @@ impl ChatTemplate {
         ];
         let named = self.specials.iter().map(|(n, v)| (n.as_str(), v.clone()));
         let context = Jinja::from_pairs(named.chain(fixed));
-        let template = self.environment.get_template(NAME).map_err(template_error)?;
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(template_error)?;
         template.render(context).map_err(template_error)
     }
 
@@ -62,13 +77,28 @@ impl ChatTemplate {
     /// As [`ChatTemplate::render`], or if a message has no role.
     pub fn spans(&self, messages: &[Value]) -> Result<(String, Vec<Range<usize>>)> {
         if let Some(i) = messages.iter().position(|m| !m["role"].is_string()) {
-            return Err(Error::config("messages", format!("message {i} has no `role`")));
+            return Err(Error::config(
+                "messages",
+                format!("message {i} has no `role`"),
+            ));
         }
         let text = self.render(messages, false)?;
         let mut spans = Vec::new();
-        for (i, _) in messages.iter().enumerate().filter(|(_, m)| m["role"] == "assistant") {
-            let start = if i == 0 { 0 } else { common(&text, &self.render(&messages[..i], true)?) };
-            let end = if i + 1 == messages.len() { text.len() } else { common(&text, &self.render(&messages[..=i], false)?) };
+        for (i, _) in messages
+            .iter()
+            .enumerate()
+            .filter(|(_, m)| m["role"] == "assistant")
+        {
+            let start = if i == 0 {
+                0
+            } else {
+                common(&text, &self.render(&messages[..i], true)?)
+            };
+            let end = if i + 1 == messages.len() {
+                text.len()
+            } else {
+                common(&text, &self.render(&messages[..=i], false)?)
+            };
             if start < end {
                 spans.push(start..end);
             }
@@ -79,7 +109,11 @@ impl ChatTemplate {
 
 /// Bytes two texts have in common at the start, whole characters only.
 fn common(a: &str, b: &str) -> usize {
-    a.chars().zip(b.chars()).take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum()
+    a.chars()
+        .zip(b.chars())
+        .take_while(|(x, y)| x == y)
+        .map(|(x, _)| x.len_utf8())
+        .sum()
 }
 
 /// `{% generation %}` marks the assistant's words for Hugging Face's tokenizer and changes nothing in the text.
@@ -87,7 +121,9 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
-        let Some(close) = rest[open..].find("%}").map(|i| open + i + 2) else { break };
+        let Some(close) = rest[open..].find("%}").map(|i| open + i + 2) else {
+            break;
+        };
         let word = rest[open + 2..close - 2].trim_matches(['-', '+', ' ', '\t', '\n', '\r']);
         out.push_str(&rest[..open]);
         if matches!(word, "generation" | "endgeneration") {
@@ -103,8 +139,13 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 fn template_error(error: minijinja::Error) -> Error {
-    let place = error.line().map(|line| format!(" (line {line} of the chat template)")).unwrap_or_default();
-    let detail = error.detail().map_or_else(|| error.to_string(), str::to_owned);
+    let place = error
+        .line()
+        .map(|line| format!(" (line {line} of the chat template)"))
+        .unwrap_or_default();
+    let detail = error
+        .detail()
+        .map_or_else(|| error.to_string(), str::to_owned);
     Error::config("messages", format!("{detail}{place}"))
 }
 
@@ -135,13 +176,22 @@ fn refuse(detail: impl Into<String>) -> minijinja::Error {
 
 /// Python's methods of strings and dictionaries that templates call.
 fn python_method(_: &mut State<'_, '_>, on: &Jinja, method: &str, args: &[Jinja]) -> JinjaResult {
-    let unknown = || minijinja::Error::new(ErrorKind::UnknownMethod, format!("{} has no method {method}", on.kind()));
+    let unknown = || {
+        minijinja::Error::new(
+            ErrorKind::UnknownMethod,
+            format!("{} has no method {method}", on.kind()),
+        )
+    };
     let text = |i: usize| -> std::result::Result<&str, minijinja::Error> {
-        args.get(i).and_then(Jinja::as_str).ok_or_else(|| refuse(format!("{method} takes a string")))
+        args.get(i)
+            .and_then(Jinja::as_str)
+            .ok_or_else(|| refuse(format!("{method} takes a string")))
     };
     if let Some(s) = on.as_str() {
         let chars = match args.first() {
-            Some(set) if matches!(method, "strip" | "lstrip" | "rstrip") && !set.is_none() => Some(text(0)?),
+            Some(set) if matches!(method, "strip" | "lstrip" | "rstrip") && !set.is_none() => {
+                Some(text(0)?)
+            }
             _ => None,
         };
         let strips = |c: char| chars.map_or_else(|| c.is_whitespace(), |set| set.contains(c));
@@ -171,7 +221,10 @@ fn python_method(_: &mut State<'_, '_>, on: &Jinja, method: &str, args: &[Jinja]
                 None => Jinja::from(s.replace(text(0)?, text(1)?)),
             },
             "split" | "rsplit" => {
-                let limit = args.get(1).and_then(Jinja::as_i64).and_then(|n| usize::try_from(n).ok());
+                let limit = args
+                    .get(1)
+                    .and_then(Jinja::as_i64)
+                    .and_then(|n| usize::try_from(n).ok());
                 let parts: Vec<&str> = match (args.first().filter(|v| !v.is_none()), limit) {
                     (None, _) => s.split_whitespace().collect(),
                     (Some(_), None) => s.split(text(0)?).collect(),
@@ -191,12 +244,19 @@ fn python_method(_: &mut State<'_, '_>, on: &Jinja, method: &str, args: &[Jinja]
                 Jinja::from(parts.join(s))
             }
             "count" => Jinja::from(s.matches(text(0)?).count()),
-            "find" => Jinja::from(s.find(text(0)?).map_or(-1, |at| s[..at].chars().count() as i64)),
+            "find" => Jinja::from(
+                s.find(text(0)?)
+                    .map_or(-1, |at| s[..at].chars().count() as i64),
+            ),
             "isdigit" => Jinja::from(!s.is_empty() && s.chars().all(|c| c.is_ascii_digit())),
             "isalpha" => Jinja::from(!s.is_empty() && s.chars().all(char::is_alphabetic)),
             "isspace" => Jinja::from(!s.is_empty() && s.chars().all(char::is_whitespace)),
-            "isupper" => Jinja::from(s.chars().any(char::is_uppercase) && !s.chars().any(char::is_lowercase)),
-            "islower" => Jinja::from(s.chars().any(char::is_lowercase) && !s.chars().any(char::is_uppercase)),
+            "isupper" => {
+                Jinja::from(s.chars().any(char::is_uppercase) && !s.chars().any(char::is_lowercase))
+            }
+            "islower" => {
+                Jinja::from(s.chars().any(char::is_lowercase) && !s.chars().any(char::is_uppercase))
+            }
             "removeprefix" => Jinja::from(s.strip_prefix(text(0)?).unwrap_or(s)),
             "removesuffix" => Jinja::from(s.strip_suffix(text(0)?).unwrap_or(s)),
             _ => return Err(unknown()),
@@ -204,17 +264,26 @@ fn python_method(_: &mut State<'_, '_>, on: &Jinja, method: &str, args: &[Jinja]
     }
     if on.kind() == ValueKind::Map {
         let pairs = || -> std::result::Result<Vec<(Jinja, Jinja)>, minijinja::Error> {
-            on.try_iter()?.map(|key| on.get_item(&key).map(|value| (key, value))).collect()
+            on.try_iter()?
+                .map(|key| on.get_item(&key).map(|value| (key, value)))
+                .collect()
         };
         return Ok(match method {
             "get" => {
                 let key = args.first().ok_or_else(|| refuse("get takes a key"))?;
                 let value = on.get_item(key)?;
                 let default = || args.get(1).cloned().unwrap_or_else(|| Jinja::from(()));
-                if value.is_undefined() { default() } else { value }
+                if value.is_undefined() {
+                    default()
+                } else {
+                    value
+                }
             }
             "items" => {
-                let items: Vec<Jinja> = pairs()?.into_iter().map(|(k, v)| Jinja::from(vec![k, v])).collect();
+                let items: Vec<Jinja> = pairs()?
+                    .into_iter()
+                    .map(|(k, v)| Jinja::from(vec![k, v]))
+                    .collect();
                 Jinja::from(items)
             }
             "keys" => Jinja::from(on.try_iter()?.collect::<Vec<_>>()),
@@ -229,7 +298,11 @@ fn title(s: &str) -> String {
     let mut start = true;
     s.chars()
         .flat_map(|c| {
-            let out: Vec<char> = if start { c.to_uppercase().collect() } else { c.to_lowercase().collect() };
+            let out: Vec<char> = if start {
+                c.to_uppercase().collect()
+            } else {
+                c.to_lowercase().collect()
+            };
             start = !c.is_alphabetic();
             out
         })
@@ -245,7 +318,12 @@ fn to_json(value: &Jinja, options: Kwargs) -> std::result::Result<String, miniji
     Ok(out)
 }
 
-fn write_json(value: &Jinja, indent: Option<usize>, depth: usize, out: &mut String) -> std::result::Result<(), minijinja::Error> {
+fn write_json(
+    value: &Jinja,
+    indent: Option<usize>,
+    depth: usize,
+    out: &mut String,
+) -> std::result::Result<(), minijinja::Error> {
     let line = |out: &mut String, depth: usize| {
         if let Some(width) = indent {
             out.push('\n');
@@ -257,7 +335,9 @@ fn write_json(value: &Jinja, indent: Option<usize>, depth: usize, out: &mut Stri
         ValueKind::None | ValueKind::Undefined => out.push_str("null"),
         ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
         ValueKind::Number => out.push_str(&value.to_string()),
-        ValueKind::String => out.push_str(&Value::from(value.as_str().unwrap_or_default()).to_string()),
+        ValueKind::String => {
+            out.push_str(&Value::from(value.as_str().unwrap_or_default()).to_string())
+        }
         ValueKind::Map => {
             out.push('{');
             let mut any = false;
@@ -295,16 +375,36 @@ fn write_json(value: &Jinja, indent: Option<usize>, depth: usize, out: &mut Stri
 
 /// The date, in UTC, for templates that tell the model today's.
 fn strftime_now(format: String) -> String {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let seconds = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
     strftime(&format, seconds)
 }
 
 fn strftime(format: &str, seconds: u64) -> String {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    const DAYS: [&str; 7] = [
+        "Thursday",
+        "Friday",
+        "Saturday",
+        "Sunday",
+        "Monday",
+        "Tuesday",
+        "Wednesday",
+    ];
     let days = seconds / 86_400;
     let weekday = DAYS[(days % 7) as usize];
     let (mut year, mut left) = (1970, days);
@@ -314,7 +414,20 @@ fn strftime(format: &str, seconds: u64) -> String {
         year += 1;
     }
     let day_of_year = left + 1;
-    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let lengths = [
+        31,
+        28 + u64::from(leap(year)),
+        31,
+        30,
+        31,
+        30,
+        31,
+        31,
+        30,
+        31,
+        30,
+        31,
+    ];
     let mut month = 0;
     while month < 11 && left >= lengths[month] {
         left -= lengths[month];
@@ -383,14 +496,32 @@ mod tests {
         for (template, want) in [
             ("{{ messages[0]['content'].strip() }}", "a-b"),
             ("{{ messages[0].content.strip().split('-')[-1] }}", "b"),
-            ("{{ messages[0].content.lstrip().startswith('a') }}", "true"),
+            ("{{ messages[0].content.lstrip().startswith('a') }}", "True"),
             ("{{ bos_token }}{{ messages[0].role.upper() }}", "<s>USER"),
-            ("{{ messages[0].extra | tojson }}", r#"{"k": [1, null, "<x>"], "f": true}"#),
-            ("{{ {'a': [1]} | tojson(indent=2) }}", "{\n  \"a\": [\n    1\n  ]\n}"),
-            ("{% for k, v in messages[0].extra.items() %}{{ k }};{% endfor %}", "k;f;"),
-            ("{{ messages[0].get('nope', 'd') }}{{ messages[0].get('role') }}", "duser"),
-            ("{% generation %}x{% endgeneration %}\n{%- generation -%} y {%- endgeneration -%}", "xy"),
-            ("{%- set ns = namespace(n=0) -%}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
+            (
+                "{{ messages[0].extra | tojson }}",
+                r#"{"k": [1, null, "<x>"], "f": true}"#,
+            ),
+            (
+                "{{ {'a': [1]} | tojson(indent=2) }}",
+                "{\n  \"a\": [\n    1\n  ]\n}",
+            ),
+            (
+                "{% for k, v in messages[0].extra.items() %}{{ k }};{% endfor %}",
+                "k;f;",
+            ),
+            (
+                "{{ messages[0].get('nope', 'd') }}{{ messages[0].get('role') }}",
+                "duser",
+            ),
+            (
+                "{% generation %}x{% endgeneration %}\n{%- generation -%} y {%- endgeneration -%}",
+                "xy",
+            ),
+            (
+                "{%- set ns = namespace(n=0) -%}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+                "1",
+            ),
             ("a\n{% if true %}\nb\n{% endif %}\n", "a\nb\n"),
         ] {
             assert_eq!(render(template, &messages).unwrap(), want, "{template}");
@@ -400,17 +531,30 @@ mod tests {
     #[test]
     fn errors_are_the_templates_words() {
         let messages = json!([{"role": "tool", "content": ""}]);
-        let error = render("{{ raise_exception('roles must alternate') }}", &messages).unwrap_err().to_string();
+        let error = render("{{ raise_exception('roles must alternate') }}", &messages)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("roles must alternate"), "{error}");
         let error = render("\n{% if %}", &messages).unwrap_err().to_string();
         assert!(error.contains("line 2"), "{error}");
-        assert!(ChatTemplate::new(CHATML, &[]).unwrap().spans(&[json!({"content": "x"})]).is_err());
+        assert!(
+            ChatTemplate::new(CHATML, &[])
+                .unwrap()
+                .spans(&[json!({"content": "x"})])
+                .is_err()
+        );
     }
 
     #[test]
     fn dates_are_the_calendars() {
-        assert_eq!(strftime("%Y-%m-%d %H:%M:%S %a %j", 0), "1970-01-01 00:00:00 Thu 001");
-        assert_eq!(strftime("%d %B %Y, %A %%", 1_709_164_799), "28 February 2024, Wednesday %");
+        assert_eq!(
+            strftime("%Y-%m-%d %H:%M:%S %a %j", 0),
+            "1970-01-01 00:00:00 Thu 001"
+        );
+        assert_eq!(
+            strftime("%d %B %Y, %A %%", 1_709_164_799),
+            "28 February 2024, Wednesday %"
+        );
         assert_eq!(strftime("%d %b %y %j", 1_735_603_200), "31 Dec 24 366");
     }
 }

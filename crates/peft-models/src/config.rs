@@ -10,8 +10,9 @@ use crate::fields::Fields;
 use crate::rope::RopeConfig;
 
 /// Values of `model_type` that can be run.
-pub const MODEL_TYPES: [&str; 9] =
-    ["bert", "gemma", "gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"];
+pub const MODEL_TYPES: [&str; 9] = [
+    "bert", "gemma", "gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3",
+];
 
 /// The largest number of layers, heads or labels, and of anything else, that a configuration may state: far beyond
 /// any model, small enough that products of two do not overflow.
@@ -40,7 +41,10 @@ impl Activation {
             "relu" => Self::Relu,
             _ => {
                 let known = "silu, swish, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu";
-                return Err(Error::config(field, format!("{name:?} is not known; known are {known}")));
+                return Err(Error::config(
+                    field,
+                    format!("{name:?} is not known; known are {known}"),
+                ));
             }
         })
     }
@@ -129,10 +133,15 @@ impl ModelConfig {
         let mut config = match model_type.as_str() {
             "bert" => bert(&f)?,
             "gpt2" => gpt2(&f)?,
-            "llama" | "mistral" | "qwen2" | "qwen3" | "gemma" | "gemma2" | "phi3" => decoder(&f, &model_type)?,
+            "llama" | "mistral" | "qwen2" | "qwen3" | "gemma" | "gemma2" | "phi3" => {
+                decoder(&f, &model_type)?
+            }
             other => {
                 let known = MODEL_TYPES.join(", ");
-                return Err(Error::config("model_type", format!("{other:?} cannot be run; known are {known}")));
+                return Err(Error::config(
+                    "model_type",
+                    format!("{other:?} cannot be run; known are {known}"),
+                ));
             }
         };
         config.model_type = model_type;
@@ -140,7 +149,10 @@ impl ModelConfig {
         config.architectures = f.texts("architectures")?;
         config.num_labels = match f.opt_count("num_labels")? {
             Some(n) => Some(n),
-            None => json.get("id2label").and_then(Value::as_object).map(serde_json::Map::len),
+            None => json
+                .get("id2label")
+                .and_then(Value::as_object)
+                .map(serde_json::Map::len),
         };
         config.pad_token = f.opt_token("pad_token_id")?;
         config.bos_token = f.opt_token("bos_token_id")?;
@@ -188,16 +200,26 @@ impl ModelConfig {
             }
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
-            let detail = format!("{} does not divide the {} attention heads", self.num_kv_heads, self.num_heads);
+            let detail = format!(
+                "{} does not divide the {} attention heads",
+                self.num_kv_heads, self.num_heads
+            );
             return fail("num_key_value_heads", detail);
         }
-        if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0 && self.attention_scale.is_finite()) {
-            return fail("rms_norm_eps", "the norms' epsilon and the attention's scale have to be finite".into());
+        if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0 && self.attention_scale.is_finite())
+        {
+            return fail(
+                "rms_norm_eps",
+                "the norms' epsilon and the attention's scale have to be finite".into(),
+            );
         }
         if let Some(rope) = &self.rope
             && (rope.dim == 0 || rope.dim > self.head_dim || !rope.dim.is_multiple_of(2))
         {
-            return fail("head_dim", format!("{} of {} cannot be rotated", rope.dim, self.head_dim));
+            return fail(
+                "head_dim",
+                format!("{} of {} cannot be rotated", rope.dim, self.head_dim),
+            );
         }
         Ok(())
     }
@@ -245,7 +267,10 @@ impl ModelConfig {
 /// Width of a head where the configuration does not state it.
 fn head_width(hidden: usize, heads: usize) -> Result<usize> {
     if heads == 0 || !hidden.is_multiple_of(heads) {
-        return Err(Error::config("num_attention_heads", format!("{heads} does not divide hidden_size {hidden}")));
+        return Err(Error::config(
+            "num_attention_heads",
+            format!("{heads} does not divide hidden_size {hidden}"),
+        ));
     }
     Ok(hidden / heads)
 }
@@ -256,7 +281,10 @@ fn bert(f: &Fields<'_>) -> Result<ModelConfig> {
     let head_dim = head_width(hidden_size, num_heads)?;
     let embedding = f.text_or("position_embedding_type", "absolute")?;
     if embedding != "absolute" {
-        return Err(Error::config("position_embedding_type", format!("{embedding:?} cannot be run, only \"absolute\"")));
+        return Err(Error::config(
+            "position_embedding_type",
+            format!("{embedding:?} cannot be run, only \"absolute\""),
+        ));
     }
     if f.flag_or("is_decoder", false)? {
         return Err(Error::config("is_decoder", "a BERT decoder cannot be run"));
@@ -289,15 +317,24 @@ fn gpt2(f: &Fields<'_>) -> Result<ModelConfig> {
     Ok(ModelConfig {
         vocab_size: f.count("vocab_size")?,
         hidden_size,
-        intermediate_size: f.opt_count("n_inner")?.unwrap_or(hidden_size.saturating_mul(4)),
+        intermediate_size: f
+            .opt_count("n_inner")?
+            .unwrap_or(hidden_size.saturating_mul(4)),
         num_layers,
         num_heads,
         num_kv_heads: num_heads,
         head_dim,
         max_positions: f.count_or("n_positions", 1024)?,
         norm_eps: f.float_or("layer_norm_epsilon", 1e-5)? as f32,
-        activation: Activation::parse("activation_function", f.text_or("activation_function", "gelu_new")?)?,
-        attention_scale: if scaled { 1.0 / (head_dim as f32).sqrt() } else { 1.0 },
+        activation: Activation::parse(
+            "activation_function",
+            f.text_or("activation_function", "gelu_new")?,
+        )?,
+        attention_scale: if scaled {
+            1.0 / (head_dim as f32).sqrt()
+        } else {
+            1.0
+        },
         scale_by_layer: f.flag_or("scale_attn_by_inverse_layer_idx", false)?,
         windows: vec![None; num_layers.min(MAX_COUNT)],
         tied: f.flag_or("tie_word_embeddings", true)?,
@@ -315,13 +352,20 @@ fn decoder(f: &Fields<'_>, kind: &str) -> Result<ModelConfig> {
     };
     let num_layers = f.count("num_hidden_layers")?;
     if num_layers > MAX_COUNT {
-        return Err(Error::config("num_hidden_layers", format!("{num_layers} is not between 1 and {MAX_COUNT}")));
+        return Err(Error::config(
+            "num_hidden_layers",
+            format!("{num_layers} is not between 1 and {MAX_COUNT}"),
+        ));
     }
     let max_positions = f.count_or("max_position_embeddings", 2048)?;
     let gemma = kind.starts_with("gemma");
     let gemma2 = kind == "gemma2";
     let attention_bias = f.flag_or("attention_bias", false)?;
-    let act = match (gemma, f.opt_text("hidden_activation")?, f.opt_text("hidden_act")?) {
+    let act = match (
+        gemma,
+        f.opt_text("hidden_activation")?,
+        f.opt_text("hidden_act")?,
+    ) {
         // Gemma was trained with the approximation; its first configurations said "gelu".
         (true, None | Some("gelu"), None | Some("gelu")) => "gelu_pytorch_tanh",
         (true, Some(name), _) | (_, _, Some(name)) => name,
@@ -329,11 +373,24 @@ fn decoder(f: &Fields<'_>, kind: &str) -> Result<ModelConfig> {
     };
     let activation = Activation::parse("hidden_act", act)?;
     if activation == Activation::Relu {
-        return Err(Error::config("hidden_act", "\"relu\" cannot gate; known are silu, gelu, gelu_pytorch_tanh"));
+        return Err(Error::config(
+            "hidden_act",
+            "\"relu\" cannot gate; known are silu, gelu, gelu_pytorch_tanh",
+        ));
     }
-    let scalar = if gemma2 { f.float_or("query_pre_attn_scalar", 256.0)? } else { head_dim as f64 };
+    let scalar = if gemma2 {
+        f.float_or("query_pre_attn_scalar", 256.0)?
+    } else {
+        head_dim as f64
+    };
     let positive = |field: &str| -> Result<Option<f32>> {
-        Ok(if gemma2 { f.opt_float(field)?.filter(|&cap| cap > 0.0).map(|cap| cap as f32) } else { None })
+        Ok(if gemma2 {
+            f.opt_float(field)?
+                .filter(|&cap| cap > 0.0)
+                .map(|cap| cap as f32)
+        } else {
+            None
+        })
     };
     Ok(ModelConfig {
         vocab_size: f.count("vocab_size")?,
@@ -369,10 +426,20 @@ fn windows(f: &Fields<'_>, kind: &str, layers: usize) -> Result<Vec<Option<usize
     let window = f.opt_count("sliding_window")?;
     let by_rule = match kind {
         "mistral" | "phi3" => vec![window; layers],
-        "gemma2" => (0..layers).map(|i| if i % 2 == 0 { window.or(Some(4096)) } else { None }).collect(),
+        "gemma2" => (0..layers)
+            .map(|i| {
+                if i % 2 == 0 {
+                    window.or(Some(4096))
+                } else {
+                    None
+                }
+            })
+            .collect(),
         "qwen2" | "qwen3" if f.flag_or("use_sliding_window", false)? => {
             let full = f.count_or("max_window_layers", 28)?;
-            (0..layers).map(|i| if i >= full { window } else { None }).collect()
+            (0..layers)
+                .map(|i| if i >= full { window } else { None })
+                .collect()
         }
         _ => return Ok(vec![None; layers]),
     };
@@ -381,7 +448,10 @@ fn windows(f: &Fields<'_>, kind: &str, layers: usize) -> Result<Vec<Option<usize
         return Ok(by_rule);
     }
     if types.len() != layers {
-        return Err(Error::config("layer_types", format!("{} entries for {layers} layers", types.len())));
+        return Err(Error::config(
+            "layer_types",
+            format!("{} entries for {layers} layers", types.len()),
+        ));
     }
     let window = window.or(if kind == "gemma2" { Some(4096) } else { None });
     types
@@ -390,7 +460,8 @@ fn windows(f: &Fields<'_>, kind: &str, layers: usize) -> Result<Vec<Option<usize
             "sliding_attention" => Ok(window),
             "full_attention" => Ok(None),
             other => {
-                let detail = format!("{other:?} is not known; known are full_attention, sliding_attention");
+                let detail =
+                    format!("{other:?} is not known; known are full_attention, sliding_attention");
                 Err(Error::config("layer_types", detail))
             }
         })

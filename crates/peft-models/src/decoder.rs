@@ -60,7 +60,11 @@ struct Step {
 impl Decoder {
     /// The model with its module tree, in the order Hugging Face registers modules.
     pub(crate) fn build(config: &ModelConfig, task: &Task) -> (ModuleTree, Self) {
-        let prefix = if *task == Task::Features { "" } else { "model." };
+        let prefix = if *task == Task::Features {
+            ""
+        } else {
+            "model."
+        };
         let head_path = match task {
             Task::CausalLm => Some("lm_head"),
             Task::SequenceClassification { .. } => Some("score"),
@@ -79,27 +83,61 @@ impl Decoder {
             input_embedding: Some(embedding_path.clone()),
             output_embedding: causal.then(|| "lm_head".to_owned()),
             tied: causal && config.tied,
-            task_heads: if labels(task).is_some() { vec!["score".to_owned()] } else { Vec::new() },
+            task_heads: if labels(task).is_some() {
+                vec!["score".to_owned()]
+            } else {
+                Vec::new()
+            },
         };
-        let mut b = Builder { tree: ModuleTree::new(facts) };
+        let mut b = Builder {
+            tree: ModuleTree::new(facts),
+        };
         if !prefix.is_empty() {
             b.container("model");
         }
         let hidden = config.hidden_size;
         let shared = Arc::new(config.clone());
-        let embedding = b.push(ModuleInfo::embedding(&embedding_path, config.vocab_size, hidden));
+        let embedding = b.push(ModuleInfo::embedding(
+            &embedding_path,
+            config.vocab_size,
+            hidden,
+        ));
         let layers = (0..config.num_layers)
-            .map(|i| Arc::new(Layer::build(&mut b, shared.clone(), &format!("{prefix}layers.{i}"), i)))
+            .map(|i| {
+                Arc::new(Layer::build(
+                    &mut b,
+                    shared.clone(),
+                    &format!("{prefix}layers.{i}"),
+                    i,
+                ))
+            })
             .collect();
         let norm = b.norm(format!("{prefix}norm"), hidden, false);
         let head = head_path.map(|path| {
             let out = labels(task).unwrap_or(config.vocab_size);
             let head = ModuleInfo::linear(path, hidden, out, false);
             let tied = causal && config.tied;
-            b.push(if tied { head.with_weight(format!("{embedding_path}.weight")) } else { head })
+            b.push(if tied {
+                head.with_weight(format!("{embedding_path}.weight"))
+            } else {
+                head
+            })
         });
-        let rope = config.rope.clone().map(|rope| RopeTables::new(rope, config.head_dim));
-        (b.tree, Self { config: shared, embedding, layers, norm, head, rope })
+        let rope = config
+            .rope
+            .clone()
+            .map(|rope| RopeTables::new(rope, config.head_dim));
+        (
+            b.tree,
+            Self {
+                config: shared,
+                embedding,
+                layers,
+                norm,
+                head,
+                rope,
+            },
+        )
     }
 }
 
@@ -140,11 +178,15 @@ impl Layer {
         let (middle_norm, after_norms) = if c.sandwich_norms {
             let after_attention = norm("post_attention_layernorm");
             let before = norm("pre_feedforward_layernorm");
-            (before, Some((after_attention, norm("post_feedforward_layernorm"))))
+            (
+                before,
+                Some((after_attention, norm("post_feedforward_layernorm"))),
+            )
         } else {
             (norm("post_attention_layernorm"), None)
         };
-        let mut junction = |name: &str| b.push(ModuleInfo::junction(&format!("{path}.{name}"), hidden));
+        let mut junction =
+            |name: &str| b.push(ModuleInfo::junction(&format!("{path}.{name}"), hidden));
         let attention_junction = junction("attention_adapters");
         let output_junction = junction("output_adapters");
         let window = config.windows.get(index).copied().flatten();
@@ -202,13 +244,19 @@ impl Layer {
         let c = &self.config;
         let (q_width, kv_width) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let (mut q, mut k, v) = match self.qkv {
-            Qkv::Split(q, k, v) => {
-                (network.linear(q, x, pass)?, network.linear(k, x, pass)?, network.linear(v, x, pass)?)
-            }
+            Qkv::Split(q, k, v) => (
+                network.linear(q, x, pass)?,
+                network.linear(k, x, pass)?,
+                network.linear(v, x, pass)?,
+            ),
             Qkv::Fused(qkv) => {
                 let all = network.linear(qkv, x, pass)?;
                 let part = |start, len| all.narrow(2, start, len);
-                (part(0, q_width)?, part(q_width, kv_width)?, part(q_width + kv_width, kv_width)?)
+                (
+                    part(0, q_width)?,
+                    part(q_width, kv_width)?,
+                    part(q_width + kv_width, kv_width)?,
+                )
             }
         };
         if let Some((q_norm, k_norm)) = self.qk_norms {
@@ -232,13 +280,23 @@ impl Layer {
             softcap: c.attention_softcap,
             mask: Mask::default(),
         };
-        let out = attend(network, self.attention, (&q, k, v), &spec, &step.rows, cache, pass)?;
+        let out = attend(
+            network,
+            self.attention,
+            (&q, k, v),
+            &spec,
+            &step.rows,
+            cache,
+            pass,
+        )?;
         network.linear(self.output, &out, pass)
     }
 
     fn feed_forward(&self, network: &Network, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (gate, up) = match self.gate_up {
-            GateUp::Split(gate, up) => (network.linear(gate, x, pass)?, network.linear(up, x, pass)?),
+            GateUp::Split(gate, up) => {
+                (network.linear(gate, x, pass)?, network.linear(up, x, pass)?)
+            }
             GateUp::Fused(both) => {
                 let inner = self.config.intermediate_size;
                 let all = network.linear(both, x, pass)?;
@@ -264,27 +322,47 @@ impl Architecture for Decoder {
         pass: &Pass,
     ) -> Result<Tensor> {
         let seen = cache.as_ref().map_or(0, |c| c.seen);
-        let (mut x, rows) = embedded(network, self.embedding, self.config.embed_scale, batch, seen, pass)?;
+        let (mut x, rows) = embedded(
+            network,
+            self.embedding,
+            self.config.embed_scale,
+            batch,
+            seen,
+            pass,
+        )?;
         let positions = positions(&rows, network.prefix_len() + seen)?;
-        let rope = self.rope.as_ref().map(|r| r.at(&positions, self.config.num_heads, self.config.num_kv_heads));
+        let rope = self
+            .rope
+            .as_ref()
+            .map(|r| r.at(&positions, self.config.num_heads, self.config.num_kv_heads));
         let step = Step { rows, rope };
         for (i, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
                 Some(cache) => block.run(network, &x, &step, Some(cache.layer(i)), pass)?,
                 None => {
                     let (block, step) = (block.clone(), step.clone());
-                    layer(network, &x, pass, move |network, x, pass| block.run(network, x, &step, None, pass))?
+                    layer(network, &x, pass, move |network, x, pass| {
+                        block.run(network, x, &step, None, pass)
+                    })?
                 }
             };
         }
         if let Some(cache) = cache {
             cache.seen += step.rows.seq;
         }
-        network.rms_norm(self.norm, &x, self.config.norm_eps, self.config.norm_offset, pass)
+        network.rms_norm(
+            self.norm,
+            &x,
+            self.config.norm_eps,
+            self.config.norm_offset,
+            pass,
+        )
     }
 
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let Some(head) = self.head else { return Ok(rows.clone()) };
+        let Some(head) = self.head else {
+            return Ok(rows.clone());
+        };
         let logits = network.linear(head, rows, pass)?;
         match self.config.logit_softcap {
             Some(cap) => Ok(logits.scale(1.0 / cap)?.tanh()?.scale(cap)?),

@@ -8,7 +8,9 @@ pub(crate) struct Fields<'a>(&'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
     pub(crate) fn new(json: &'a Value) -> Result<Self> {
-        json.as_object().map(Self).ok_or_else(|| Error::config("config.json", "is not a JSON object"))
+        json.as_object()
+            .map(Self)
+            .ok_or_else(|| Error::config("config.json", "is not a JSON object"))
     }
 
     /// The value, unless it is missing or null.
@@ -16,7 +18,12 @@ impl<'a> Fields<'a> {
         self.0.get(field).filter(|v| !v.is_null())
     }
 
-    fn typed<T>(&self, field: &str, wanted: &str, take: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+    fn typed<T>(
+        &self,
+        field: &str,
+        wanted: &str,
+        take: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
         match self.get(field) {
             None => Ok(None),
             Some(value) => match take(value) {
@@ -31,7 +38,9 @@ impl<'a> Fields<'a> {
     }
 
     pub(crate) fn opt_count(&self, field: &str) -> Result<Option<usize>> {
-        self.typed(field, "a non-negative integer", |v| usize::try_from(v.as_u64()?).ok())
+        self.typed(field, "a non-negative integer", |v| {
+            usize::try_from(v.as_u64()?).ok()
+        })
     }
 
     pub(crate) fn count(&self, field: &str) -> Result<usize> {
@@ -55,12 +64,16 @@ impl<'a> Fields<'a> {
     }
 
     pub(crate) fn floats(&self, field: &str) -> Result<Vec<f64>> {
-        let list = self.typed(field, "a list of numbers", |v| v.as_array()?.iter().map(Value::as_f64).collect())?;
+        let list = self.typed(field, "a list of numbers", |v| {
+            v.as_array()?.iter().map(Value::as_f64).collect()
+        })?;
         self.required(field, list)
     }
 
     pub(crate) fn flag_or(&self, field: &str, default: bool) -> Result<bool> {
-        Ok(self.typed(field, "true or false", Value::as_bool)?.unwrap_or(default))
+        Ok(self
+            .typed(field, "true or false", Value::as_bool)?
+            .unwrap_or(default))
     }
 
     pub(crate) fn opt_text(&self, field: &str) -> Result<Option<&'a str>> {
@@ -77,13 +90,24 @@ impl<'a> Fields<'a> {
 
     /// A list of strings; empty where there is none.
     pub(crate) fn texts(&self, field: &str) -> Result<Vec<String>> {
-        let take = |v: &'a Value| v.as_array()?.iter().map(|s| s.as_str().map(str::to_owned)).collect();
-        Ok(self.typed(field, "a list of strings", take)?.unwrap_or_default())
+        let take = |v: &'a Value| {
+            v.as_array()?
+                .iter()
+                .map(|s| s.as_str().map(str::to_owned))
+                .collect()
+        };
+        Ok(self
+            .typed(field, "a list of strings", take)?
+            .unwrap_or_default())
     }
 
     /// A token id; -1 means none, as some configurations have it.
     pub(crate) fn opt_token(&self, field: &str) -> Result<Option<u32>> {
-        if self.get(field).and_then(Value::as_i64).is_some_and(|id| id < 0) {
+        if self
+            .get(field)
+            .and_then(Value::as_i64)
+            .is_some_and(|id| id < 0)
+        {
             return Ok(None);
         }
         self.typed(field, "a token id", |v| u32::try_from(v.as_u64()?).ok())
@@ -95,7 +119,9 @@ impl<'a> Fields<'a> {
         match self.get(field) {
             Some(Value::Array(_)) => {
                 let take = |v: &'a Value| v.as_array()?.iter().map(id).collect();
-                Ok(self.typed(field, "a list of token ids", take)?.unwrap_or_default())
+                Ok(self
+                    .typed(field, "a list of token ids", take)?
+                    .unwrap_or_default())
             }
             _ => Ok(self.opt_token(field)?.into_iter().collect()),
         }

@@ -71,13 +71,19 @@ impl GenerateOptions {
     fn check(&self) -> Result<()> {
         let fail = |field: &str, detail: String| Err(Error::config(field, detail));
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return fail("temperature", format!("{} is not 0 or a positive number", self.temperature));
+            return fail(
+                "temperature",
+                format!("{} is not 0 or a positive number", self.temperature),
+            );
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return fail("top_p", format!("{} is not in (0, 1]", self.top_p));
         }
         if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
-            return fail("repetition_penalty", format!("{} is not a positive number", self.repetition_penalty));
+            return fail(
+                "repetition_penalty",
+                format!("{} is not a positive number", self.repetition_penalty),
+            );
         }
         Ok(())
     }
@@ -112,7 +118,11 @@ impl Model {
         let (tokens, finish) = self.generate_ids(&ids, options, &mut |id| {
             text.push_str(&stream.push(id)?);
             stopped = cut_at_stop(&mut text, given, &options.stop);
-            let certain = if stopped { text.len() } else { text.len() - held_back(&text, &options.stop) };
+            let certain = if stopped {
+                text.len()
+            } else {
+                text.len() - held_back(&text, &options.stop)
+            };
             if certain > given {
                 on_text(&text[given..certain]);
                 given = certain;
@@ -126,7 +136,12 @@ impl Model {
                 on_text(&text[given..]);
             }
         }
-        Ok(Generated { text, tokens, finish, prompt_tokens: ids.len() })
+        Ok(Generated {
+            text,
+            tokens,
+            finish,
+            prompt_tokens: ids.len(),
+        })
     }
 
     /// Goes on from token ids; `on_token` gets each token and says whether to go on. Stop tokens are the options', the
@@ -142,7 +157,10 @@ impl Model {
     ) -> Result<(Vec<u32>, Finish)> {
         options.check()?;
         if self.task() != Task::CausalLm {
-            return Err(Error::config("task", "only a causal language model generates text"));
+            return Err(Error::config(
+                "task",
+                "only a causal language model generates text",
+            ));
         }
         let mut stops = options.stop_tokens.clone();
         stops.extend(&self.config().eos_tokens);
@@ -176,22 +194,37 @@ impl Model {
     fn next_logits(&self, ids: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
         let batch = Batch::single(ids.to_vec());
         let pass = self.pass(&batch, &Pass::eval())?;
-        let hidden = self.architecture.hidden(&self.network, &batch, Some(cache), &pass)?;
+        let hidden = self
+            .architecture
+            .hidden(&self.network, &batch, Some(cache), &pass)?;
         let (_, len, width) = hidden.dims3()?;
         let last = hidden.narrow(1, len - 1, 1)?.reshape(&[1, width])?;
-        Ok(self.architecture.head(&self.network, &last, &pass)?.to_vec()?)
+        Ok(self
+            .architecture
+            .head(&self.network, &last, &pass)?
+            .to_vec()?)
     }
 }
 
 /// The next token: penalties, temperature, top-k and top-p in the order Hugging Face applies them.
-fn choose(mut logits: Vec<f32>, seen: &[u32], options: &GenerateOptions, key: RngKey, step: u64) -> u32 {
+fn choose(
+    mut logits: Vec<f32>,
+    seen: &[u32],
+    options: &GenerateOptions,
+    key: RngKey,
+    step: u64,
+) -> u32 {
     if options.repetition_penalty != 1.0 {
         let mut seen = seen.to_vec();
         seen.sort_unstable();
         seen.dedup();
         for id in seen {
             if let Some(v) = logits.get_mut(id as usize) {
-                *v = if *v < 0.0 { *v * options.repetition_penalty } else { *v / options.repetition_penalty };
+                *v = if *v < 0.0 {
+                    *v * options.repetition_penalty
+                } else {
+                    *v / options.repetition_penalty
+                };
             }
         }
     }
@@ -199,7 +232,11 @@ fn choose(mut logits: Vec<f32>, seen: &[u32], options: &GenerateOptions, key: Rn
         return argmax(&logits);
     }
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let by_logit = |a: &u32, b: &u32| {
+        logits[*b as usize]
+            .total_cmp(&logits[*a as usize])
+            .then(a.cmp(b))
+    };
     if options.top_k > 0 && options.top_k < order.len() {
         order.select_nth_unstable_by(options.top_k - 1, by_logit);
         order.truncate(options.top_k);
@@ -233,7 +270,11 @@ fn choose(mut logits: Vec<f32>, seen: &[u32], options: &GenerateOptions, key: Rn
 
 /// Cuts the text where the first stop text begins; those wholly before `given` were not there before.
 fn cut_at_stop(text: &mut String, given: usize, stops: &[String]) -> bool {
-    let found = stops.iter().filter(|s| !s.is_empty()).filter_map(|s| text[given..].find(s.as_str())).min();
+    let found = stops
+        .iter()
+        .filter(|s| !s.is_empty())
+        .filter_map(|s| text[given..].find(s.as_str()))
+        .min();
     match found {
         Some(at) => {
             text.truncate(given + at);
@@ -246,7 +287,11 @@ fn cut_at_stop(text: &mut String, given: usize, stops: &[String]) -> bool {
 /// Bytes at the end that may be the beginning of a stop text.
 fn held_back(text: &str, stops: &[String]) -> usize {
     let longest = |stop: &String| {
-        (1..stop.len()).rev().filter(|&n| stop.is_char_boundary(n)).find(|&n| text.ends_with(&stop[..n])).unwrap_or(0)
+        (1..stop.len())
+            .rev()
+            .filter(|&n| stop.is_char_boundary(n))
+            .find(|&n| text.ends_with(&stop[..n]))
+            .unwrap_or(0)
     };
     stops.iter().map(longest).max().unwrap_or(0)
 }
@@ -256,7 +301,10 @@ mod tests {
     use super::*;
 
     fn options() -> GenerateOptions {
-        GenerateOptions { temperature: 1.0, ..GenerateOptions::default() }
+        GenerateOptions {
+            temperature: 1.0,
+            ..GenerateOptions::default()
+        }
     }
 
     #[test]
@@ -278,24 +326,54 @@ mod tests {
     fn top_k_and_top_p_cut_the_tail() {
         let logits = vec![1.0, 3.0, 2.0, 0.0];
         let drawn = |options: &GenerateOptions| {
-            let mut seen: Vec<u32> =
-                (0..2000).map(|s| choose(logits.clone(), &[], options, RngKey::new(1), s)).collect();
+            let mut seen: Vec<u32> = (0..2000)
+                .map(|s| choose(logits.clone(), &[], options, RngKey::new(1), s))
+                .collect();
             seen.sort_unstable();
             seen.dedup();
             seen
         };
-        assert_eq!(drawn(&GenerateOptions { top_k: 2, ..options() }), [1, 2]);
+        assert_eq!(
+            drawn(&GenerateOptions {
+                top_k: 2,
+                ..options()
+            }),
+            [1, 2]
+        );
         // softmax: 0.087, 0.644, 0.237, 0.032
-        assert_eq!(drawn(&GenerateOptions { top_p: 0.6, ..options() }), [1]);
-        assert_eq!(drawn(&GenerateOptions { top_p: 0.7, ..options() }), [1, 2]);
-        assert_eq!(drawn(&GenerateOptions { top_p: 0.9, ..options() }), [0, 1, 2]);
+        assert_eq!(
+            drawn(&GenerateOptions {
+                top_p: 0.6,
+                ..options()
+            }),
+            [1]
+        );
+        assert_eq!(
+            drawn(&GenerateOptions {
+                top_p: 0.7,
+                ..options()
+            }),
+            [1, 2]
+        );
+        assert_eq!(
+            drawn(&GenerateOptions {
+                top_p: 0.9,
+                ..options()
+            }),
+            [0, 1, 2]
+        );
         assert_eq!(drawn(&options()), [0, 1, 2, 3]);
     }
 
     #[test]
     fn repetition_is_penalised_on_both_sides_of_zero() {
-        let greedy = GenerateOptions { repetition_penalty: 2.0, ..GenerateOptions::default() };
-        let pick = |logits: &[f32], seen: &[u32]| choose(logits.to_vec(), seen, &greedy, RngKey::new(0), 0);
+        let greedy = GenerateOptions {
+            repetition_penalty: 2.0,
+            ..GenerateOptions::default()
+        };
+        let pick = |logits: &[f32], seen: &[u32]| {
+            choose(logits.to_vec(), seen, &greedy, RngKey::new(0), 0)
+        };
         assert_eq!(pick(&[1.5, 1.0], &[0]), 1);
         assert_eq!(pick(&[-1.0, -1.5], &[0]), 1);
         assert_eq!(pick(&[3.0, 1.0], &[0, 0, 0]), 0);

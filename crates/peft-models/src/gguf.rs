@@ -34,15 +34,33 @@ pub(crate) fn config(checkpoint: &Checkpoint, gguf: &Gguf) -> Result<Value> {
     let number = |name: &str| gguf.get(&key(name)).and_then(MetaValue::as_f64);
     let vocab = match checkpoint.meta("token_embd.weight") {
         Some(meta) => meta.shape.first().copied().unwrap_or(0),
-        None => return Err(Error::file(gguf.path(), "has no tensor token_embd.weight: it is no language model")),
+        None => {
+            return Err(Error::file(
+                gguf.path(),
+                "has no tensor token_embd.weight: it is no language model",
+            ));
+        }
     };
     let mut out = Map::new();
     let mut set = |name: &str, value: Value| out.insert(name.to_owned(), value);
     set("model_type", json!(architecture));
     set("vocab_size", json!(vocab));
-    set("tie_word_embeddings", json!(checkpoint.meta("output.weight").is_none()));
-    for (name, id) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
-        set(name, json!(gguf.get(&format!("tokenizer.ggml.{id}_token_id")).and_then(MetaValue::as_u64)));
+    set(
+        "tie_word_embeddings",
+        json!(checkpoint.meta("output.weight").is_none()),
+    );
+    for (name, id) in [
+        ("bos_token_id", "bos"),
+        ("eos_token_id", "eos"),
+        ("pad_token_id", "padding"),
+    ] {
+        set(
+            name,
+            json!(
+                gguf.get(&format!("tokenizer.ggml.{id}_token_id"))
+                    .and_then(MetaValue::as_u64)
+            ),
+        );
     }
     if architecture == "gpt2" {
         set("architectures", json!(["GPT2LMHeadModel"]));
@@ -51,7 +69,10 @@ pub(crate) fn config(checkpoint: &Checkpoint, gguf: &Gguf) -> Result<Value> {
         set("n_head", json!(count("attention.head_count")?));
         set("n_inner", json!(count("feed_forward_length")?));
         set("n_positions", json!(count("context_length")?));
-        set("layer_norm_epsilon", json!(number("attention.layer_norm_epsilon").unwrap_or(1e-5)));
+        set(
+            "layer_norm_epsilon",
+            json!(number("attention.layer_norm_epsilon").unwrap_or(1e-5)),
+        );
         return Ok(Value::Object(out));
     }
     let class = match architecture {
@@ -67,36 +88,61 @@ pub(crate) fn config(checkpoint: &Checkpoint, gguf: &Gguf) -> Result<Value> {
     set("hidden_size", json!(hidden));
     set("num_hidden_layers", json!(count("block_count")?));
     set("num_attention_heads", json!(heads));
-    set("num_key_value_heads", json!(number("attention.head_count_kv").map_or(heads, |n| n as u64)));
+    set(
+        "num_key_value_heads",
+        json!(number("attention.head_count_kv").map_or(heads, |n| n as u64)),
+    );
     set("intermediate_size", json!(count("feed_forward_length")?));
     set("max_position_embeddings", json!(count("context_length")?));
-    set("rms_norm_eps", json!(number("attention.layer_norm_rms_epsilon").unwrap_or(1e-6)));
+    set(
+        "rms_norm_eps",
+        json!(number("attention.layer_norm_rms_epsilon").unwrap_or(1e-6)),
+    );
     let head_dim = number("attention.key_length").map_or(hidden / heads.max(1), |n| n as u64);
     set("head_dim", json!(head_dim));
-    set("attention_bias", json!(architecture == "llama" && checkpoint.meta("blk.0.attn_q.bias").is_some()));
-    set("mlp_bias", json!(checkpoint.meta("blk.0.ffn_up.bias").is_some()));
+    set(
+        "attention_bias",
+        json!(architecture == "llama" && checkpoint.meta("blk.0.attn_q.bias").is_some()),
+    );
+    set(
+        "mlp_bias",
+        json!(checkpoint.meta("blk.0.ffn_up.bias").is_some()),
+    );
     if let Some(window) = number("attention.sliding_window").filter(|&w| w > 0.0) {
         set("sliding_window", json!(window as u64));
     }
-    for (name, stored) in
-        [("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping", "final_logit_softcapping")]
-    {
+    for (name, stored) in [
+        ("attn_logit_softcapping", "attn_logit_softcapping"),
+        ("final_logit_softcapping", "final_logit_softcapping"),
+    ] {
         if let Some(cap) = number(stored) {
             set(name, json!(cap));
         }
     }
     if architecture == "gemma2" {
         // The 27B model alone divides by the width per head of its residual stream.
-        let scalar = if count("block_count")? == 46 { hidden / heads.max(1) } else { head_dim };
+        let scalar = if count("block_count")? == 46 {
+            hidden / heads.max(1)
+        } else {
+            head_dim
+        };
         set("query_pre_attn_scalar", json!(scalar));
     }
     let mut rope = Map::new();
     rope.insert("rope_type".into(), json!("default"));
-    rope.insert("rope_theta".into(), json!(number("rope.freq_base").unwrap_or(10_000.0)));
+    rope.insert(
+        "rope_theta".into(),
+        json!(number("rope.freq_base").unwrap_or(10_000.0)),
+    );
     if let Some(rotated) = number("rope.dimension_count") {
-        rope.insert("partial_rotary_factor".into(), json!(rotated / head_dim.max(1) as f64));
+        rope.insert(
+            "partial_rotary_factor".into(),
+            json!(rotated / head_dim.max(1) as f64),
+        );
     }
-    if let Some(kind) = gguf.get(&key("rope.scaling.type")).and_then(MetaValue::as_str)
+    if let Some(kind) = gguf
+        .get(&key("rope.scaling.type"))
+        .and_then(MetaValue::as_str)
         && kind != "none"
     {
         rope.insert("rope_type".into(), json!(kind));
@@ -135,7 +181,12 @@ const LAYER: [(&str, &str); 17] = [
 
 /// The stored name of a Hugging Face parameter, and what has to be undone to its values. `prefix` is the tree's base
 /// prefix (`model.`, `transformer.` or nothing).
-pub(crate) fn stored(architecture: &str, name: &str, prefix: &str, heads: (usize, usize)) -> Option<(String, Change)> {
+pub(crate) fn stored(
+    architecture: &str,
+    name: &str,
+    prefix: &str,
+    heads: (usize, usize),
+) -> Option<(String, Change)> {
     if name == "lm_head.weight" {
         return Some(("output.weight".into(), Change::None));
     }
@@ -152,7 +203,9 @@ pub(crate) fn stored(architecture: &str, name: &str, prefix: &str, heads: (usize
     if let Some((stored, change)) = top {
         return Some((format!("{stored}.{parameter}"), change));
     }
-    let rest = path.strip_prefix("layers.").or_else(|| path.strip_prefix("h."))?;
+    let rest = path
+        .strip_prefix("layers.")
+        .or_else(|| path.strip_prefix("h."))?;
     let (layer, part) = rest.split_once('.')?;
     let stored = match (architecture, part) {
         ("gemma2", "post_attention_layernorm") => "post_attention_norm",

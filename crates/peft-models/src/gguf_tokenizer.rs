@@ -26,21 +26,40 @@ const PRE: &str = "default, gpt-2, gpt2, llama-bpe, llama3, llama-v3, qwen2, smo
 pub(crate) fn tokenizer_json(gguf: &Gguf) -> Result<Value> {
     let model = gguf.str("tokenizer.ggml.model").map_err(io)?;
     let tokens = gguf.strings("tokenizer.ggml.tokens").map_err(io)?;
-    let types: Vec<i64> = match gguf.get("tokenizer.ggml.token_type").and_then(MetaValue::as_array) {
-        Some(array) => (0..array.len()).map(|i| array.get(i).and_then(|v| v.as_i64()).unwrap_or(1)).collect(),
+    let types: Vec<i64> = match gguf
+        .get("tokenizer.ggml.token_type")
+        .and_then(MetaValue::as_array)
+    {
+        Some(array) => (0..array.len())
+            .map(|i| array.get(i).and_then(|v| v.as_i64()).unwrap_or(1))
+            .collect(),
         None => Vec::new(),
     };
     let kind = |id: usize| types.get(id).copied().unwrap_or(1);
     let special = |name: &str| {
-        let id = gguf.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(MetaValue::as_u64)?;
-        tokens.get(usize::try_from(id).ok()?).map(|text| (id, text.clone()))
+        let id = gguf
+            .get(&format!("tokenizer.ggml.{name}_token_id"))
+            .and_then(MetaValue::as_u64)?;
+        tokens
+            .get(usize::try_from(id).ok()?)
+            .map(|text| (id, text.clone()))
     };
-    let flag = |name: &str| gguf.get(&format!("tokenizer.ggml.{name}")).and_then(MetaValue::as_bool);
+    let flag = |name: &str| {
+        gguf.get(&format!("tokenizer.ggml.{name}"))
+            .and_then(MetaValue::as_bool)
+    };
     let mut parts = match model {
         "gpt2" => byte_level(gguf, tokens, &kind)?,
-        "llama" => sentencepiece(gguf, tokens, special("unknown").map(|(_, text)| text), flag("add_space_prefix"))?,
+        "llama" => sentencepiece(
+            gguf,
+            tokens,
+            special("unknown").map(|(_, text)| text),
+            flag("add_space_prefix"),
+        )?,
         other => {
-            let detail = format!("tokenizer.ggml.model is {other:?}, which is not read; known are gpt2, llama");
+            let detail = format!(
+                "tokenizer.ggml.model is {other:?}, which is not read; known are gpt2, llama"
+            );
             return Err(Error::file(gguf.path(), detail));
         }
     };
@@ -54,7 +73,11 @@ pub(crate) fn tokenizer_json(gguf: &Gguf) -> Result<Value> {
         })
         .collect();
     let around = [
-        ("bos", flag("add_bos_token").unwrap_or(model == "llama"), true),
+        (
+            "bos",
+            flag("add_bos_token").unwrap_or(model == "llama"),
+            true,
+        ),
         ("eos", flag("add_eos_token").unwrap_or(false), false),
     ];
     let mut single = vec![json!({"Sequence": {"id": "A", "type_id": 0}})];
@@ -63,7 +86,10 @@ pub(crate) fn tokenizer_json(gguf: &Gguf) -> Result<Value> {
         if let (true, Some((id, text))) = (wanted, special(name)) {
             let piece = json!({"SpecialToken": {"id": text, "type_id": 0}});
             single.insert(if front { 0 } else { single.len() }, piece);
-            named.insert(text.clone(), json!({"id": text, "ids": [id], "tokens": [text]}));
+            named.insert(
+                text.clone(),
+                json!({"id": text, "ids": [id], "tokens": [text]}),
+            );
         }
     }
     let post = if named.is_empty() {
@@ -93,31 +119,55 @@ fn vocabulary(tokens: impl Iterator<Item = String>) -> Map<String, Value> {
     vocab
 }
 
-fn byte_level(gguf: &Gguf, tokens: &[String], kind: &dyn Fn(usize) -> i64) -> Result<Map<String, Value>> {
-    let pre = gguf.get("tokenizer.ggml.pre").and_then(MetaValue::as_str).unwrap_or("default");
+fn byte_level(
+    gguf: &Gguf,
+    tokens: &[String],
+    kind: &dyn Fn(usize) -> i64,
+) -> Result<Map<String, Value>> {
+    let pre = gguf
+        .get("tokenizer.ggml.pre")
+        .and_then(MetaValue::as_str)
+        .unwrap_or("default");
     let bytes = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
     let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
-    let sequence = |first: Value, second: Value| json!({"type": "Sequence", "pretokenizers": [first, second]});
+    let sequence =
+        |first: Value, second: Value| json!({"type": "Sequence", "pretokenizers": [first, second]});
     let (pre_tokenizer, whole_words) = match pre {
         "default" | "gpt-2" | "gpt2" => (bytes(true), false),
-        "smollm" => (sequence(json!({"type": "Digits", "individual_digits": true}), bytes(true)), false),
+        "smollm" => (
+            sequence(
+                json!({"type": "Digits", "individual_digits": true}),
+                bytes(true),
+            ),
+            false,
+        ),
         "llama-bpe" | "llama3" | "llama-v3" => (sequence(split(LLAMA3), bytes(false)), true),
         "qwen2" => (sequence(split(QWEN2), bytes(false)), false),
         other => {
-            let detail = format!("tokenizer.ggml.pre is {other:?}, which is not read; known are {PRE}");
+            let detail =
+                format!("tokenizer.ggml.pre is {other:?}, which is not read; known are {PRE}");
             return Err(Error::file(gguf.path(), detail));
         }
     };
     let merges = gguf.strings("tokenizer.ggml.merges").map_err(io)?;
-    let pairs: Option<Vec<Value>> =
-        merges.iter().map(|m| m.split_once(' ').map(|(a, b)| json!([a, b]))).collect();
+    let pairs: Option<Vec<Value>> = merges
+        .iter()
+        .map(|m| m.split_once(' ').map(|(a, b)| json!([a, b])))
+        .collect();
     let Some(pairs) = pairs else {
-        return Err(Error::file(gguf.path(), "tokenizer.ggml.merges holds an entry that is no pair"));
+        return Err(Error::file(
+            gguf.path(),
+            "tokenizer.ggml.merges holds an entry that is no pair",
+        ));
     };
     // Tokens a person added are spelt as they are, all others in the byte alphabet.
     let spelt = tokens.iter().enumerate().map(|(id, token)| {
         let plain = matches!(kind(id), CONTROL | USER_DEFINED) || token.chars().all(in_alphabet);
-        if plain { token.clone() } else { token.bytes().map(letter).collect() }
+        if plain {
+            token.clone()
+        } else {
+            token.bytes().map(letter).collect()
+        }
     });
     let mut parts = Map::new();
     parts.insert("normalizer".into(), Value::Null);
@@ -155,21 +205,41 @@ fn sentencepiece(
     // Gemma's files spell runs of spaces as spaces.
     let spelt: Vec<String> = tokens
         .iter()
-        .map(|t| if gemma && !t.is_empty() && t.chars().all(|c| c == ' ') { "\u{2581}".repeat(t.len()) } else { t.clone() })
+        .map(|t| {
+            if gemma && !t.is_empty() && t.chars().all(|c| c == ' ') {
+                "\u{2581}".repeat(t.len())
+            } else {
+                t.clone()
+            }
+        })
         .collect();
     let merges = match gguf.get("tokenizer.ggml.merges") {
         Some(_) => {
             let stored = gguf.strings("tokenizer.ggml.merges").map_err(io)?;
-            stored.iter().filter_map(|m| m.split_once(' ')).map(|(a, b)| (a.to_owned(), b.to_owned())).collect()
+            stored
+                .iter()
+                .filter_map(|m| m.split_once(' '))
+                .map(|(a, b)| (a.to_owned(), b.to_owned()))
+                .collect()
         }
         None if gemma => {
             // Gemma's scores do not follow its merges; the order of its tokens does.
             let order: Vec<f32> = (0..spelt.len()).map(|id| -(id as f32)).collect();
             merges_of(&spelt, &order)
         }
-        None => match gguf.get("tokenizer.ggml.scores").and_then(MetaValue::as_array) {
-            Some(MetaArray::F32(scores)) if scores.len() == spelt.len() => merges_of(&spelt, scores),
-            _ => return Err(Error::file(gguf.path(), "tokenizer.ggml.scores does not have one number a token")),
+        None => match gguf
+            .get("tokenizer.ggml.scores")
+            .and_then(MetaValue::as_array)
+        {
+            Some(MetaArray::F32(scores)) if scores.len() == spelt.len() => {
+                merges_of(&spelt, scores)
+            }
+            _ => {
+                return Err(Error::file(
+                    gguf.path(),
+                    "tokenizer.ggml.scores does not have one number a token",
+                ));
+            }
         },
     };
     let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
@@ -177,7 +247,10 @@ fn sentencepiece(
     let (normalizer, pre_tokenizer) = match architecture {
         "phi3" => {
             let prepend = json!({"type": "Prepend", "prepend": "\u{2581}"});
-            (json!({"type": "Sequence", "normalizers": [prepend, spaces]}), Value::Null)
+            (
+                json!({"type": "Sequence", "normalizers": [prepend, spaces]}),
+                Value::Null,
+            )
         }
         _ if gemma => {
             let split = json!({"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": false});
@@ -185,7 +258,10 @@ fn sentencepiece(
         }
         _ => {
             let scheme = if prefix { "first" } else { "never" };
-            (Value::Null, json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": scheme, "split": false}))
+            (
+                Value::Null,
+                json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": scheme, "split": false}),
+            )
         }
     };
     let mut decoders = vec![
@@ -203,7 +279,10 @@ fn sentencepiece(
     let mut parts = Map::new();
     parts.insert("normalizer".into(), normalizer);
     parts.insert("pre_tokenizer".into(), pre_tokenizer);
-    parts.insert("decoder".into(), json!({"type": "Sequence", "decoders": decoders}));
+    parts.insert(
+        "decoder".into(),
+        json!({"type": "Sequence", "decoders": decoders}),
+    );
     parts.insert("model".into(), model);
     Ok(parts)
 }
@@ -211,7 +290,11 @@ fn sentencepiece(
 /// Merges that a vocabulary with scores implies: best token first, then the shorter left part, then the shorter right
 /// part; cuts of one token in the order of their parts' ids.
 fn merges_of(tokens: &[String], scores: &[f32]) -> Vec<(String, String)> {
-    let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, t)| (t.as_str(), id)).collect();
+    let ids: HashMap<&str, usize> = tokens
+        .iter()
+        .enumerate()
+        .map(|(id, t)| (t.as_str(), id))
+        .collect();
     let mut merges: Vec<(f32, usize, usize, &str, &str)> = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
         let mut cuts: Vec<(usize, usize, &str, &str)> = token
@@ -224,11 +307,17 @@ fn merges_of(tokens: &[String], scores: &[f32]) -> Vec<(String, String)> {
             .collect();
         cuts.sort_by_key(|&(l, r, _, _)| (l, r));
         let score = scores.get(id).copied().unwrap_or(f32::NEG_INFINITY);
-        merges.extend(cuts.into_iter().map(|(_, _, l, r)| (score, l.chars().count(), r.chars().count(), l, r)));
+        merges.extend(
+            cuts.into_iter()
+                .map(|(_, _, l, r)| (score, l.chars().count(), r.chars().count(), l, r)),
+        );
     }
     // transformers sorts all three keys in reverse, and stably.
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
-    merges.into_iter().map(|(_, _, _, l, r)| (l.to_owned(), r.to_owned())).collect()
+    merges
+        .into_iter()
+        .map(|(_, _, _, l, r)| (l.to_owned(), r.to_owned()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -253,7 +342,10 @@ mod tests {
     fn merges_follow_scores_then_lengths() {
         let tokens = ["a", "b", "ab", "c", "abc", "bc"].map(str::to_owned);
         let merges = merges_of(&tokens, &[0.0, 0.0, -2.0, 0.0, -1.0, -3.0]);
-        let merges: Vec<_> = merges.iter().map(|(l, r)| (l.as_str(), r.as_str())).collect();
+        let merges: Vec<_> = merges
+            .iter()
+            .map(|(l, r)| (l.as_str(), r.as_str()))
+            .collect();
         assert_eq!(merges, [("ab", "c"), ("a", "bc"), ("a", "b"), ("b", "c")]);
     }
 }

@@ -38,7 +38,11 @@ struct Block {
 impl Gpt2 {
     /// The model with its module tree, in the order Hugging Face registers modules.
     pub(crate) fn build(config: &ModelConfig, task: &Task) -> (ModuleTree, Self) {
-        let prefix = if *task == Task::Features { "" } else { "transformer." };
+        let prefix = if *task == Task::Features {
+            ""
+        } else {
+            "transformer."
+        };
         let causal = *task == Task::CausalLm;
         let tokens_path = format!("{prefix}wte");
         let facts = ModelFacts {
@@ -52,31 +56,66 @@ impl Gpt2 {
             input_embedding: Some(tokens_path.clone()),
             output_embedding: causal.then(|| "lm_head".to_owned()),
             tied: causal && config.tied,
-            task_heads: if labels(task).is_some() { vec!["score".to_owned()] } else { Vec::new() },
+            task_heads: if labels(task).is_some() {
+                vec!["score".to_owned()]
+            } else {
+                Vec::new()
+            },
         };
-        let mut b = Builder { tree: ModuleTree::new(facts) };
+        let mut b = Builder {
+            tree: ModuleTree::new(facts),
+        };
         if !prefix.is_empty() {
             b.container("transformer");
         }
         let hidden = config.hidden_size;
         let shared = Arc::new(config.clone());
-        let tokens = b.push(ModuleInfo::embedding(&tokens_path, config.vocab_size, hidden));
-        let places = b.push(ModuleInfo::embedding(&format!("{prefix}wpe"), config.max_positions, hidden));
+        let tokens = b.push(ModuleInfo::embedding(
+            &tokens_path,
+            config.vocab_size,
+            hidden,
+        ));
+        let places = b.push(ModuleInfo::embedding(
+            &format!("{prefix}wpe"),
+            config.max_positions,
+            hidden,
+        ));
         let layers = (0..config.num_layers)
-            .map(|i| Arc::new(Block::build(&mut b, shared.clone(), &format!("{prefix}h.{i}"), i)))
+            .map(|i| {
+                Arc::new(Block::build(
+                    &mut b,
+                    shared.clone(),
+                    &format!("{prefix}h.{i}"),
+                    i,
+                ))
+            })
             .collect();
         let norm = b.norm(format!("{prefix}ln_f"), hidden, true);
         let head = match task {
             Task::CausalLm => {
                 let head = ModuleInfo::linear("lm_head", hidden, config.vocab_size, false);
-                Some(b.push(if config.tied { head.with_weight(format!("{tokens_path}.weight")) } else { head }))
+                Some(b.push(if config.tied {
+                    head.with_weight(format!("{tokens_path}.weight"))
+                } else {
+                    head
+                }))
             }
             Task::SequenceClassification { num_labels } => {
                 Some(b.push(ModuleInfo::linear("score", hidden, *num_labels, false)))
             }
             Task::Features => None,
         };
-        (b.tree, Self { config: shared, tokens, places, layers, norm, head })
+        (
+            b.tree,
+            Self {
+                config: shared,
+                tokens,
+                places,
+                layers,
+                norm,
+                head,
+            },
+        )
     }
 }
 
@@ -86,15 +125,45 @@ impl Block {
         b.container(path);
         let first_norm = b.norm(format!("{path}.ln_1"), hidden, true);
         let attention = b.push(ModuleInfo::attention(&format!("{path}.attn"), hidden));
-        let qkv = b.push(ModuleInfo::conv1d(&format!("{path}.attn.c_attn"), hidden, 3 * hidden, true));
-        let output = b.push(ModuleInfo::conv1d(&format!("{path}.attn.c_proj"), hidden, hidden, true));
+        let qkv = b.push(ModuleInfo::conv1d(
+            &format!("{path}.attn.c_attn"),
+            hidden,
+            3 * hidden,
+            true,
+        ));
+        let output = b.push(ModuleInfo::conv1d(
+            &format!("{path}.attn.c_proj"),
+            hidden,
+            hidden,
+            true,
+        ));
         let second_norm = b.norm(format!("{path}.ln_2"), hidden, true);
         b.container(&format!("{path}.mlp"));
-        let up = b.push(ModuleInfo::conv1d(&format!("{path}.mlp.c_fc"), hidden, inner, true));
-        let down = b.push(ModuleInfo::conv1d(&format!("{path}.mlp.c_proj"), inner, hidden, true));
-        let attention_junction = b.push(ModuleInfo::junction(&format!("{path}.attention_adapters"), hidden));
-        let output_junction = b.push(ModuleInfo::junction(&format!("{path}.output_adapters"), hidden));
-        let by_layer = if config.scale_by_layer { (index + 1) as f32 } else { 1.0 };
+        let up = b.push(ModuleInfo::conv1d(
+            &format!("{path}.mlp.c_fc"),
+            hidden,
+            inner,
+            true,
+        ));
+        let down = b.push(ModuleInfo::conv1d(
+            &format!("{path}.mlp.c_proj"),
+            inner,
+            hidden,
+            true,
+        ));
+        let attention_junction = b.push(ModuleInfo::junction(
+            &format!("{path}.attention_adapters"),
+            hidden,
+        ));
+        let output_junction = b.push(ModuleInfo::junction(
+            &format!("{path}.output_adapters"),
+            hidden,
+        ));
+        let by_layer = if config.scale_by_layer {
+            (index + 1) as f32
+        } else {
+            1.0
+        };
         let scale = config.attention_scale / by_layer;
         Self {
             config,
@@ -134,7 +203,15 @@ impl Block {
             softcap: None,
             mask: Mask::default(),
         };
-        let h = attend(network, self.attention, (&part(0)?, part(1)?, part(2)?), &spec, rows, cache, pass)?;
+        let h = attend(
+            network,
+            self.attention,
+            (&part(0)?, part(1)?, part(2)?),
+            &spec,
+            rows,
+            cache,
+            pass,
+        )?;
         let h = network.linear(self.output, &h, pass)?;
         let x = network.junction(self.attention_junction, &h, x, None, pass)?;
         let h = network.layer_norm(self.second_norm, &x, c.norm_eps, pass)?;
@@ -163,7 +240,9 @@ impl Architecture for Gpt2 {
                 Some(cache) => block.run(network, &x, &rows, Some(cache.layer(i)), pass)?,
                 None => {
                     let (block, rows) = (block.clone(), rows.clone());
-                    layer(network, &x, pass, move |network, x, pass| block.run(network, x, &rows, None, pass))?
+                    layer(network, &x, pass, move |network, x, pass| {
+                        block.run(network, x, &rows, None, pass)
+                    })?
                 }
             };
         }
@@ -190,6 +269,9 @@ pub(crate) fn check_length(len: usize, config: &ModelConfig, field: &str) -> Res
     if len <= config.max_positions {
         return Ok(());
     }
-    let detail = format!("the model has {} positions; a text needs {len}, virtual tokens included", config.max_positions);
+    let detail = format!(
+        "the model has {} positions; a text needs {len}, virtual tokens included",
+        config.max_positions
+    );
     Err(Error::config(field, detail))
 }

@@ -66,7 +66,12 @@ impl Model {
         let pass = &self.pass(batch, pass)?;
         let Some(labelled) = self.labelled(batch, labels, pass)? else {
             let loss = Tensor::zeros(&[], self.device())?;
-            return Ok(LossOutput { loss, sum: 0.0, count: 0, correct: 0 });
+            return Ok(LossOutput {
+                loss,
+                sum: 0.0,
+                count: 0,
+                correct: 0,
+            });
         };
         let count = labelled.targets.len();
         let counted = !pass.train || matches!(labels, Labels::Classes(_));
@@ -74,11 +79,17 @@ impl Model {
         for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
             let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
             let part = eager(&[&rows], |x| {
-                let logits = self.architecture.head(&self.network, &x[0], pass).map_err(into_tensor_error)?;
+                let logits = self
+                    .architecture
+                    .head(&self.network, &x[0], pass)
+                    .map_err(into_tensor_error)?;
                 if counted {
                     let values = logits.to_vec()?;
                     let answers = values.chunks(logits.last_dim().max(1)).map(argmax);
-                    correct += answers.zip(targets).filter(|&(a, &t)| i64::from(a) == t).count();
+                    correct += answers
+                        .zip(targets)
+                        .filter(|&(a, &t)| i64::from(a) == t)
+                        .count();
                 }
                 logits.cross_entropy(targets)
             })?;
@@ -92,7 +103,12 @@ impl Model {
             Some(total) => total.scale(1.0 / count as f32)?,
             None => Tensor::zeros(&[], self.device())?,
         };
-        Ok(LossOutput { loss, sum, count, correct })
+        Ok(LossOutput {
+            loss,
+            sum,
+            count,
+            correct,
+        })
     }
 
     /// What the model answers at every labelled place, and how likely it finds the label. No gradient.
@@ -102,19 +118,32 @@ impl Model {
     pub fn score(&self, batch: &Batch, labels: &Labels, pass: &Pass) -> Result<Vec<Scored>> {
         no_grad(|| {
             let pass = &self.pass(batch, pass)?;
-            let Some(labelled) = self.labelled(batch, labels, pass)? else { return Ok(Vec::new()) };
+            let Some(labelled) = self.labelled(batch, labels, pass)? else {
+                return Ok(Vec::new());
+            };
             let mut scored = Vec::with_capacity(labelled.targets.len());
             for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
                 let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
                 let logits = self.architecture.head(&self.network, &rows, pass)?;
                 let values = logits.to_vec()?;
                 let places = &labelled.places[chunk * ROWS..];
-                for ((row, &target), &(at, position)) in
-                    values.chunks(logits.last_dim().max(1)).zip(targets).zip(places)
+                for ((row, &target), &(at, position)) in values
+                    .chunks(logits.last_dim().max(1))
+                    .zip(targets)
+                    .zip(places)
                 {
-                    let label = row.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
+                    let label = row
+                        .get(target as usize)
+                        .copied()
+                        .unwrap_or(f32::NEG_INFINITY);
                     let log_prob = label - log_sum_exp(row);
-                    scored.push(Scored { row: at, position, label: target as u32, predicted: argmax(row), log_prob });
+                    scored.push(Scored {
+                        row: at,
+                        position,
+                        label: target as u32,
+                        predicted: argmax(row),
+                        log_prob,
+                    });
                 }
             }
             Ok(scored)
@@ -129,7 +158,10 @@ impl Model {
                     return Err(Error::config("labels", detail));
                 }
                 if let Some(bad) = tokens.iter().find(|&&t| t != IGNORE && !self.is_token(t)) {
-                    let detail = format!("{bad} is no token of the vocabulary of {}", self.config().vocab_size);
+                    let detail = format!(
+                        "{bad} is no token of the vocabulary of {}",
+                        self.config().vocab_size
+                    );
                     return Err(Error::config("labels", detail));
                 }
                 let added = self.network.prompt_len();
@@ -150,10 +182,17 @@ impl Model {
                 }
                 let hidden = self.architecture.hidden(&self.network, batch, None, pass)?;
                 if hidden.dims3()?.1 != width {
-                    let detail = format!("{} positions, {width} were announced by the adapters", hidden.dims3()?.1);
+                    let detail = format!(
+                        "{} positions, {width} were announced by the adapters",
+                        hidden.dims3()?.1
+                    );
                     return Err(Error::other(detail));
                 }
-                Ok(Some(Labelled { rows: hidden.flatten_rows()?.gather_rows(&ids)?, targets, places }))
+                Ok(Some(Labelled {
+                    rows: hidden.flatten_rows()?.gather_rows(&ids)?,
+                    targets,
+                    places,
+                }))
             }
             (Task::SequenceClassification { num_labels }, Labels::Classes(classes)) => {
                 if classes.len() != batch.batch {
@@ -161,16 +200,31 @@ impl Model {
                     return Err(Error::config("labels", detail));
                 }
                 if let Some(bad) = classes.iter().find(|&&c| c as usize >= num_labels) {
-                    return Err(Error::config("labels", format!("class {bad} of a model of {num_labels} labels")));
+                    return Err(Error::config(
+                        "labels",
+                        format!("class {bad} of a model of {num_labels} labels"),
+                    ));
                 }
                 let hidden = self.architecture.hidden(&self.network, batch, None, pass)?;
                 let rows = self.architecture.pool(&hidden, batch)?;
                 let targets = classes.iter().map(|&c| i64::from(c)).collect();
-                Ok(Some(Labelled { rows, targets, places: (0..batch.batch).map(|row| (row, 0)).collect() }))
+                Ok(Some(Labelled {
+                    rows,
+                    targets,
+                    places: (0..batch.batch).map(|row| (row, 0)).collect(),
+                }))
             }
-            (Task::Features, _) => Err(Error::config("task", "a model loaded for its features has no loss")),
-            (Task::CausalLm, Labels::Classes(_)) => Err(Error::config("labels", "a language model takes tokens")),
-            (_, Labels::Tokens(_)) => Err(Error::config("labels", "a classifier takes one class a row")),
+            (Task::Features, _) => Err(Error::config(
+                "task",
+                "a model loaded for its features has no loss",
+            )),
+            (Task::CausalLm, Labels::Classes(_)) => {
+                Err(Error::config("labels", "a language model takes tokens"))
+            }
+            (_, Labels::Tokens(_)) => Err(Error::config(
+                "labels",
+                "a classifier takes one class a row",
+            )),
         }
     }
 

@@ -43,7 +43,11 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { task: None, device: Device::cpu(), seed: 0 }
+        Self {
+            task: None,
+            device: Device::cpu(),
+            seed: 0,
+        }
     }
 }
 
@@ -66,16 +70,34 @@ impl Batch {
     /// One row.
     pub fn single(ids: Vec<u32>) -> Self {
         let seq = ids.len();
-        Self { ids, batch: 1, seq, mask: None, task_ids: None }
+        Self {
+            ids,
+            batch: 1,
+            seq,
+            mask: None,
+            task_ids: None,
+        }
     }
 
     /// Rows of any lengths, padded on the right with `pad`.
     pub fn padded(rows: &[Vec<u32>], pad: u32) -> Self {
         let seq = rows.iter().map(Vec::len).max().unwrap_or(0);
-        let mask: Vec<bool> = rows.iter().flat_map(|r| (0..seq).map(move |i| i < r.len())).collect();
-        let ids = rows.iter().flat_map(|r| (0..seq).map(move |i| r.get(i).copied().unwrap_or(pad))).collect();
+        let mask: Vec<bool> = rows
+            .iter()
+            .flat_map(|r| (0..seq).map(move |i| i < r.len()))
+            .collect();
+        let ids = rows
+            .iter()
+            .flat_map(|r| (0..seq).map(move |i| r.get(i).copied().unwrap_or(pad)))
+            .collect();
         let mask = mask.contains(&false).then_some(mask);
-        Self { ids, batch: rows.len(), seq, mask, task_ids: None }
+        Self {
+            ids,
+            batch: rows.len(),
+            seq,
+            mask,
+            task_ids: None,
+        }
     }
 
     pub(crate) fn check(&self) -> Result<()> {
@@ -84,18 +106,29 @@ impl Batch {
             return Err(Error::config("input_ids", "holds no tokens"));
         }
         if cells != Some(self.ids.len()) {
-            let detail = format!("{} ids for {} rows of {}", self.ids.len(), self.batch, self.seq);
+            let detail = format!(
+                "{} ids for {} rows of {}",
+                self.ids.len(),
+                self.batch,
+                self.seq
+            );
             return Err(Error::config("input_ids", detail));
         }
         if let Some(mask) = &self.mask
             && mask.len() != self.ids.len()
         {
-            return Err(Error::config("attention_mask", format!("{} entries for {} ids", mask.len(), self.ids.len())));
+            return Err(Error::config(
+                "attention_mask",
+                format!("{} entries for {} ids", mask.len(), self.ids.len()),
+            ));
         }
         if let Some(tasks) = &self.task_ids
             && tasks.len() != self.batch
         {
-            return Err(Error::config("task_ids", format!("{} entries for {} rows", tasks.len(), self.batch)));
+            return Err(Error::config(
+                "task_ids",
+                format!("{} entries for {} rows", tasks.len(), self.batch),
+            ));
         }
         Ok(())
     }
@@ -162,7 +195,10 @@ impl Model {
             None => task_of(&config),
         };
         if task == Task::CausalLm && !config.is_causal() {
-            return Err(Error::config("task", "BERT predicts no next token; ask for classification or features"));
+            return Err(Error::config(
+                "task",
+                "BERT predicts no next token; ask for classification or features",
+            ));
         }
         if let Task::SequenceClassification { num_labels } = task
             && num_labels == 0
@@ -178,12 +214,18 @@ impl Model {
                 config.rope = Some(rope);
             }
             let (tree, _) = architecture(&config, &task);
-            let embedding = tree.facts().input_embedding.as_ref().map(|path| format!("{path}.weight"));
+            let embedding = tree
+                .facts()
+                .input_embedding
+                .as_ref()
+                .map(|path| format!("{path}.weight"));
             if tree.facts().tied
                 && let Some(embedding) = embedding
                 && source.head_differs(&embedding)?
             {
-                tracing::warn!("the checkpoint says its embeddings are tied but stores two that differ: not tied");
+                tracing::warn!(
+                    "the checkpoint says its embeddings are tied but stores two that differ: not tied"
+                );
                 config = config.with_tied(false);
             }
         }
@@ -192,7 +234,14 @@ impl Model {
         if config.model_type == "bert" {
             fresh.extend(["bert.pooler.dense", "pooler.dense"].map(str::to_owned));
         }
-        let base = base(tree, &config, source.as_ref(), &fresh, options.seed, &options.device)?;
+        let base = base(
+            tree,
+            &config,
+            source.as_ref(),
+            &fresh,
+            options.seed,
+            &options.device,
+        )?;
         Ok(Self {
             network: Arc::new(Network::new(base)),
             architecture: code,
@@ -255,7 +304,11 @@ impl Model {
                 Some(gguf) => Tokenizer::from_gguf(gguf)?,
                 None => return Err(Error::other("the model has no tokenizer")),
             },
-            Origin::None => return Err(Error::other("a model made from a configuration has no tokenizer")),
+            Origin::None => {
+                return Err(Error::other(
+                    "a model made from a configuration has no tokenizer",
+                ));
+            }
         };
         Ok(self.tokenizer.get_or_init(|| made))
     }
@@ -265,7 +318,9 @@ impl Model {
     /// # Errors
     /// If it has one.
     pub fn set_tokenizer(&mut self, tokenizer: Tokenizer) -> Result<()> {
-        self.tokenizer.set(tokenizer).map_err(|_| Error::other("the model has a tokenizer already"))
+        self.tokenizer
+            .set(tokenizer)
+            .map_err(|_| Error::other("the model has a tokenizer already"))
     }
 
     /// The pass with the batch's tasks, if it has some.
@@ -273,7 +328,10 @@ impl Model {
         batch.check()?;
         let vocab = self.config.vocab_size;
         if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= vocab) {
-            return Err(Error::config("input_ids", format!("token {id} is beyond the vocabulary of {vocab}")));
+            return Err(Error::config(
+                "input_ids",
+                format!("token {id} is beyond the vocabulary of {vocab}"),
+            ));
         }
         let mut pass = pass.clone();
         if let Some(tasks) = &batch.task_ids {
@@ -300,7 +358,9 @@ impl Model {
     /// As [`Model::forward`].
     pub fn logits(&self, batch: &Batch, pass: &Pass) -> Result<Tensor> {
         let pass = self.pass(batch, pass)?;
-        let hidden = self.architecture.hidden(&self.network, batch, None, &pass)?;
+        let hidden = self
+            .architecture
+            .hidden(&self.network, batch, None, &pass)?;
         match self.task {
             Task::Features => Ok(hidden),
             Task::CausalLm => self.architecture.head(&self.network, &hidden, &pass),
@@ -314,7 +374,11 @@ impl Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Model({}, {:?}, {:?})", self.config.model_type, self.task, self.network)
+        write!(
+            f,
+            "Model({}, {:?}, {:?})",
+            self.config.model_type, self.task, self.network
+        )
     }
 }
 
@@ -339,7 +403,9 @@ fn architecture(config: &ModelConfig, task: &Task) -> (ModuleTree, Box<dyn Archi
 fn task_of(config: &ModelConfig) -> Task {
     let class = config.architectures.first().map_or("", String::as_str);
     if class.ends_with("ForSequenceClassification") {
-        return Task::SequenceClassification { num_labels: config.num_labels.unwrap_or(2) };
+        return Task::SequenceClassification {
+            num_labels: config.num_labels.unwrap_or(2),
+        };
     }
     if !config.is_causal() || class.ends_with("Model") && !class.ends_with("LMHeadModel") {
         return Task::Features;

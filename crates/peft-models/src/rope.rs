@@ -85,7 +85,11 @@ const KINDS: &str = "default, linear, dynamic, llama3, yarn, longrope";
 
 impl RopeConfig {
     /// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-    pub(crate) fn from_fields(f: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<Self> {
+    pub(crate) fn from_fields(
+        f: &Fields<'_>,
+        head_dim: usize,
+        max_positions: usize,
+    ) -> Result<Self> {
         let empty = Value::Object(serde_json::Map::new());
         let found = f.get("rope_parameters").or_else(|| f.get("rope_scaling"));
         let r = Fields::new(found.unwrap_or(&empty))?;
@@ -94,14 +98,20 @@ impl RopeConfig {
             None => f.float_or("rope_theta", 10_000.0)?,
         };
         if !(theta.is_finite() && theta > 0.0) {
-            return Err(Error::config("rope_theta", format!("{theta} is not a positive number")));
+            return Err(Error::config(
+                "rope_theta",
+                format!("{theta} is not a positive number"),
+            ));
         }
         let partial = match r.opt_float("partial_rotary_factor")? {
             Some(partial) => partial,
             None => f.float_or("partial_rotary_factor", 1.0)?,
         };
         let dim = (head_dim as f64 * partial + 1e-9) as usize;
-        let kind = r.opt_text("rope_type")?.or(r.opt_text("type")?).unwrap_or("default");
+        let kind = r
+            .opt_text("rope_type")?
+            .or(r.opt_text("type")?)
+            .unwrap_or("default");
         // Some configurations keep the original length beside the scaling rather than in it.
         let original = |default: Option<usize>| -> Result<f64> {
             match r.opt_float("original_max_position_embeddings")? {
@@ -115,8 +125,12 @@ impl RopeConfig {
         };
         let scaling = match kind {
             "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: r.float("factor")? },
-            "dynamic" => RopeScaling::Dynamic { factor: r.float("factor")? },
+            "linear" => RopeScaling::Linear {
+                factor: r.float("factor")?,
+            },
+            "dynamic" => RopeScaling::Dynamic {
+                factor: r.float("factor")?,
+            },
             "llama3" => RopeScaling::Llama3 {
                 factor: r.float("factor")?,
                 low: r.float("low_freq_factor")?,
@@ -126,7 +140,13 @@ impl RopeConfig {
             "yarn" => {
                 let original = original(Some(max_positions))?;
                 let factor = r.float_or("factor", max_positions as f64 / original)?;
-                let grown = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+                let grown = |m: f64| {
+                    if factor <= 1.0 {
+                        1.0
+                    } else {
+                        0.1 * m * factor.ln() + 1.0
+                    }
+                };
                 let by_mscale = match (r.opt_float("mscale")?, r.opt_float("mscale_all_dim")?) {
                     (Some(m), Some(all)) if m != 0.0 && all != 0.0 => grown(m) / grown(all),
                     _ => grown(1.0),
@@ -143,11 +163,18 @@ impl RopeConfig {
             "longrope" | "su" => {
                 let original = original(Some(max_positions))?;
                 let factor = r.float_or("factor", max_positions as f64 / original)?;
-                let default = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+                let default = if factor <= 1.0 {
+                    1.0
+                } else {
+                    (1.0 + factor.ln() / original.ln()).sqrt()
+                };
                 let list = |field: &str| -> Result<Vec<f64>> {
                     let list = r.floats(field)?;
                     if list.len() != dim / 2 {
-                        return Err(Error::config(field, format!("{} entries, {} are needed", list.len(), dim / 2)));
+                        return Err(Error::config(
+                            field,
+                            format!("{} entries, {} are needed", list.len(), dim / 2),
+                        ));
                     }
                     Ok(list)
                 };
@@ -159,23 +186,38 @@ impl RopeConfig {
                 }
             }
             other => {
-                return Err(Error::config("rope_type", format!("{other:?} is not known; known are {KINDS}")));
+                return Err(Error::config(
+                    "rope_type",
+                    format!("{other:?} is not known; known are {KINDS}"),
+                ));
             }
         };
-        Ok(Self { theta, dim, scaling, max_positions })
+        Ok(Self {
+            theta,
+            dim,
+            scaling,
+            max_positions,
+        })
     }
 
     /// Frequencies of the pairs for a sequence that reaches position `len - 1`, and the factor on cosine and sine.
     fn frequencies(&self, len: usize) -> (Vec<f32>, f32) {
         let dim = self.dim as f64;
-        let exponents = || (0..self.dim / 2).map(move |i| ((2 * i) as f32 / self.dim as f32) as f64);
+        let exponents =
+            || (0..self.dim / 2).map(move |i| ((2 * i) as f32 / self.dim as f32) as f64);
         let plain = |theta: f64| exponents().map(move |e| 1.0 / (theta.powf(e) as f32));
         match &self.scaling {
             RopeScaling::Default => (plain(self.theta).collect(), 1.0),
-            RopeScaling::Linear { factor } => (plain(self.theta).map(|f| f / *factor as f32).collect(), 1.0),
-            RopeScaling::Factors(factors) => {
-                (plain(self.theta).zip(factors).map(|(f, d)| f / *d as f32).collect(), 1.0)
+            RopeScaling::Linear { factor } => {
+                (plain(self.theta).map(|f| f / *factor as f32).collect(), 1.0)
             }
+            RopeScaling::Factors(factors) => (
+                plain(self.theta)
+                    .zip(factors)
+                    .map(|(f, d)| f / *d as f32)
+                    .collect(),
+                1.0,
+            ),
             RopeScaling::Dynamic { factor } => {
                 let limit = self.max_positions as f64;
                 let stretch = factor * (len as f64).max(limit) / limit - (factor - 1.0);
@@ -183,7 +225,12 @@ impl RopeConfig {
                 let power = if self.dim > 2 { dim / (dim - 2.0) } else { 1.0 };
                 (plain(self.theta * stretch.powf(power)).collect(), 1.0)
             }
-            RopeScaling::Llama3 { factor, low, high, original } => {
+            RopeScaling::Llama3 {
+                factor,
+                low,
+                high,
+                original,
+            } => {
                 let bands = plain(self.theta).map(|f| {
                     let wave = (2.0 * PI) as f32 / f;
                     let blend = (*original as f32 / wave - *low as f32) / (high - low) as f32;
@@ -197,8 +244,17 @@ impl RopeConfig {
                 });
                 (bands.collect(), 1.0)
             }
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original, attention, truncate } => {
-                let at = |turns: f64| dim * (original / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original,
+                attention,
+                truncate,
+            } => {
+                let at = |turns: f64| {
+                    dim * (original / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
+                };
                 let (mut low, mut high) = (at(*beta_fast), at(*beta_slow));
                 if *truncate {
                     (low, high) = (low.floor(), high.ceil());
@@ -215,9 +271,16 @@ impl RopeConfig {
                 });
                 (ramp.collect(), *attention as f32)
             }
-            RopeScaling::LongRope { short, long, original, attention } => {
+            RopeScaling::LongRope {
+                short,
+                long,
+                original,
+                attention,
+            } => {
                 let factors = if len as f64 > *original { long } else { short };
-                let scaled = exponents().zip(factors).map(|(e, d)| 1.0 / (*d as f32 * self.theta.powf(e) as f32));
+                let scaled = exponents()
+                    .zip(factors)
+                    .map(|(e, d)| 1.0 / (*d as f32 * self.theta.powf(e) as f32));
                 (scaled.collect(), *attention as f32)
             }
         }
@@ -249,11 +312,20 @@ pub(crate) struct RopeTables {
 
 impl RopeTables {
     pub(crate) fn new(config: RopeConfig, head_dim: usize) -> Self {
-        Self { config, head_dim, made: Mutex::new(None) }
+        Self {
+            config,
+            head_dim,
+            made: Mutex::new(None),
+        }
     }
 
     /// Rotations of queries and keys for tokens at `positions` (one per row of `[B * S]`).
-    pub(crate) fn at(&self, positions: &Arc<Vec<u32>>, heads: usize, kv_heads: usize) -> (Arc<Rope>, Arc<Rope>) {
+    pub(crate) fn at(
+        &self,
+        positions: &Arc<Vec<u32>>,
+        heads: usize,
+        kv_heads: usize,
+    ) -> (Arc<Rope>, Arc<Rope>) {
         let len = positions.iter().max().map_or(0, |&p| p as usize + 1);
         let (cos, sin) = self.tables(len);
         let rope = |heads: usize| {
@@ -278,11 +350,18 @@ impl RopeTables {
         // Room to grow, so that generation does not make a table per token.
         let rows = len.next_power_of_two().max(64);
         let (frequencies, factor) = self.config.frequencies(len);
-        let angles = (0..rows).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
-        let (sin, cos): (Vec<f32>, Vec<f32>) =
-            angles.map(|a| (a.sin() as f32 * factor, a.cos() as f32 * factor)).unzip();
+        let angles =
+            (0..rows).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
+        let (sin, cos): (Vec<f32>, Vec<f32>) = angles
+            .map(|a| (a.sin() as f32 * factor, a.cos() as f32 * factor))
+            .unzip();
         let (cos, sin) = (Arc::new(cos), Arc::new(sin));
-        *made = Some(Tables { class, len: rows, cos: cos.clone(), sin: sin.clone() });
+        *made = Some(Tables {
+            class,
+            len: rows,
+            cos: cos.clone(),
+            sin: sin.clone(),
+        });
         (cos, sin)
     }
 }

@@ -33,7 +33,11 @@ pub(crate) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, config: &ModelConfig, features: bool) -> Result<Self> {
+    pub(crate) fn new(
+        checkpoint: &'a Checkpoint,
+        config: &ModelConfig,
+        features: bool,
+    ) -> Result<Self> {
         let architecture = match checkpoint.gguf() {
             Some(gguf) => Some(gguf.architecture().map_err(io)?.to_owned()),
             None => None,
@@ -44,7 +48,12 @@ impl<'a> Source<'a> {
             "bert" => "bert.",
             _ => "model.",
         };
-        Ok(Self { checkpoint, architecture, prefix, heads: (config.num_heads, config.num_kv_heads) })
+        Ok(Self {
+            checkpoint,
+            architecture,
+            prefix,
+            heads: (config.num_heads, config.num_kv_heads),
+        })
     }
 
     /// Where `name` is stored: under this name, with or without a class's prefix, or under old names.
@@ -54,23 +63,38 @@ impl<'a> Source<'a> {
             return self.checkpoint.meta(&name).map(|_| Place { name, change });
         }
         let mut names = vec![name.to_owned()];
-        names.extend(PREFIXES.iter().filter_map(|p| name.strip_prefix(p)).map(str::to_owned));
+        names.extend(
+            PREFIXES
+                .iter()
+                .filter_map(|p| name.strip_prefix(p))
+                .map(str::to_owned),
+        );
         names.extend(PREFIXES.iter().map(|p| format!("{p}{name}")));
         // BERT checkpoints converted from TensorFlow call a norm's parameters gamma and beta.
         let old: Vec<String> = names
             .iter()
             .filter(|n| n.contains("LayerNorm."))
-            .map(|n| n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"))
+            .map(|n| {
+                n.replace("LayerNorm.weight", "LayerNorm.gamma")
+                    .replace("LayerNorm.bias", "LayerNorm.beta")
+            })
             .collect();
         names.extend(old);
-        let name = names.into_iter().find(|n| self.checkpoint.meta(n).is_some())?;
-        Some(Place { name, change: Change::None })
+        let name = names
+            .into_iter()
+            .find(|n| self.checkpoint.meta(n).is_some())?;
+        Some(Place {
+            name,
+            change: Change::None,
+        })
     }
 
     /// Whether the output embedding has values of its own that differ from the input embedding's, which unties them as
     /// it does in transformers 5.
     pub(crate) fn head_differs(&self, embedding: &str) -> Result<bool> {
-        let (Some(head), Some(tokens)) = (self.find("lm_head.weight"), self.find(embedding)) else { return Ok(false) };
+        let (Some(head), Some(tokens)) = (self.find("lm_head.weight"), self.find(embedding)) else {
+            return Ok(false);
+        };
         let (head, tokens) = (&head.name, &tokens.name);
         let format = |name: &str| self.checkpoint.meta(name).map(|m| m.format);
         let bytes = |name: &str| self.checkpoint.bytes(name).map_err(io);
@@ -79,8 +103,11 @@ impl<'a> Source<'a> {
 
     /// Llama 3's frequency divisions, which llama.cpp keeps as a tensor.
     pub(crate) fn rope(&self, rope: Option<RopeConfig>) -> Result<Option<RopeConfig>> {
-        let stored = self.architecture.is_some() && self.checkpoint.meta("rope_freqs.weight").is_some();
-        let Some(mut rope) = rope.filter(|_| stored) else { return Ok(None) };
+        let stored =
+            self.architecture.is_some() && self.checkpoint.meta("rope_freqs.weight").is_some();
+        let Some(mut rope) = rope.filter(|_| stored) else {
+            return Ok(None);
+        };
         let (_, factors) = self.checkpoint.f32("rope_freqs.weight").map_err(io)?;
         if factors.len() != rope.dim / 2 {
             let detail = format!("{} entries, {} are needed", factors.len(), rope.dim / 2);
@@ -96,7 +123,11 @@ impl<'a> Source<'a> {
             weight = weight.permute_rows(&gguf::head_order(weight.rows(), heads))?;
         }
         // llama.cpp stores GPT-2's matrices as everybody else's.
-        Ok(BaseWeight::frozen(weight, transposed && self.architecture.is_none(), device))
+        Ok(BaseWeight::frozen(
+            weight,
+            transposed && self.architecture.is_none(),
+            device,
+        ))
     }
 
     fn vector(&self, place: &Place, device: &Device) -> Result<BaseWeight> {
@@ -105,10 +136,16 @@ impl<'a> Source<'a> {
             Change::None => {}
             Change::PlusOne => values.iter_mut().for_each(|v| *v -= 1.0),
             Change::Heads(heads) => {
-                values = gguf::head_order(values.len(), heads).into_iter().map(|i| values[i]).collect();
+                values = gguf::head_order(values.len(), heads)
+                    .into_iter()
+                    .map(|i| values[i])
+                    .collect();
             }
         }
-        Ok(BaseWeight::dense(Tensor::from_vec(values, &shape, device)?, false))
+        Ok(BaseWeight::dense(
+            Tensor::from_vec(values, &shape, device)?,
+            false,
+        ))
     }
 }
 
@@ -128,15 +165,26 @@ pub(crate) fn base(
     for (_, m) in tree.iter() {
         let transposed = m.kind == ModuleKind::Conv1d;
         let vector = m.kind == ModuleKind::Norm;
-        for (name, is_bias) in m.weight.iter().map(|n| (n, false)).chain(m.bias.iter().map(|n| (n, true))) {
+        for (name, is_bias) in m
+            .weight
+            .iter()
+            .map(|n| (n, false))
+            .chain(m.bias.iter().map(|n| (n, true)))
+        {
             if !done.insert(name.clone()) {
                 continue;
             }
             let place = source.and_then(|s| {
                 // A tied pair may be stored under the output embedding's name alone.
-                let tied = || tree.facts().tied.then(|| s.find("lm_head.weight")).flatten();
+                let tied = || {
+                    tree.facts()
+                        .tied
+                        .then(|| s.find("lm_head.weight"))
+                        .flatten()
+                };
                 let embedding = tree.facts().input_embedding.as_deref() == Some(&m.path);
-                s.find(name).or_else(|| if embedding { tied() } else { None })
+                s.find(name)
+                    .or_else(|| if embedding { tied() } else { None })
             });
             let weight = match (source, place) {
                 (Some(s), Some(place)) if is_bias || vector => s.vector(&place, device)?,
@@ -144,9 +192,15 @@ pub(crate) fn base(
                 (Some(_), None) if !fresh.contains(&m.path) => continue,
                 _ => {
                     if source.is_some() {
-                        tracing::warn!("{name} is not in the checkpoint: it starts from random values");
+                        tracing::warn!(
+                            "{name} is not in the checkpoint: it starts from random values"
+                        );
                     }
-                    let shape = if is_bias { vec![m.out_features] } else { m.weight_shape() };
+                    let shape = if is_bias {
+                        vec![m.out_features]
+                    } else {
+                        m.weight_shape()
+                    };
                     let std = match config.model_type.as_str() {
                         // The output projections' share of a residual stream of all layers (GPT-2's initialisation).
                         "gpt2" if m.path.ends_with("c_proj") => {
@@ -183,12 +237,21 @@ fn initial(
     device: &Device,
 ) -> Result<BaseWeight> {
     match (constant, shape) {
-        (Some(value), _) => Ok(BaseWeight::dense(Tensor::full(value, shape, device)?, false)),
+        (Some(value), _) => Ok(BaseWeight::dense(
+            Tensor::full(value, shape, device)?,
+            false,
+        )),
         (None, &[rows, cols]) => {
             let mut values = vec![0.0; rows * cols];
             key.fill_normal(0.0, std, &mut values);
-            Ok(BaseWeight::frozen(FrozenWeight::from_f32(rows, cols, values)?, transposed, device))
+            Ok(BaseWeight::frozen(
+                FrozenWeight::from_f32(rows, cols, values)?,
+                transposed,
+                device,
+            ))
         }
-        (None, _) => Err(Error::other(format!("no initial values for shape {shape:?}"))),
+        (None, _) => Err(Error::other(format!(
+            "no initial values for shape {shape:?}"
+        ))),
     }
 }

@@ -30,13 +30,24 @@ impl Tokenizer {
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
-            return Err(Error::file(folder, "has no tokenizer.json (save the tokenizer with `save_pretrained`)"));
+            return Err(Error::file(
+                folder,
+                "has no tokenizer.json (save the tokenizer with `save_pretrained`)",
+            ));
         }
         let bytes = peft_io::read_bytes(&path).map_err(io)?;
-        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(&path, e.to_string()))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|e| Error::file(&path, e.to_string()))?;
+        // Some files keep the lengths of the last training run; lengths are the caller's here.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(tokenizer_error)?;
         let json = |name: &str| -> Result<Value> {
             let path = folder.join(name);
-            if path.is_file() { peft_io::read_json(&path).map_err(io) } else { Ok(Value::Null) }
+            if path.is_file() {
+                peft_io::read_json(&path).map_err(io)
+            } else {
+                Ok(Value::Null)
+            }
         };
         let config = json("tokenizer_config.json")?;
         let generation = json("generation_config.json")?;
@@ -48,18 +59,34 @@ impl Tokenizer {
         };
         let specials = specials_of(&config);
         let id = |name: &str| {
-            specials.iter().find(|(n, _)| n == name).and_then(|(_, text)| inner.token_to_id(text))
+            specials
+                .iter()
+                .find(|(n, _)| n == name)
+                .and_then(|(_, text)| inner.token_to_id(text))
         };
         let (bos, pad) = (id("bos_token"), id("pad_token"));
         let mut eos: Vec<u32> = id("eos_token").into_iter().collect();
         let stated = &generation["eos_token_id"];
-        let more = stated.as_array().map_or_else(|| std::slice::from_ref(stated), Vec::as_slice);
-        for id in more.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()) {
+        let more = stated
+            .as_array()
+            .map_or_else(|| std::slice::from_ref(stated), Vec::as_slice);
+        for id in more
+            .iter()
+            .filter_map(Value::as_u64)
+            .filter_map(|id| u32::try_from(id).ok())
+        {
             if !eos.contains(&id) {
                 eos.push(id);
             }
         }
-        Ok(Self { inner, bos, eos, pad, template, specials })
+        Ok(Self {
+            inner,
+            bos,
+            eos,
+            pad,
+            template,
+            specials,
+        })
     }
 
     /// Builds the tokenizer a GGUF describes.
@@ -71,21 +98,36 @@ impl Tokenizer {
         let inner = tokenizers::Tokenizer::from_bytes(json.to_string().as_bytes())
             .map_err(|e| Error::file(gguf.path(), format!("tokenizer: {e}")))?;
         let id = |name: &str| {
-            let id = gguf.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(MetaValue::as_u64)?;
+            let id = gguf
+                .get(&format!("tokenizer.ggml.{name}_token_id"))
+                .and_then(MetaValue::as_u64)?;
             u32::try_from(id).ok()
         };
         let mut eos: Vec<u32> = ["eos", "eot", "eom"].into_iter().filter_map(id).collect();
         eos.dedup();
         let mut specials = Vec::new();
-        for (name, key) in
-            [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
-        {
+        for (name, key) in [
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        ] {
             if let Some(text) = id(key).and_then(|id| inner.id_to_token(id)) {
                 specials.push((name.to_owned(), text));
             }
         }
-        let template = gguf.get("tokenizer.chat_template").and_then(MetaValue::as_str).map(str::to_owned);
-        Ok(Self { bos: id("bos"), pad: id("padding"), eos, inner, template, specials })
+        let template = gguf
+            .get("tokenizer.chat_template")
+            .and_then(MetaValue::as_str)
+            .map(str::to_owned);
+        Ok(Self {
+            bos: id("bos"),
+            pad: id("padding"),
+            eos,
+            inner,
+            template,
+            specials,
+        })
     }
 
     /// Tokens of a text, with the special tokens (BOS, `[CLS]`, ...) the tokenizer adds.
@@ -101,7 +143,10 @@ impl Tokenizer {
     /// # Errors
     /// Whatever the tokenizer says.
     pub fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, special).map_err(tokenizer_error)?;
+        let encoding = self
+            .inner
+            .encode_fast(text, special)
+            .map_err(tokenizer_error)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -153,8 +198,16 @@ impl Tokenizer {
     /// # Errors
     /// If there is none or it does not parse.
     pub fn chat(&self) -> Result<ChatTemplate> {
-        let missing = || Error::config("messages", "the model has no chat template; use text or prompt and completion");
-        ChatTemplate::new(self.template.as_deref().ok_or_else(missing)?, &self.specials)
+        let missing = || {
+            Error::config(
+                "messages",
+                "the model has no chat template; use text or prompt and completion",
+            )
+        };
+        ChatTemplate::new(
+            self.template.as_deref().ok_or_else(missing)?,
+            &self.specials,
+        )
     }
 
     /// A conversation as tokens; those of the assistant's turns, the token that ends them included, are to be learnt.
@@ -163,8 +216,15 @@ impl Tokenizer {
     /// If there is no template, or it does not take these messages.
     pub fn chat_tokens(&self, messages: &[Value]) -> Result<Vec<(u32, bool)>> {
         let (text, spans) = self.chat()?.spans(messages)?;
-        let encoding = self.inner.encode(text.as_str(), false).map_err(tokenizer_error)?;
-        let learnt = |&(start, end): &(usize, usize)| spans.iter().any(|s| start >= s.start && end <= s.end && start < end);
+        let encoding = self
+            .inner
+            .encode(text.as_str(), false)
+            .map_err(tokenizer_error)?;
+        let learnt = |&(start, end): &(usize, usize)| {
+            spans
+                .iter()
+                .any(|s| start >= s.start && end <= s.end && start < end)
+        };
         let flags = encoding.get_offsets().iter().map(learnt);
         Ok(encoding.get_ids().iter().copied().zip(flags).collect())
     }
@@ -180,7 +240,13 @@ impl Tokenizer {
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tokenizer({} tokens, bos {:?}, eos {:?})", self.len(), self.bos, self.eos)
+        write!(
+            f,
+            "Tokenizer({} tokens, bos {:?}, eos {:?})",
+            self.len(),
+            self.bos,
+            self.eos
+        )
     }
 }
 
@@ -193,7 +259,10 @@ fn template_of(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
         Value::Array(list) => {
-            let named = list.iter().find(|t| t["name"] == "default").or(list.first())?;
+            let named = list
+                .iter()
+                .find(|t| t["name"] == "default")
+                .or(list.first())?;
             named["template"].as_str().map(str::to_owned)
         }
         _ => None,
@@ -202,7 +271,9 @@ fn template_of(value: &Value) -> Option<String> {
 
 /// Special tokens of a `tokenizer_config.json`: strings, or objects with a `content`.
 fn specials_of(config: &Value) -> Vec<(String, String)> {
-    let Some(map) = config.as_object() else { return Vec::new() };
+    let Some(map) = config.as_object() else {
+        return Vec::new();
+    };
     map.iter()
         .filter(|(name, _)| name.ends_with("_token"))
         .filter_map(|(name, value)| {
@@ -224,7 +295,12 @@ pub(crate) struct TextStream<'a> {
 
 impl<'a> TextStream<'a> {
     pub(crate) fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), start: 0, read: 0 }
+        Self {
+            tokenizer,
+            ids: Vec::new(),
+            start: 0,
+            read: 0,
+        }
     }
 
     /// The text that is complete with this token.

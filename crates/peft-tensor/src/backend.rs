@@ -72,8 +72,22 @@ pub enum Unary {
 impl Unary {
     /// Every function, for tests that go through all of them.
     pub const ALL: [Self; 16] = [
-        Self::Neg, Self::Exp, Self::Ln, Self::Sqrt, Self::Rsqrt, Self::Recip, Self::Square, Self::Abs,
-        Self::Tanh, Self::Sigmoid, Self::Relu, Self::Silu, Self::Gelu, Self::GeluTanh, Self::Sin, Self::Cos,
+        Self::Neg,
+        Self::Exp,
+        Self::Ln,
+        Self::Sqrt,
+        Self::Rsqrt,
+        Self::Recip,
+        Self::Square,
+        Self::Abs,
+        Self::Tanh,
+        Self::Sigmoid,
+        Self::Relu,
+        Self::Silu,
+        Self::Gelu,
+        Self::GeluTanh,
+        Self::Sin,
+        Self::Cos,
     ];
 }
 
@@ -176,7 +190,15 @@ pub trait Backend: Send + Sync {
     /// dy f'(x); y = f(x) is given because some derivatives are cheaper from it.
     fn unary_grad(&self, op: Unary, x: &Buffer, y: &Buffer, dy: &Buffer) -> Result<Buffer>;
     /// a f b, broadcasting numpy's way; `a_shape`, `b_shape` and `out_shape` have the same rank (padded with 1 in front).
-    fn binary(&self, op: Binary, a: &Buffer, a_shape: &[usize], b: &Buffer, b_shape: &[usize], out_shape: &[usize]) -> Result<Buffer>;
+    fn binary(
+        &self,
+        op: Binary,
+        a: &Buffer,
+        a_shape: &[usize],
+        b: &Buffer,
+        b_shape: &[usize],
+        out_shape: &[usize],
+    ) -> Result<Buffer>;
     /// mul * x + add
     fn affine(&self, x: &Buffer, mul: f32, add: f32) -> Result<Buffer>;
     /// a += b in place where the device can, else a new buffer; both the same length. For gradient accumulation.
@@ -184,7 +206,13 @@ pub trait Backend: Send + Sync {
     /// act(gate) * up
     fn glu(&self, kind: Glu, gate: &Buffer, up: &Buffer) -> Result<Buffer>;
     /// (d gate, d up)
-    fn glu_grad(&self, kind: Glu, gate: &Buffer, up: &Buffer, dy: &Buffer) -> Result<(Buffer, Buffer)>;
+    fn glu_grad(
+        &self,
+        kind: Glu,
+        gate: &Buffer,
+        up: &Buffer,
+        dy: &Buffer,
+    ) -> Result<(Buffer, Buffer)>;
     /// x with each element kept with probability 1 - p and scaled by 1 / (1 - p); element i is kept iff
     /// `key.uniform_at(i) >= p`, so that the same key gives the same mask on every device. Its own gradient.
     fn dropout(&self, x: &Buffer, p: f32, key: RngKey) -> Result<Buffer>;
@@ -199,9 +227,25 @@ pub trait Backend: Send + Sync {
     /// Axes in another order; `axes[i]` is the input axis that becomes output axis i.
     fn permute(&self, x: &Buffer, shape: &[usize], axes: &[usize]) -> Result<Buffer>;
     /// `x` seen as `[outer, len, inner]`: entries `start..start + take` of the middle axis.
-    fn narrow(&self, x: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer>;
+    fn narrow(
+        &self,
+        x: &Buffer,
+        outer: usize,
+        len: usize,
+        inner: usize,
+        start: usize,
+        take: usize,
+    ) -> Result<Buffer>;
     /// The transpose of [`Backend::narrow`]: zeros of `[outer, len, inner]` with `dy` at `start`.
-    fn narrow_grad(&self, dy: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer>;
+    fn narrow_grad(
+        &self,
+        dy: &Buffer,
+        outer: usize,
+        len: usize,
+        inner: usize,
+        start: usize,
+        take: usize,
+    ) -> Result<Buffer>;
     /// Buffers of `[outer, len_i, inner]` joined along the middle axis.
     fn concat(&self, parts: &[(&Buffer, usize)], outer: usize, inner: usize) -> Result<Buffer>;
     /// Rows `ids` of `[rows, cols]`.
@@ -212,9 +256,27 @@ pub trait Backend: Send + Sync {
     // --- products ---
     /// Batched product: `batch` times `op(a) [m, k] x op(b) [k, n]`, where op transposes if told so (a is then stored
     /// `[k, m]`, b `[n, k]`). `a_batched` / `b_batched` false: the same matrix for every batch entry.
-    fn matmul(&self, a: &Buffer, b: &Buffer, batch: usize, m: usize, k: usize, n: usize, a_batched: bool, b_batched: bool, ta: bool, tb: bool) -> Result<Buffer>;
+    fn matmul(
+        &self,
+        a: &Buffer,
+        b: &Buffer,
+        batch: usize,
+        m: usize,
+        k: usize,
+        n: usize,
+        a_batched: bool,
+        b_batched: bool,
+        ta: bool,
+        tb: bool,
+    ) -> Result<Buffer>;
     /// `x [m, cols] Wt -> [m, rows]` if `transpose`, else `x [m, rows] W -> [m, cols]`, straight from the stored format.
-    fn frozen_matmul(&self, x: &Buffer, m: usize, w: &FrozenWeight, transpose: bool) -> Result<Buffer>;
+    fn frozen_matmul(
+        &self,
+        x: &Buffer,
+        m: usize,
+        w: &FrozenWeight,
+        transpose: bool,
+    ) -> Result<Buffer>;
     /// Rows `ids` of a frozen matrix, in f32.
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer>;
     /// A frozen matrix in f32.
@@ -226,25 +288,89 @@ pub trait Backend: Send + Sync {
     /// y (dy - sum(dy y)) a row
     fn softmax_grad(&self, y: &Buffer, dy: &Buffer, rows: usize, cols: usize) -> Result<Buffer>;
     /// x / rms(x) * w (w of `cols`).
-    fn rms_norm(&self, x: &Buffer, w: &Buffer, rows: usize, cols: usize, eps: f32) -> Result<Buffer>;
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+    ) -> Result<Buffer>;
     /// (dx, dw if wanted)
-    fn rms_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, rows: usize, cols: usize, eps: f32, want_w: bool) -> Result<(Buffer, Option<Buffer>)>;
+    fn rms_norm_grad(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        dy: &Buffer,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+        want_w: bool,
+    ) -> Result<(Buffer, Option<Buffer>)>;
     /// (x - mean) / sqrt(var + eps) * w + b
-    fn layer_norm(&self, x: &Buffer, w: &Buffer, b: Option<&Buffer>, rows: usize, cols: usize, eps: f32) -> Result<Buffer>;
+    fn layer_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        b: Option<&Buffer>,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+    ) -> Result<Buffer>;
     /// (dx, dw if wanted, db if wanted)
-    fn layer_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, rows: usize, cols: usize, eps: f32, want_wb: bool) -> Result<(Buffer, Option<(Buffer, Buffer)>)>;
+    fn layer_norm_grad(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        dy: &Buffer,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+        want_wb: bool,
+    ) -> Result<(Buffer, Option<(Buffer, Buffer)>)>;
     /// Rotation of `x [tokens, heads * head_dim]`; `inverse` turns back, which is also its gradient.
     fn rope(&self, x: &Buffer, rope: &Rope, inverse: bool) -> Result<Buffer>;
     /// (output `[B, S, heads * head_dim]`, log-sum-exp of the scores `[B, heads, S]`).
-    fn attention(&self, q: &Buffer, k: &Buffer, v: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer)>;
+    fn attention(
+        &self,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        b: usize,
+        s: usize,
+        t: usize,
+        spec: &Attention,
+    ) -> Result<(Buffer, Buffer)>;
     /// (dq, dk, dv), scores made again from q, k and the log-sum-exp.
-    fn attention_grad(&self, q: &Buffer, k: &Buffer, v: &Buffer, out: &Buffer, lse: &Buffer, dout: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer, Buffer)>;
+    fn attention_grad(
+        &self,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        out: &Buffer,
+        lse: &Buffer,
+        dout: &Buffer,
+        b: usize,
+        s: usize,
+        t: usize,
+        spec: &Attention,
+    ) -> Result<(Buffer, Buffer, Buffer)>;
     /// Sum over rows of -log softmax(x)[target], rows with a negative target skipped, and its gradient
     /// (softmax - onehot; zeros where skipped): (loss `[1]`, dx).
-    fn cross_entropy(&self, x: &Buffer, targets: &[i64], rows: usize, cols: usize) -> Result<(Buffer, Buffer)>;
+    fn cross_entropy(
+        &self,
+        x: &Buffer,
+        targets: &[i64],
+        rows: usize,
+        cols: usize,
+    ) -> Result<(Buffer, Buffer)>;
 
     /// A kernel of the backend's own for a [`crate::CustomOp`], if it has one; None = use the composed form.
-    fn custom(&self, _name: &str, _inputs: &[(&Buffer, &[usize])]) -> Option<Result<(Buffer, Vec<usize>)>> {
+    fn custom(
+        &self,
+        _name: &str,
+        _inputs: &[(&Buffer, &[usize])],
+    ) -> Option<Result<(Buffer, Vec<usize>)>> {
         None
     }
 }
@@ -262,14 +388,17 @@ impl Device {
     /// The processor.
     pub fn cpu() -> Self {
         static CPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        CPU.get_or_init(|| Self::new(crate::cpu::CpuBackend::new())).clone()
+        CPU.get_or_init(|| Self::new(crate::cpu::CpuBackend::new()))
+            .clone()
     }
 
     /// Plain loops in f64: slow, obviously right, for tests.
     #[cfg(feature = "reference")]
     pub fn reference() -> Self {
         static REFERENCE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        REFERENCE.get_or_init(|| Self::new(crate::reference::ReferenceBackend)).clone()
+        REFERENCE
+            .get_or_init(|| Self::new(crate::reference::ReferenceBackend))
+            .clone()
     }
 
     /// The device of that name among those linked in.
@@ -283,7 +412,10 @@ impl Device {
             Some(entry) => (entry.open)(),
             None => {
                 let known: Vec<_> = entries.iter().map(|e| e.name).collect();
-                Err(TensorError::Unsupported(format!("device {name:?} is not in this build; it has {}", known.join(", "))))
+                Err(TensorError::Unsupported(format!(
+                    "device {name:?} is not in this build; it has {}",
+                    known.join(", ")
+                )))
             }
         }
     }
@@ -314,4 +446,7 @@ pub struct BackendEntry {
 }
 
 inventory::collect!(BackendEntry);
-inventory::submit!(BackendEntry { name: "cpu", open: || Ok(Device::cpu()) });
+inventory::submit!(BackendEntry {
+    name: "cpu",
+    open: || Ok(Device::cpu())
+});

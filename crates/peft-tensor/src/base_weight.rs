@@ -27,13 +27,21 @@ enum Kind {
 impl BaseWeight {
     /// A frozen matrix as a checkpoint stores it; `transposed` if that is `[in, out]`.
     pub fn frozen(weight: FrozenWeight, transposed: bool, device: &Device) -> Self {
-        Self { kind: Kind::Frozen(Arc::new(weight)), transposed, device: device.clone() }
+        Self {
+            kind: Kind::Frozen(Arc::new(weight)),
+            transposed,
+            device: device.clone(),
+        }
     }
 
     /// A tensor in the stored layout: trainable, or the result of a merge. Also how a vector (bias, norm) is held.
     pub fn dense(weight: Tensor, transposed: bool) -> Self {
         let device = weight.device().clone();
-        Self { kind: Kind::Dense(weight), transposed, device }
+        Self {
+            kind: Kind::Dense(weight),
+            transposed,
+            device,
+        }
     }
 
     /// Logical shape: `[out, in]`, `[rows, dim]`, or `[n]` for a vector.
@@ -119,7 +127,11 @@ impl BaseWeight {
             Kind::Frozen(w) => {
                 check_ids("gather", ids, w.rows())?;
                 let data = self.device.backend().frozen_gather(w, ids)?;
-                Ok(Tensor::from_buffer(data, vec![ids.len(), w.cols()], &self.device))
+                Ok(Tensor::from_buffer(
+                    data,
+                    vec![ids.len(), w.cols()],
+                    &self.device,
+                ))
             }
         }
     }
@@ -137,7 +149,11 @@ impl BaseWeight {
                 Tensor::from_buffer(data, vec![w.rows(), w.cols()], &self.device)
             }
         };
-        if self.transposed { stored.t() } else { Ok(stored) }
+        if self.transposed {
+            stored.t()
+        } else {
+            Ok(stored)
+        }
     }
 
     /// A weight of the same layout with other values, given in the logical shape.
@@ -146,18 +162,32 @@ impl BaseWeight {
     /// If the shape differs.
     pub fn replaced(&self, values: &Tensor) -> Result<Self> {
         if values.shape() != self.shape() {
-            return shape_err("replace", format!("a weight {:?} by {:?}", self.shape(), values.shape()));
+            return shape_err(
+                "replace",
+                format!("a weight {:?} by {:?}", self.shape(), values.shape()),
+            );
         }
-        let stored = if self.transposed { values.t()? } else { values.clone() };
+        let stored = if self.transposed {
+            values.t()?
+        } else {
+            values.clone()
+        };
         Ok(Self::dense(stored, self.transposed))
     }
 }
 
 /// `x Wᵀ` or `x W` with a frozen W, whose gradient is the other product of dy.
 fn frozen_product(x: &Tensor, w: &Arc<FrozenWeight>, transpose: bool) -> Result<Tensor> {
-    let (inside, outside) = if transpose { (w.cols(), w.rows()) } else { (w.rows(), w.cols()) };
+    let (inside, outside) = if transpose {
+        (w.cols(), w.rows())
+    } else {
+        (w.rows(), w.cols())
+    };
     if x.last_dim() != inside || x.rank() == 0 {
-        return shape_err("linear", format!("input {:?} for a weight that takes {inside}", x.shape()));
+        return shape_err(
+            "linear",
+            format!("input {:?} for a weight that takes {inside}", x.shape()),
+        );
     }
     let m = x.numel() / inside.max(1);
     let device = x.device();

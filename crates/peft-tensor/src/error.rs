@@ -38,5 +38,8 @@ pub enum TensorError {
 
 /// Shorthand for a [`TensorError::Shape`].
 pub(crate) fn shape_err<T>(op: &'static str, detail: impl Into<String>) -> Result<T> {
-    Err(TensorError::Shape { op, detail: detail.into() })
+    Err(TensorError::Shape {
+        op,
+        detail: detail.into(),
+    })
 }

@@ -22,7 +22,9 @@ mod rng;
 mod tape;
 mod tensor;
 
-pub use backend::{Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Rope, Unary};
+pub use backend::{
+    Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Rope, Unary,
+};
 pub use base_weight::BaseWeight;
 pub use bytes::Bytes;
 pub use error::{Result, TensorError};

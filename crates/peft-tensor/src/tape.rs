@@ -24,6 +24,9 @@ pub(crate) struct Var {
     node: Option<Backward>,
 }
 
+/// A gradient and where it goes.
+type Pending = (Arc<Var>, Tensor);
+
 /// Where the gradient of an operand goes; nowhere if it wants none.
 #[derive(Clone)]
 pub(crate) struct Target(pub(crate) Option<Arc<Var>>);
@@ -31,7 +34,11 @@ pub(crate) struct Target(pub(crate) Option<Arc<Var>>);
 impl Target {
     /// A new place of that shape.
     pub(crate) fn new(shape: &[usize], node: Option<Backward>) -> Self {
-        Self(Some(Arc::new(Var { id: next_id(), shape: shape.to_vec(), node })))
+        Self(Some(Arc::new(Var {
+            id: next_id(),
+            shape: shape.to_vec(),
+            node,
+        })))
     }
 
     /// Whether a gradient is wanted.
@@ -103,7 +110,7 @@ pub(crate) fn record(
 #[derive(Default)]
 pub struct Grads {
     /// Where to, and the gradient so far, by the target's id.
-    entries: HashMap<u64, (Arc<Var>, Tensor)>,
+    entries: HashMap<u64, Pending>,
     /// Ids of entries that have something to pass on.
     heap: BinaryHeap<u64>,
     /// Entries older than this are not run here but handed to the pass outside.
@@ -112,7 +119,10 @@ pub struct Grads {
 
 impl Grads {
     fn above(floor: u64) -> Self {
-        Self { floor, ..Self::default() }
+        Self {
+            floor,
+            ..Self::default()
+        }
     }
 
     /// Adds `grad` to the gradient of `target`, if it wants one.
@@ -125,7 +135,10 @@ impl Grads {
 
     fn add_var(&mut self, var: &Arc<Var>, grad: Tensor) -> Result<()> {
         if var.shape != grad.shape() {
-            return shape_err("backward", format!("a gradient {:?} for {:?}", grad.shape(), var.shape));
+            return shape_err(
+                "backward",
+                format!("a gradient {:?} for {:?}", grad.shape(), var.shape),
+            );
         }
         let sum = match self.entries.remove(&var.id) {
             Some((_, sum)) => sum.accumulated(&grad)?,
@@ -172,11 +185,14 @@ impl Grads {
     /// # Errors
     /// Whatever the device says of the additions.
     pub fn merge(&mut self, other: Self) -> Result<()> {
-        other.sorted().into_iter().try_for_each(|(var, grad)| self.add_var(&var, grad))
+        other
+            .sorted()
+            .into_iter()
+            .try_for_each(|(var, grad)| self.add_var(&var, grad))
     }
 
     /// Entries in a fixed order, so that sums do not depend on the hash map's.
-    fn sorted(self) -> Vec<(Arc<Var>, Tensor)> {
+    fn sorted(self) -> Vec<Pending> {
         let mut entries: Vec<_> = self.entries.into_values().collect();
         entries.sort_by_key(|(var, _)| var.id);
         entries
@@ -188,7 +204,9 @@ impl Grads {
                 self.heap.push(id);
                 break;
             }
-            let Some((var, grad)) = self.entries.remove(&id) else { continue };
+            let Some((var, grad)) = self.entries.remove(&id) else {
+                continue;
+            };
             if let Some(backward) = &var.node {
                 no_grad(|| backward(&grad, self))?;
             }
@@ -209,7 +227,16 @@ pub(crate) fn backward(loss: Tensor) -> Result<Grads> {
 
 /// Copies of `inputs` that start a graph of their own.
 fn fresh_leaves(inputs: &[Tensor]) -> Vec<Tensor> {
-    inputs.iter().map(|t| if t.requires_grad() { t.leaf() } else { t.clone() }).collect()
+    inputs
+        .iter()
+        .map(|t| {
+            if t.requires_grad() {
+                t.leaf()
+            } else {
+                t.clone()
+            }
+        })
+        .collect()
 }
 
 /// Runs `f` on copies of `inputs`, differentiates its result against `dy` (1 if None), and returns the value with the
@@ -218,7 +245,7 @@ fn differentiate(
     inputs: &[Tensor],
     dy: Option<&Tensor>,
     f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
-) -> Result<(Tensor, Vec<(Arc<Var>, Tensor)>)> {
+) -> Result<(Tensor, Vec<Pending>)> {
     let floor = next_id();
     let leaves = fresh_leaves(inputs);
     let value = with_grad(true, || f(&leaves))?;
@@ -251,7 +278,9 @@ pub(crate) fn rerun(
 ) -> Backward {
     Box::new(move |dy, outer| {
         let (_, grads) = differentiate(&inputs, Some(dy), &f)?;
-        grads.into_iter().try_for_each(|(var, g)| outer.add_var(&var, g))
+        grads
+            .into_iter()
+            .try_for_each(|(var, g)| outer.add_var(&var, g))
     })
 }
 
@@ -301,6 +330,7 @@ where
     TOUCHED.set(true);
     Ok(out.with_node(Box::new(move |dy, outer| {
         let factor = dy.item()?;
-        kept.iter().try_for_each(|(var, g)| outer.add_var(var, g.scale(factor)?))
+        kept.iter()
+            .try_for_each(|(var, g)| outer.add_var(var, g.scale(factor)?))
     })))
 }

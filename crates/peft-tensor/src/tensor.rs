@@ -18,8 +18,17 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    pub(crate) fn from_buffer(data: Buffer, shape: impl Into<Arc<[usize]>>, device: &Device) -> Self {
-        Self { data, shape: shape.into(), device: device.clone(), target: Target(None) }
+    pub(crate) fn from_buffer(
+        data: Buffer,
+        shape: impl Into<Arc<[usize]>>,
+        device: &Device,
+    ) -> Self {
+        Self {
+            data,
+            shape: shape.into(),
+            device: device.clone(),
+            target: Target(None),
+        }
     }
 
     /// Values in row-major order.
@@ -28,9 +37,16 @@ impl Tensor {
     /// If there are more or fewer values than `shape` holds.
     pub fn from_vec(values: Vec<f32>, shape: &[usize], device: &Device) -> Result<Self> {
         if values.len() != numel(shape) {
-            return shape_err("from_vec", format!("{} values do not fill shape {shape:?}", values.len()));
+            return shape_err(
+                "from_vec",
+                format!("{} values do not fill shape {shape:?}", values.len()),
+            );
         }
-        Ok(Self::from_buffer(device.backend().upload(values)?, shape, device))
+        Ok(Self::from_buffer(
+            device.backend().upload(values)?,
+            shape,
+            device,
+        ))
     }
 
     /// Values in double precision; only the reference device keeps that precision.
@@ -39,9 +55,16 @@ impl Tensor {
     /// If there are more or fewer values than `shape` holds.
     pub fn from_f64(values: Vec<f64>, shape: &[usize], device: &Device) -> Result<Self> {
         if values.len() != numel(shape) {
-            return shape_err("from_f64", format!("{} values do not fill shape {shape:?}", values.len()));
+            return shape_err(
+                "from_f64",
+                format!("{} values do not fill shape {shape:?}", values.len()),
+            );
         }
-        Ok(Self::from_buffer(device.backend().upload_f64(values)?, shape, device))
+        Ok(Self::from_buffer(
+            device.backend().upload_f64(values)?,
+            shape,
+            device,
+        ))
     }
 
     /// An `ndarray` array of any layout, moved where it is contiguous.
@@ -54,7 +77,11 @@ impl Tensor {
             let (values, offset) = array.into_raw_vec_and_offset();
             match offset {
                 Some(0) | None if values.len() == numel(&shape) => values,
-                offset => values.into_iter().skip(offset.unwrap_or(0)).take(numel(&shape)).collect(),
+                offset => values
+                    .into_iter()
+                    .skip(offset.unwrap_or(0))
+                    .take(numel(&shape))
+                    .collect(),
             }
         } else {
             array.iter().copied().collect()
@@ -67,7 +94,11 @@ impl Tensor {
     /// # Errors
     /// Whatever the device says.
     pub fn full(value: f32, shape: &[usize], device: &Device) -> Result<Self> {
-        Ok(Self::from_buffer(device.backend().fill(numel(shape), value)?, shape, device))
+        Ok(Self::from_buffer(
+            device.backend().fill(numel(shape), value)?,
+            shape,
+            device,
+        ))
     }
 
     /// All zeros.
@@ -82,7 +113,13 @@ impl Tensor {
     ///
     /// # Errors
     /// Whatever the device says.
-    pub fn uniform(key: RngKey, lo: f32, hi: f32, shape: &[usize], device: &Device) -> Result<Self> {
+    pub fn uniform(
+        key: RngKey,
+        lo: f32,
+        hi: f32,
+        shape: &[usize],
+        device: &Device,
+    ) -> Result<Self> {
         let mut values = vec![0.0; numel(shape)];
         key.fill_uniform(lo, hi, &mut values);
         Self::from_vec(values, shape, device)
@@ -92,7 +129,13 @@ impl Tensor {
     ///
     /// # Errors
     /// Whatever the device says.
-    pub fn normal(key: RngKey, mean: f32, std: f32, shape: &[usize], device: &Device) -> Result<Self> {
+    pub fn normal(
+        key: RngKey,
+        mean: f32,
+        std: f32,
+        shape: &[usize],
+        device: &Device,
+    ) -> Result<Self> {
         let mut values = vec![0.0; numel(shape)];
         key.fill_normal(mean, std, &mut values);
         Self::from_vec(values, shape, device)
@@ -125,7 +168,10 @@ impl Tensor {
     pub fn dims2(&self) -> Result<(usize, usize)> {
         match *self.shape() {
             [a, b] => Ok((a, b)),
-            _ => shape_err("dims2", format!("expected two axes, got shape {:?}", self.shape())),
+            _ => shape_err(
+                "dims2",
+                format!("expected two axes, got shape {:?}", self.shape()),
+            ),
         }
     }
 
@@ -136,7 +182,10 @@ impl Tensor {
     pub fn dims3(&self) -> Result<(usize, usize, usize)> {
         match *self.shape() {
             [a, b, c] => Ok((a, b, c)),
-            _ => shape_err("dims3", format!("expected three axes, got shape {:?}", self.shape())),
+            _ => shape_err(
+                "dims3",
+                format!("expected three axes, got shape {:?}", self.shape()),
+            ),
         }
     }
 
@@ -153,23 +202,41 @@ impl Tensor {
     /// The same values as the start of a graph: a parameter.
     #[must_use]
     pub fn leaf(&self) -> Self {
-        Self { target: Target::new(&self.shape, None), ..self.clone() }
+        Self {
+            target: Target::new(&self.shape, None),
+            ..self.clone()
+        }
     }
 
     /// The same values without history.
     #[must_use]
     pub fn detach(&self) -> Self {
-        Self { target: Target(None), ..self.clone() }
+        Self {
+            target: Target(None),
+            ..self.clone()
+        }
     }
 
     pub(crate) fn with_node(&self, node: Backward) -> Self {
-        Self { target: Target::new(&self.shape, Some(node)), ..self.clone() }
+        Self {
+            target: Target::new(&self.shape, Some(node)),
+            ..self.clone()
+        }
     }
 
     /// self + other, reusing the buffer if nobody else holds it.
     pub(crate) fn accumulated(self, other: &Self) -> Result<Self> {
-        let Self { data, shape, device, .. } = self;
-        Ok(Self::from_buffer(device.backend().accumulate(data, &other.data)?, shape, &device))
+        let Self {
+            data,
+            shape,
+            device,
+            ..
+        } = self;
+        Ok(Self::from_buffer(
+            device.backend().accumulate(data, &other.data)?,
+            shape,
+            &device,
+        ))
     }
 
     /// Values in row-major order.
@@ -204,7 +271,10 @@ impl Tensor {
     pub fn item(&self) -> Result<f32> {
         match self.to_vec()?[..] {
             [value] => Ok(value),
-            _ => shape_err("item", format!("expected one element, got shape {:?}", self.shape())),
+            _ => shape_err(
+                "item",
+                format!("expected one element, got shape {:?}", self.shape()),
+            ),
         }
     }
 
@@ -226,7 +296,10 @@ impl Tensor {
     /// If this is not a scalar, or nothing it was made of wants a gradient.
     pub fn backward(self) -> Result<Grads> {
         if self.numel() != 1 {
-            return shape_err("backward", format!("needs a scalar, got shape {:?}", self.shape()));
+            return shape_err(
+                "backward",
+                format!("needs a scalar, got shape {:?}", self.shape()),
+            );
         }
         if !self.requires_grad() {
             return shape_err("backward", "nothing this loss was made of is trainable");
@@ -238,7 +311,14 @@ impl Tensor {
         if self.device().same(other.device()) {
             return Ok(());
         }
-        shape_err(op, format!("operands are on {:?} and {:?}", self.device(), other.device()))
+        shape_err(
+            op,
+            format!(
+                "operands are on {:?} and {:?}",
+                self.device(),
+                other.device()
+            ),
+        )
     }
 }
 

@@ -8,11 +8,11 @@ use crate::data::Encoder;
 
 impl Encoder for Tokenizer {
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        Tokenizer::encode(self, text, special)
+        self.encode_with(text, special)
     }
 
     fn eos(&self) -> Option<u32> {
-        Tokenizer::eos(self)
+        Tokenizer::eos(self).first().copied()
     }
 
     fn pad(&self) -> Option<u32> {

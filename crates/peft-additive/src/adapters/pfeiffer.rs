@@ -24,8 +24,8 @@
 //! AdapterHub's own folders are not read yet.
 
 use peft_core::{
-    Adapter, Attach, Call, Error, Init, ModuleKind, ModuleTree, Param, PeftMethod, Result, Site, Targets, Tensor,
-    register,
+    Adapter, Attach, Call, Error, Init, ModuleKind, ModuleTree, Param, PeftMethod, Result, Site,
+    Targets, Tensor, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -86,21 +86,37 @@ impl PeftMethod for Pfeiffer {
 
     /// A layer's own output, not its attention's.
     fn default_targets(&self, _tree: &ModuleTree) -> Option<Targets> {
-        Some(Targets::Pattern(r".*\.\d+\.(output|output_adapters)".to_owned()))
+        Some(Targets::Pattern(
+            r".*\.\d+\.(output|output_adapters)".to_owned(),
+        ))
     }
 
     fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         let dim = site.out_features;
-        if self.reduction_factor.is_nan() || self.reduction_factor <= 0.0 || self.reduction_factor > dim as f64 {
-            let detail = format!("{} at `{}`: has to be above 0 and at most {dim}", self.reduction_factor, site.path);
+        if self.reduction_factor.is_nan()
+            || self.reduction_factor <= 0.0
+            || self.reduction_factor > dim as f64
+        {
+            let detail = format!(
+                "{} at `{}`: has to be above 0 and at most {dim}",
+                self.reduction_factor, site.path
+            );
             return Err(Error::config("reduction_factor", detail));
         }
         let width = ((dim as f64 / self.reduction_factor) as usize).max(1);
         let normal = Init::Normal { std: 0.02 };
-        let mut param = |name: &str, shape: &[usize], init: &Init| cx.param(&format!("adapters.{name}"), shape, init);
+        let mut param = |name: &str, shape: &[usize], init: &Init| {
+            cx.param(&format!("adapters.{name}"), shape, init)
+        };
         Ok(Box::new(Bottleneck {
-            down: (param("adapter_down.0.weight", &[width, dim], &normal)?, param("adapter_down.0.bias", &[width], &Init::Zeros)?),
-            up: (param("adapter_up.weight", &[dim, width], &normal)?, param("adapter_up.bias", &[dim], &Init::Zeros)?),
+            down: (
+                param("adapter_down.0.weight", &[width, dim], &normal)?,
+                param("adapter_down.0.bias", &[width], &Init::Zeros)?,
+            ),
+            up: (
+                param("adapter_up.weight", &[dim, width], &normal)?,
+                param("adapter_up.bias", &[dim], &Init::Zeros)?,
+            ),
             activation: activation(&self.non_linearity)?,
             config: self.clone(),
         }))
@@ -118,7 +134,8 @@ fn activation(name: &str) -> Result<Activation> {
         "tanh" => Tensor::tanh,
         "sigmoid" => Tensor::sigmoid,
         _ => {
-            let detail = format!("{name:?} is not one of relu, gelu, gelu_new, silu, swish, tanh, sigmoid");
+            let detail =
+                format!("{name:?} is not one of relu, gelu, gelu_new, silu, swish, tanh, sigmoid");
             return Err(Error::config("non_linearity", detail));
         }
     })
@@ -137,11 +154,30 @@ impl Adapter for Bottleneck {
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
         let (h, x) = (call.x()?, call.residual()?);
         let or_same = |sum: Tensor| Ok::<_, Error>(call.norm(&sum)?.unwrap_or(sum));
-        let z = if self.config.original_ln_before { or_same(h.add(x)?)? } else { h.clone() };
-        let inside = call.dropout(&z, self.config.dropout)?.matmul_t(&self.down.0.tensor())?.add(&self.down.1.tensor())?;
-        let out = (self.activation)(&inside)?.matmul_t(&self.up.0.tensor())?.add(&self.up.1.tensor())?;
-        let out = out.scale(self.config.scaling)?.add(if self.config.residual_before_ln { h } else { &z })?;
-        if self.config.original_ln_after { call.base_with(&out) } else { Ok(out) }
+        let z = if self.config.original_ln_before {
+            or_same(h.add(x)?)?
+        } else {
+            h.clone()
+        };
+        let inside = call
+            .dropout(&z, self.config.dropout)?
+            .matmul_t(&self.down.0.tensor())?
+            .add(&self.down.1.tensor())?;
+        let out = (self.activation)(&inside)?
+            .matmul_t(&self.up.0.tensor())?
+            .add(&self.up.1.tensor())?;
+        let out = out
+            .scale(self.config.scaling)?
+            .add(if self.config.residual_before_ln {
+                h
+            } else {
+                &z
+            })?;
+        if self.config.original_ln_after {
+            call.base_with(&out)
+        } else {
+            Ok(out)
+        }
     }
 }
 
@@ -156,7 +192,9 @@ mod tests {
     fn by_hand() {
         let mut network = Network::new(Base::custom().junction("layers.0.output_adapters", 2));
         let device = network.device().clone();
-        let tensor = |values: &[f32], shape: &[usize]| Tensor::from_vec(values.to_vec(), shape, &device).expect("a tensor");
+        let tensor = |values: &[f32], shape: &[usize]| {
+            Tensor::from_vec(values.to_vec(), shape, &device).expect("a tensor")
+        };
         let key = |name: &str| format!("base_model.model.layers.0.output_adapters.adapters.{name}");
         let tensors: Tensors = [
             (key("adapter_down.0.weight"), tensor(&[1.0, 1.0], &[1, 2])),
@@ -170,15 +208,24 @@ mod tests {
         network.load("a", &config, tensors, true).expect("loads");
         let id = network.module("layers.0.output_adapters").expect("there");
         let (h, x) = (tensor(&[1.0, 2.0], &[1, 2]), tensor(&[3.0, -1.0], &[1, 2]));
-        let y = network.junction(id, &h, &x, None, &Pass::eval()).expect("runs");
+        let y = network
+            .junction(id, &h, &x, None, &Pass::eval())
+            .expect("runs");
         assert_eq!(y.to_vec().expect("values"), [6.0, 6.0]);
     }
 
     #[test]
     fn an_unknown_activation_names_the_known() {
         let mut network = Network::new(Base::custom().junction("layers.0.output_adapters", 2));
-        let config = json!({"peft_type": "PFEIFFER", "reduction_factor": 2, "non_linearity": "rulu"});
-        let error = network.attach("a", &config, 0).expect_err("refused").to_string();
-        assert!(error.contains("non_linearity") && error.contains("relu"), "{error}");
+        let config =
+            json!({"peft_type": "PFEIFFER", "reduction_factor": 2, "non_linearity": "rulu"});
+        let error = network
+            .attach("a", &config, 0)
+            .expect_err("refused")
+            .to_string();
+        assert!(
+            error.contains("non_linearity") && error.contains("relu"),
+            "{error}"
+        );
     }
 }

@@ -23,8 +23,8 @@
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
-    Adapter, Attach, Common, Error, Init, ModuleTree, Param, PeftMethod, Prefix, PrefixCx, Result, Site, Tensor,
-    Tensors, register,
+    Adapter, Attach, Common, Error, Init, ModuleTree, Param, PeftMethod, Prefix, PrefixCx, Result,
+    Site, Tensor, Tensors, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -64,7 +64,9 @@ impl Default for PrefixTuning {
             num_layers: None,
             num_attention_heads: None,
             num_transformer_submodules: None,
-            others: [("modules_to_save".to_owned(), Value::Null)].into_iter().collect(),
+            others: [("modules_to_save".to_owned(), Value::Null)]
+                .into_iter()
+                .collect(),
         }
     }
 }
@@ -84,8 +86,14 @@ register!(
 
 const SAVED: &str = "prompt_embeddings";
 const EMBEDDING: &str = "prompt_encoder.embedding.weight";
-const HIDDEN: [&str; 2] = ["prompt_encoder.transform.0.weight", "prompt_encoder.transform.0.bias"];
-const OUT: [&str; 2] = ["prompt_encoder.transform.2.weight", "prompt_encoder.transform.2.bias"];
+const HIDDEN: [&str; 2] = [
+    "prompt_encoder.transform.0.weight",
+    "prompt_encoder.transform.0.bias",
+];
+const OUT: [&str; 2] = [
+    "prompt_encoder.transform.2.weight",
+    "prompt_encoder.transform.2.bias",
+];
 
 impl PeftMethod for PrefixTuning {
     fn sites(&self, _tree: &ModuleTree, _common: &Common) -> Result<Vec<Site>> {
@@ -100,15 +108,26 @@ impl PeftMethod for PrefixTuning {
             return Err(Error::config("num_virtual_tokens", "has to be at least 1"));
         }
         if width == 0 {
-            return Err(Error::config("peft_type", "the model has no attention layers to put a prefix in"));
+            return Err(Error::config(
+                "peft_type",
+                "the model has no attention layers to put a prefix in",
+            ));
         }
         if self.token_dim.is_some_and(|dim| dim != kv) {
-            return Err(Error::config("token_dim", format!("the model's keys are {kv} wide")));
+            return Err(Error::config(
+                "token_dim",
+                format!("the model's keys are {kv} wide"),
+            ));
         }
         let init = match self.init_weights.as_deref() {
             None => Init::Normal { std: 1.0 },
             Some("zero") => Init::Zeros,
-            Some(other) => return Err(Error::config("init_weights", format!("{other:?} is not null or \"zero\""))),
+            Some(other) => {
+                return Err(Error::config(
+                    "init_weights",
+                    format!("{other:?} is not null or \"zero\""),
+                ));
+            }
         };
         // A file holds the evaluated prefix: its projection is gone.
         let source = if self.prefix_projection && !cx.common().inference_mode {
@@ -116,11 +135,20 @@ impl PeftMethod for PrefixTuning {
             if hidden == 0 {
                 return Err(Error::config("encoder_hidden_size", "has to be at least 1"));
             }
-            let (first, second) = (Init::LinearDefault { fan_in: kv }, Init::LinearDefault { fan_in: hidden });
+            let (first, second) = (
+                Init::LinearDefault { fan_in: kv },
+                Init::LinearDefault { fan_in: hidden },
+            );
             Source::Projected {
                 embedding: cx.transient(EMBEDDING, &[count, kv], &init)?,
-                hidden: (cx.transient(HIDDEN[0], &[hidden, kv], &first)?, cx.transient(HIDDEN[1], &[hidden], &first)?),
-                out: (cx.transient(OUT[0], &[width, hidden], &second)?, cx.transient(OUT[1], &[width], &second)?),
+                hidden: (
+                    cx.transient(HIDDEN[0], &[hidden, kv], &first)?,
+                    cx.transient(HIDDEN[1], &[hidden], &first)?,
+                ),
+                out: (
+                    cx.transient(OUT[0], &[width, hidden], &second)?,
+                    cx.transient(OUT[1], &[width], &second)?,
+                ),
             }
         } else {
             Source::Flat(cx.bare(SAVED, &[count, width], &init)?)
@@ -153,7 +181,10 @@ impl PeftMethod for PrefixTuning {
         config.insert("num_layers".to_owned(), json!(facts.num_layers));
         config.insert("num_attention_heads".to_owned(), json!(facts.num_kv_heads));
         config.insert("num_transformer_submodules".to_owned(), json!(1));
-        config.insert("encoder_hidden_size".to_owned(), json!(self.encoder_hidden_size.unwrap_or(kv)));
+        config.insert(
+            "encoder_hidden_size".to_owned(),
+            json!(self.encoder_hidden_size.unwrap_or(kv)),
+        );
     }
 }
 
@@ -183,9 +214,20 @@ impl At {
         let (start, kv) = (index * self.kv, self.kv);
         match &self.source {
             Source::Flat(prefix) => Ok(prefix.tensor().narrow(1, start, kv)?),
-            Source::Projected { embedding, hidden, out } => {
-                let inner = embedding.tensor().matmul_t(&hidden.0.tensor())?.add(&hidden.1.tensor())?.tanh()?;
-                let (w, b) = (out.0.tensor().narrow(0, start, kv)?, out.1.tensor().narrow(0, start, kv)?);
+            Source::Projected {
+                embedding,
+                hidden,
+                out,
+            } => {
+                let inner = embedding
+                    .tensor()
+                    .matmul_t(&hidden.0.tensor())?
+                    .add(&hidden.1.tensor())?
+                    .tanh()?;
+                let (w, b) = (
+                    out.0.tensor().narrow(0, start, kv)?,
+                    out.1.tensor().narrow(0, start, kv)?,
+                );
                 Ok(inner.matmul_t(&w)?.add(&b)?)
             }
         }
@@ -194,7 +236,10 @@ impl At {
 
 impl Adapter for At {
     fn prefix(&self, at: &PrefixCx<'_>) -> Result<Option<Prefix>> {
-        Ok(Some(Prefix { k: self.slice(2 * at.layer)?, v: self.slice(2 * at.layer + 1)? }))
+        Ok(Some(Prefix {
+            k: self.slice(2 * at.layer)?,
+            v: self.slice(2 * at.layer + 1)?,
+        }))
     }
 
     fn prefix_len(&self) -> usize {
@@ -205,10 +250,18 @@ impl Adapter for At {
 #[cfg(test)]
 mod tests {
     use peft_core::serde_json::json;
-    use peft_core::{Base, Device, ModelFacts, ModuleInfo, ModuleTree, Network, Pass, Tensor, Tensors};
+    use peft_core::{
+        Base, Device, ModelFacts, ModuleInfo, ModuleTree, Network, Pass, Tensor, Tensors,
+    };
 
     fn network() -> Network {
-        let facts = ModelFacts { num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 2, ..ModelFacts::default() };
+        let facts = ModelFacts {
+            num_layers: 2,
+            num_heads: 2,
+            num_kv_heads: 1,
+            head_dim: 2,
+            ..ModelFacts::default()
+        };
         let mut tree = ModuleTree::new(facts);
         tree.push(ModuleInfo::attention("layers.0.self_attn", 4));
         tree.push(ModuleInfo::attention("layers.1.self_attn", 4));
@@ -219,12 +272,22 @@ mod tests {
     #[test]
     fn layers_take_their_slices() {
         let mut network = network();
-        let values = Tensor::from_vec((0..8).map(|i| i as f32).collect(), &[1, 8], network.device()).expect("values");
+        let values = Tensor::from_vec(
+            (0..8).map(|i| i as f32).collect(),
+            &[1, 8],
+            network.device(),
+        )
+        .expect("values");
         let config = json!({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 1});
-        let tensors: Tensors = [("prompt_embeddings".to_owned(), values)].into_iter().collect();
+        let tensors: Tensors = [("prompt_embeddings".to_owned(), values)]
+            .into_iter()
+            .collect();
         network.load("a", &config, tensors, true).expect("loads");
         let id = network.module("layers.1.self_attn").expect("there");
-        let prefix = network.prefix(id, 1, &Pass::eval()).expect("runs").expect("a prefix");
+        let prefix = network
+            .prefix(id, 1, &Pass::eval())
+            .expect("runs")
+            .expect("a prefix");
         assert_eq!(prefix.k.to_vec().expect("values"), [4.0, 5.0]);
         assert_eq!(prefix.v.to_vec().expect("values"), [6.0, 7.0]);
     }
@@ -236,14 +299,23 @@ mod tests {
         let config = json!({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "prefix_projection": true});
         network.attach("a", &config, 3).expect("attaches");
         let id = network.module("layers.0.self_attn").expect("there");
-        let live = network.prefix(id, 1, &Pass::eval()).expect("runs").expect("a prefix");
+        let live = network
+            .prefix(id, 1, &Pass::eval())
+            .expect("runs")
+            .expect("a prefix");
         let (config, tensors) = network.export("a").expect("exports");
         assert_eq!(tensors.keys().collect::<Vec<_>>(), ["prompt_embeddings"]);
         network.delete("a").expect("deletes");
         network.load("b", &config, tensors, true).expect("loads");
-        let loaded = network.prefix(id, 1, &Pass::eval()).expect("runs").expect("a prefix");
+        let loaded = network
+            .prefix(id, 1, &Pass::eval())
+            .expect("runs")
+            .expect("a prefix");
         for (a, b) in [(live.k, loaded.k), (live.v, loaded.v)] {
-            let gap = a.sub(&b).and_then(|d| d.abs()?.max_rows()?.to_vec()).expect("values");
+            let gap = a
+                .sub(&b)
+                .and_then(|d| d.abs()?.max_rows()?.to_vec())
+                .expect("values");
             assert!(gap.iter().all(|g| *g < 1e-6), "{gap:?}");
         }
     }

@@ -22,7 +22,8 @@
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
-    Adapter, Attach, Common, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, Result, Site, Tensor, register,
+    Adapter, Attach, Common, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, Result, Site,
+    Tensor, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -90,18 +91,26 @@ impl PeftMethod for PromptTuning {
             return Err(Error::config("num_virtual_tokens", "has to be at least 1"));
         }
         if self.token_dim.is_some_and(|dim| dim != hidden) {
-            return Err(Error::config("token_dim", format!("the model's tokens are {hidden} wide")));
+            return Err(Error::config(
+                "token_dim",
+                format!("the model's tokens are {hidden} wide"),
+            ));
         }
         let init = match self.prompt_tuning_init.as_str() {
             "RANDOM" => Init::Normal { std: 1.0 },
             "SAMPLE_VOCAB" => {
                 let path = facts.input_embedding.ok_or_else(|| {
-                    Error::config("prompt_tuning_init", "SAMPLE_VOCAB: the model has no input embedding")
+                    Error::config(
+                        "prompt_tuning_init",
+                        "SAMPLE_VOCAB: the model has no input embedding",
+                    )
                 })?;
                 let table = cx.base_values(&format!("{path}.weight"))?;
                 let (rows, _) = table.dims2()?;
                 let key = cx.key("sample_vocab");
-                let ids: Vec<u32> = (0..count).map(|i| key.below(i as u64, rows as u64) as u32).collect();
+                let ids: Vec<u32> = (0..count)
+                    .map(|i| key.below(i as u64, rows as u64) as u32)
+                    .collect();
                 Init::Value(table.gather_rows(&ids)?)
             }
             other => {
@@ -109,7 +118,9 @@ impl PeftMethod for PromptTuning {
                 return Err(Error::config("prompt_tuning_init", detail));
             }
         };
-        Ok(Box::new(Prompt { tokens: cx.bare("prompt_embeddings", &[count, hidden], &init)? }))
+        Ok(Box::new(Prompt {
+            tokens: cx.bare("prompt_embeddings", &[count, hidden], &init)?,
+        }))
     }
 
     fn module_prefix(&self) -> &'static str {
@@ -147,12 +158,17 @@ mod tests {
     use peft_core::{Base, BaseWeight, ModelFacts, ModuleInfo, ModuleTree, Network, Pass, Tensor};
 
     fn network() -> Network {
-        let facts = ModelFacts { hidden_size: 2, input_embedding: Some("embed".to_owned()), ..ModelFacts::default() };
+        let facts = ModelFacts {
+            hidden_size: 2,
+            input_embedding: Some("embed".to_owned()),
+            ..ModelFacts::default()
+        };
         let mut tree = ModuleTree::new(facts);
         tree.push(ModuleInfo::embedding("embed", 3, 2));
         let device = peft_core::Device::cpu();
         let mut base = Base::new(tree, &device);
-        let table = Tensor::from_array(array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device).expect("a table");
+        let table = Tensor::from_array(array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device)
+            .expect("a table");
         base.insert("embed.weight", BaseWeight::dense(table, false));
         Network::new(base)
     }
@@ -162,18 +178,29 @@ mod tests {
         let mut network = network();
         let config = json!({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"});
         network.attach("a", &config, 7).expect("attaches");
-        let prompt = network.prompt(1, &Pass::eval()).expect("runs").expect("a prompt");
+        let prompt = network
+            .prompt(1, &Pass::eval())
+            .expect("runs")
+            .expect("a prompt");
         assert_eq!(prompt.shape(), [4, 2]);
         assert_eq!(network.prompt_len(), 4);
         for row in prompt.to_vec().expect("values").chunks(2) {
-            assert!([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]].iter().any(|known| known == row), "{row:?}");
+            assert!(
+                [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+                    .iter()
+                    .any(|known| known == row),
+                "{row:?}"
+            );
         }
     }
 
     #[test]
     fn an_empty_prompt_is_an_error() {
         let config = json!({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 0});
-        let error = network().attach("a", &config, 7).expect_err("refused").to_string();
+        let error = network()
+            .attach("a", &config, 7)
+            .expect_err("refused")
+            .to_string();
         assert!(error.contains("num_virtual_tokens"), "{error}");
     }
 }

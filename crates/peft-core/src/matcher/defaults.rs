@@ -9,11 +9,13 @@ const QUERY_VALUE: &[&str] = &["q_proj", "v_proj"];
 /// The projections that HF PEFT adapts by default in models of this `model_type`.
 pub fn default_targets(model_type: &str) -> Option<&'static [&'static str]> {
     Some(match model_type {
-        "llama" | "llama4" | "mistral" | "mixtral" | "stablelm" | "qwen2" | "qwen3" | "gemma" | "gemma2" | "gemma3_text"
-        | "bart" | "opt" | "gptj" | "gpt_neo" => QUERY_VALUE,
+        "llama" | "llama4" | "mistral" | "mixtral" | "stablelm" | "qwen2" | "qwen3" | "gemma"
+        | "gemma2" | "gemma3_text" | "bart" | "opt" | "gptj" | "gpt_neo" => QUERY_VALUE,
         "bert" | "roberta" | "xlm-roberta" | "electra" | "layoutlm" => &["query", "value"],
         "t5" | "mt5" => &["q", "v"],
-        "bloom" | "gpt_neox" | "chatglm" | "RefinedWebModel" | "RefinedWeb" | "falcon" => &["query_key_value"],
+        "bloom" | "gpt_neox" | "chatglm" | "RefinedWebModel" | "RefinedWeb" | "falcon" => {
+            &["query_key_value"]
+        }
         "gpt2" | "gpt_bigcode" => &["c_attn"],
         "blip-2" => &["q", "v", "q_proj", "v_proj"],
         "deberta-v2" => &["query_proj", "value_proj"],

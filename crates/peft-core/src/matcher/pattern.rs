@@ -38,7 +38,12 @@ pub(super) fn layer(field: &str, pattern: &str) -> Result<Regex> {
 
 /// The first number in a path that stands behind two dotted parts, as `idx`.
 pub(super) fn any_layer() -> Result<Regex> {
-    around("layers_to_transform", r".*?\.", "[^.]*", r"\.(?P<idx>[0-9]+)\..*")
+    around(
+        "layers_to_transform",
+        r".*?\.",
+        "[^.]*",
+        r"\.(?P<idx>[0-9]+)\..*",
+    )
 }
 
 /// `before`, the user's pattern and `after`, for the whole of a path. Compiled ones are kept: a configuration with a
@@ -50,7 +55,11 @@ fn around(field: &str, before: &str, pattern: &str, after: &str) -> Result<Regex
     let refuse = |detail: String| Error::config(field, format!("the pattern {pattern:?} {detail}"));
     let translated = translate(pattern).map_err(refuse)?;
     // A comment of a verbose pattern must not swallow the closing bracket.
-    let end = if starts_verbose(&translated) { "\n" } else { "" };
+    let end = if starts_verbose(&translated) {
+        "\n"
+    } else {
+        ""
+    };
     let whole = format!(r"\A{before}(?:{translated}{end}){after}\z");
 
     let lock = || COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -69,8 +78,12 @@ fn around(field: &str, before: &str, pattern: &str, after: &str) -> Result<Regex
 }
 
 fn starts_verbose(pattern: &str) -> bool {
-    let flags = pattern.strip_prefix("(?").and_then(|rest| rest.split_once(')'));
-    flags.is_some_and(|(flags, _)| flags.contains('x') && flags.bytes().all(|b| b.is_ascii_alphabetic()))
+    let flags = pattern
+        .strip_prefix("(?")
+        .and_then(|rest| rest.split_once(')'));
+    flags.is_some_and(|(flags, _)| {
+        flags.contains('x') && flags.bytes().all(|b| b.is_ascii_alphabetic())
+    })
 }
 
 const LINEAR: &str = "which needs backtracking; patterns here run in linear time";
@@ -99,7 +112,10 @@ fn translate(pattern: &str) -> std::result::Result<String, String> {
                 taken += escaped.map_or(0, char::len_utf8);
                 match escaped {
                     Some('1'..='9') if !in_class => {
-                        return Err(format!("uses a backreference ({}), {LINEAR}", &rest[..taken]));
+                        return Err(format!(
+                            "uses a backreference ({}), {LINEAR}",
+                            &rest[..taken]
+                        ));
                     }
                     Some('Z') if !in_class => {
                         out.push_str(r"\z");
@@ -122,11 +138,15 @@ fn translate(pattern: &str) -> std::result::Result<String, String> {
                 continue;
             }
             '(' if !in_class => {
-                if let Some((opening, name)) = GROUPS.iter().find(|(opening, _)| rest.starts_with(opening)) {
+                if let Some((opening, name)) =
+                    GROUPS.iter().find(|(opening, _)| rest.starts_with(opening))
+                {
                     return Err(format!("uses {name} ({opening}..), {LINEAR}"));
                 }
                 if rest.starts_with("(?#") {
-                    let Some(length) = rest.find(')') else { return Err("has a comment without an end".to_owned()) };
+                    let Some(length) = rest.find(')') else {
+                        return Err("has a comment without an end".to_owned());
+                    };
                     rest = &rest[length + 1..];
                     continue;
                 }
@@ -141,9 +161,13 @@ fn translate(pattern: &str) -> std::result::Result<String, String> {
 
 /// Refuses what parses but means something else in Python.
 fn check(pattern: &str) -> std::result::Result<(), String> {
-    let tree = ast::parse::Parser::new()
-        .parse(pattern)
-        .map_err(|e| format!("is no regular expression: {} at character {}", e.kind(), e.span().start.column))?;
+    let tree = ast::parse::Parser::new().parse(pattern).map_err(|e| {
+        format!(
+            "is no regular expression: {} at character {}",
+            e.kind(),
+            e.span().start.column
+        )
+    })?;
     ast::visit(&tree, Portable { pattern })
 }
 
@@ -153,13 +177,19 @@ struct Portable<'a> {
 
 impl Portable<'_> {
     fn refuse(&self, span: &ast::Span, what: &str) -> std::result::Result<(), String> {
-        let text = self.pattern.get(span.start.offset..span.end.offset).unwrap_or_default();
+        let text = self
+            .pattern
+            .get(span.start.offset..span.end.offset)
+            .unwrap_or_default();
         Err(format!("uses {what} ({text})"))
     }
 
     fn flags(&self, flags: &ast::Flags) -> std::result::Result<(), String> {
         let foreign = [ast::Flag::SwapGreed, ast::Flag::CRLF];
-        match foreign.into_iter().find(|flag| flags.flag_state(*flag).is_some()) {
+        match foreign
+            .into_iter()
+            .find(|flag| flags.flag_state(*flag).is_some())
+        {
             Some(_) => self.refuse(&flags.span, "a flag that Python's re has not"),
             None => Ok(()),
         }
@@ -177,13 +207,17 @@ impl ast::Visitor for Portable<'_> {
     fn visit_pre(&mut self, node: &Ast) -> std::result::Result<(), String> {
         match node {
             Ast::Repetition(outer) => match &*outer.ast {
-                Ast::Repetition(_) if outer.greedy && matches!(outer.op.kind, ast::RepetitionKind::OneOrMore) => {
+                Ast::Repetition(_)
+                    if outer.greedy && matches!(outer.op.kind, ast::RepetitionKind::OneOrMore) =>
+                {
                     self.refuse(&outer.span, &format!("possessive repetition, {LINEAR}"))
                 }
                 Ast::Repetition(_) => self.refuse(&outer.span, "a repetition of a repetition"),
                 _ => Ok(()),
             },
-            Ast::ClassUnicode(class) => self.refuse(&class.span, r"\p{..}, which Python's re has not"),
+            Ast::ClassUnicode(class) => {
+                self.refuse(&class.span, r"\p{..}, which Python's re has not")
+            }
             Ast::Assertion(assertion) => match assertion.kind {
                 ast::AssertionKind::WordBoundaryStart
                 | ast::AssertionKind::WordBoundaryEnd
@@ -195,25 +229,41 @@ impl ast::Visitor for Portable<'_> {
                 }
                 _ => Ok(()),
             },
-            Ast::Flags(set) if set.span.start.offset > 0 => {
-                self.refuse(&set.span, "flags that are not at its start, which Python's re refuses")
-            }
+            Ast::Flags(set) if set.span.start.offset > 0 => self.refuse(
+                &set.span,
+                "flags that are not at its start, which Python's re refuses",
+            ),
             Ast::Flags(set) => self.flags(&set.flags),
             Ast::Group(group) => group.flags().map_or(Ok(()), |flags| self.flags(flags)),
             _ => Ok(()),
         }
     }
 
-    fn visit_class_set_item_pre(&mut self, item: &ast::ClassSetItem) -> std::result::Result<(), String> {
+    fn visit_class_set_item_pre(
+        &mut self,
+        item: &ast::ClassSetItem,
+    ) -> std::result::Result<(), String> {
         match item {
-            ast::ClassSetItem::Ascii(class) => self.refuse(&class.span, "a named class, which Python's re has not"),
-            ast::ClassSetItem::Unicode(class) => self.refuse(&class.span, r"\p{..}, which Python's re has not"),
-            ast::ClassSetItem::Bracketed(class) => self.refuse(&class.span, "a class in a class; escape the inner ["),
+            ast::ClassSetItem::Ascii(class) => {
+                self.refuse(&class.span, "a named class, which Python's re has not")
+            }
+            ast::ClassSetItem::Unicode(class) => {
+                self.refuse(&class.span, r"\p{..}, which Python's re has not")
+            }
+            ast::ClassSetItem::Bracketed(class) => {
+                self.refuse(&class.span, "a class in a class; escape the inner [")
+            }
             _ => Ok(()),
         }
     }
 
-    fn visit_class_set_binary_op_pre(&mut self, op: &ast::ClassSetBinaryOp) -> std::result::Result<(), String> {
-        self.refuse(&op.span, "a set operation, which Python's re has not; escape the doubled sign")
+    fn visit_class_set_binary_op_pre(
+        &mut self,
+        op: &ast::ClassSetBinaryOp,
+    ) -> std::result::Result<(), String> {
+        self.refuse(
+            &op.span,
+            "a set operation, which Python's re has not; escape the doubled sign",
+        )
     }
 }

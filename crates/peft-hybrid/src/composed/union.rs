@@ -23,8 +23,8 @@ use std::sync::OnceLock;
 
 use peft_core::serde_json::Value;
 use peft_core::{
-    Adapter, Attach, Error, Injector, ParamGroups, PeftMethod, Result, Site, Tensor, Tensors, TrainCx, TrainHooks,
-    register,
+    Adapter, Attach, Error, Injector, ParamGroups, PeftMethod, Result, Site, Tensor, Tensors,
+    TrainCx, TrainHooks, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -62,13 +62,28 @@ impl Union {
     }
 
     /// Applies each member's `f` to its own keys, as it knows them.
-    fn each(&self, mut all: Tensors, f: impl Fn(&dyn PeftMethod, Tensors) -> Result<Tensors>) -> Result<Tensors> {
+    fn each(
+        &self,
+        mut all: Tensors,
+        f: impl Fn(&dyn PeftMethod, Tensors) -> Result<Tensors>,
+    ) -> Result<Tensors> {
         let mut out = Tensors::new();
         for (i, method) in self.methods().iter().enumerate() {
             let scope = scope(i);
-            let own: Vec<String> = all.keys().filter(|k| k.starts_with(&scope)).cloned().collect();
-            let own = own.into_iter().filter_map(|k| Some((k[scope.len()..].to_owned(), all.remove(&k)?))).collect();
-            out.extend(f(&**method, own)?.into_iter().map(|(k, v)| (format!("{scope}{k}"), v)));
+            let own: Vec<String> = all
+                .keys()
+                .filter(|k| k.starts_with(&scope))
+                .cloned()
+                .collect();
+            let own = own
+                .into_iter()
+                .filter_map(|k| Some((k[scope.len()..].to_owned(), all.remove(&k)?)))
+                .collect();
+            out.extend(
+                f(&**method, own)?
+                    .into_iter()
+                    .map(|(k, v)| (format!("{scope}{k}"), v)),
+            );
         }
         // What is left is the union's own: modules_to_save and the like.
         out.extend(all);
@@ -79,12 +94,17 @@ impl Union {
 impl PeftMethod for Union {
     fn inject(&self, cx: &mut Injector<'_>) -> Result<()> {
         if self.members.is_empty() {
-            return Err(Error::config("members", "has to list at least one method's configuration"));
+            return Err(Error::config(
+                "members",
+                "has to list at least one method's configuration",
+            ));
         }
         let attached = self.members.iter().enumerate().map(|(i, config)| {
             // A member of a saved union is a saved member.
             let mut config = config.clone();
-            if cx.common().inference_mode && let Value::Object(fields) = &mut config {
+            if cx.common().inference_mode
+                && let Value::Object(fields) = &mut config
+            {
                 fields.insert("inference_mode".to_owned(), Value::Bool(true));
             }
             cx.member(&config, &scope(i))
@@ -95,7 +115,10 @@ impl PeftMethod for Union {
     }
 
     fn attach(&self, site: &Site, _cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
-        Err(Error::module(&site.path, "a union has no adapter of its own"))
+        Err(Error::module(
+            &site.path,
+            "a union has no adapter of its own",
+        ))
     }
 
     fn trainer(&self) -> Box<dyn TrainHooks> {
@@ -149,7 +172,12 @@ impl TrainHooks for All {
     fn state(&self) -> Result<Tensors> {
         let mut all = Tensors::new();
         for (i, hooks) in self.0.iter().enumerate() {
-            all.extend(hooks.state()?.into_iter().map(|(k, v)| (format!("{}{k}", scope(i)), v)));
+            all.extend(
+                hooks
+                    .state()?
+                    .into_iter()
+                    .map(|(k, v)| (format!("{}{k}", scope(i)), v)),
+            );
         }
         Ok(all)
     }
@@ -157,8 +185,15 @@ impl TrainHooks for All {
     fn restore(&mut self, mut state: Tensors) -> Result<()> {
         for (i, hooks) in self.0.iter_mut().enumerate() {
             let scope = scope(i);
-            let own: Vec<String> = state.keys().filter(|k| k.starts_with(&scope)).cloned().collect();
-            let own = own.into_iter().filter_map(|k| Some((k[scope.len()..].to_owned(), state.remove(&k)?))).collect();
+            let own: Vec<String> = state
+                .keys()
+                .filter(|k| k.starts_with(&scope))
+                .cloned()
+                .collect();
+            let own = own
+                .into_iter()
+                .filter_map(|k| Some((k[scope.len()..].to_owned(), state.remove(&k)?)))
+                .collect();
             hooks.restore(own)?;
         }
         Ok(())

@@ -28,8 +28,8 @@ use std::sync::{Arc, OnceLock};
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
-    Adapter, Attach, Call, Error, Init, Injector, ModuleKind, Param, PeftMethod, Result, Site, Tensor, Tensors,
-    register,
+    Adapter, Attach, Call, Error, Init, Injector, ModuleKind, Param, PeftMethod, Result, Site,
+    Tensor, Tensors, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -102,18 +102,37 @@ register!(
 
 /// Options that change what the file means; taking them silently would load something else than was trained.
 const REFUSED: &[&str] = &[
-    "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "layer_replication", "monteclora_config", "target_parameters", "velora_config", "megatron_config",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "velora_config",
+    "megatron_config",
 ];
 
 impl Lora {
     fn check(&self) -> Result<()> {
-        let set = |v: &Value| !(v.is_null() || *v == json!(false) || *v == json!([]) || *v == json!({}));
-        if let Some(field) = REFUSED.iter().find(|f| self.others.get(**f).is_some_and(set)) {
-            return Err(Error::config(*field, "is a variant of LoRA that this build does not have"));
+        let set =
+            |v: &Value| !(v.is_null() || *v == json!(false) || *v == json!([]) || *v == json!({}));
+        if let Some(field) = REFUSED
+            .iter()
+            .find(|f| self.others.get(**f).is_some_and(set))
+        {
+            return Err(Error::config(
+                *field,
+                "is a variant of LoRA that this build does not have",
+            ));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Err(Error::config("lora_dropout", format!("{} is not in [0, 1)", self.lora_dropout)));
+            return Err(Error::config(
+                "lora_dropout",
+                format!("{} is not in [0, 1)", self.lora_dropout),
+            ));
         }
         if !self.lora_alpha.is_finite() {
             return Err(Error::config("lora_alpha", "has to be a number"));
@@ -124,14 +143,23 @@ impl Lora {
 
 impl PeftMethod for Lora {
     fn kinds(&self) -> &'static [ModuleKind] {
-        &[ModuleKind::Linear, ModuleKind::Conv1d, ModuleKind::Embedding]
+        &[
+            ModuleKind::Linear,
+            ModuleKind::Conv1d,
+            ModuleKind::Embedding,
+        ]
     }
 
     fn inject(&self, cx: &mut Injector<'_>) -> Result<()> {
         self.check()?;
         let mut sites = self.sites(cx.tree(), cx.common())?;
-        let pair = if self.ensure_weight_tying { cx.tied_pair() } else { None };
-        let Some((input, output)) = pair.filter(|(i, o)| sites.iter().any(|s| s.path == i.path || s.path == o.path))
+        let pair = if self.ensure_weight_tying {
+            cx.tied_pair()
+        } else {
+            None
+        };
+        let Some((input, output)) =
+            pair.filter(|(i, o)| sites.iter().any(|s| s.path == i.path || s.path == o.path))
         else {
             return cx.attach_all(sites, |site, cx| self.attach(site, cx));
         };
@@ -144,7 +172,10 @@ impl PeftMethod for Lora {
         cx.attach_all(sites, |site, cx| {
             let at = self.at(site, cx)?;
             if site.path == input.path {
-                shared = Some(At { kind: Kind::Head, ..at.clone() });
+                shared = Some(At {
+                    kind: Kind::Head,
+                    ..at.clone()
+                });
             }
             Ok(Box::new(at))
         })?;
@@ -162,7 +193,10 @@ impl PeftMethod for Lora {
     /// HF keeps the tied head's matrices, which are the embedding's transposed, under keys of their own.
     fn save(&self, mut params: Tensors) -> Result<Tensors> {
         if let Some((input, output)) = self.tied.get() {
-            for (from, to) in [("lora_embedding_B", "lora_A.weight"), ("lora_embedding_A", "lora_B.weight")] {
+            for (from, to) in [
+                ("lora_embedding_B", "lora_A.weight"),
+                ("lora_embedding_A", "lora_B.weight"),
+            ] {
                 if let Some(value) = params.get(&format!("base_model.model.{input}.{from}")) {
                     let value = value.t()?;
                     params.insert(format!("base_model.model.{output}.{to}"), value);
@@ -195,12 +229,20 @@ impl Lora {
     fn at(&self, site: &Site, cx: &mut Attach<'_>) -> Result<At> {
         let rank = cx.common().rank_at(&site.path, self.r)?;
         let alpha = cx.common().alpha_at(&site.path, self.lora_alpha)?;
-        let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
+        let divisor = if self.use_rslora {
+            (rank as f64).sqrt()
+        } else {
+            rank as f64
+        };
         let scaling = (alpha / divisor) as f32;
         let (inside, out) = (site.in_features, site.out_features);
         if site.kind == ModuleKind::Embedding {
             // HF starts an embedding the other way round: A zero, B normal.
-            let a = if self.init_lora_weights == json!(false) { Init::Normal { std: 1.0 } } else { Init::Zeros };
+            let a = if self.init_lora_weights == json!(false) {
+                Init::Normal { std: 1.0 }
+            } else {
+                Init::Zeros
+            };
             return Ok(At {
                 kind: Kind::Embedding,
                 a: cx.param("lora_embedding_A", &[rank, inside], &a)?,
@@ -211,13 +253,22 @@ impl Lora {
                 dropout: 0.0,
             });
         }
-        let shape = Shape { inside, out, rank, scaling };
+        let shape = Shape {
+            inside,
+            out,
+            rank,
+            scaling,
+        };
         let start = init::start(&self.init_lora_weights, shape, cx, &site.path)?;
         Ok(At {
             kind: Kind::Linear,
             a: cx.param("lora_A.weight", &[rank, inside], &start.a)?,
             b: cx.param("lora_B.weight", &[out, rank], &start.b)?,
-            bias: if self.lora_bias { Some(cx.param("lora_B.bias", &[out], &Init::Zeros)?) } else { None },
+            bias: if self.lora_bias {
+                Some(cx.param("lora_B.bias", &[out], &Init::Zeros)?)
+            } else {
+                None
+            },
             removed: start.removed,
             scaling,
             dropout: self.lora_dropout,
@@ -280,7 +331,11 @@ impl Adapter for At {
         let (a, b) = (self.a.tensor(), self.b.tensor());
         let base = call.base()?;
         let change = match self.kind {
-            Kind::Embedding => a.t()?.gather_rows(call.ids()?)?.scale(self.scaling)?.matmul_t(&b)?,
+            Kind::Embedding => a
+                .t()?
+                .gather_rows(call.ids()?)?
+                .scale(self.scaling)?
+                .matmul_t(&b)?,
             Kind::Head => call.x()?.matmul(&b)?.scale(self.scaling)?.matmul(&a)?,
             Kind::Linear => {
                 let x = call.x()?;
@@ -305,7 +360,9 @@ mod tests {
     use peft_core::{Base, Network, Pass, Tensor};
 
     fn network(config: Value) -> Network {
-        let base = Base::custom().linear("fc", array![[1.0, 2.0], [3.0, 4.0]], None).expect("a base");
+        let base = Base::custom()
+            .linear("fc", array![[1.0, 2.0], [3.0, 4.0]], None)
+            .expect("a base");
         let mut network = Network::new(base);
         network.attach("a", &config, 0).expect("attaches");
         network
@@ -313,19 +370,30 @@ mod tests {
 
     fn set(network: &Network, suffix: &str, values: Array2<f32>) {
         let params = network.parameters();
-        let param = params.iter().find(|p| p.key().ends_with(suffix)).expect("the parameter");
-        param.set(Tensor::from_array(values, network.device()).expect("a tensor")).expect("the shape fits");
+        let param = params
+            .iter()
+            .find(|p| p.key().ends_with(suffix))
+            .expect("the parameter");
+        param
+            .set(Tensor::from_array(values, network.device()).expect("a tensor"))
+            .expect("the shape fits");
     }
 
     /// x = (1, 1): W x = (3, 7); A x = 3; B A x = (3, 6); s = 4 / 1.
     #[test]
     fn by_hand() {
         for (rslora, r, scale) in [(false, 1, 4.0), (true, 1, 4.0)] {
-            let network = network(json!({"peft_type": "LORA", "r": r, "lora_alpha": 4, "use_rslora": rslora, "target_modules": ["fc"]}));
+            let network = network(
+                json!({"peft_type": "LORA", "r": r, "lora_alpha": 4, "use_rslora": rslora, "target_modules": ["fc"]}),
+            );
             set(&network, "lora_A.weight", array![[1.0, 2.0]]);
             set(&network, "lora_B.weight", array![[1.0], [2.0]]);
             let x = Tensor::from_vec(vec![1.0, 1.0], &[1, 2], network.device()).expect("a tensor");
-            let y = network.run("fc", &x, &Pass::eval()).expect("runs").to_vec().expect("values");
+            let y = network
+                .run("fc", &x, &Pass::eval())
+                .expect("runs")
+                .to_vec()
+                .expect("values");
             assert_eq!(y, [3.0 + scale * 3.0, 7.0 + scale * 6.0]);
         }
     }
@@ -334,11 +402,17 @@ mod tests {
     #[test]
     fn rslora_scales_by_the_root() {
         let run = |rslora: bool| {
-            let network = network(json!({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_rslora": rslora, "target_modules": ["fc"]}));
+            let network = network(
+                json!({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_rslora": rslora, "target_modules": ["fc"]}),
+            );
             set(&network, "lora_A.weight", Array2::ones((4, 2)));
             set(&network, "lora_B.weight", Array2::ones((2, 4)));
             let x = Tensor::from_vec(vec![1.0, 0.0], &[1, 2], network.device()).expect("a tensor");
-            network.run("fc", &x, &Pass::eval()).expect("runs").to_vec().expect("values")
+            network
+                .run("fc", &x, &Pass::eval())
+                .expect("runs")
+                .to_vec()
+                .expect("values")
         };
         // W x = (1, 3); B A x = (4, 4).
         assert_eq!(run(false), [5.0, 7.0]);
@@ -347,9 +421,14 @@ mod tests {
 
     #[test]
     fn a_variant_is_refused_by_name() {
-        let base = Base::custom().linear("fc", array![[1.0, 2.0]], None).expect("a base");
+        let base = Base::custom()
+            .linear("fc", array![[1.0, 2.0]], None)
+            .expect("a base");
         let config = json!({"peft_type": "LORA", "use_qalora": true, "target_modules": ["fc"]});
-        let error = Network::new(base).attach("a", &config, 0).expect_err("refused").to_string();
+        let error = Network::new(base)
+            .attach("a", &config, 0)
+            .expect_err("refused")
+            .to_string();
         assert!(error.contains("use_qalora"), "{error}");
     }
 }

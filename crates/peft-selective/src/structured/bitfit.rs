@@ -21,7 +21,8 @@
 
 use peft_core::serde_json::Value;
 use peft_core::{
-    Adapter, Attach, Common, Error, ModuleKind, ModuleTree, PeftMethod, Result, Selected, Site, Slot, register,
+    Adapter, Attach, Common, Error, ModuleKind, ModuleTree, PeftMethod, Result, Selected, Site,
+    Slot, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -58,10 +59,15 @@ impl PeftMethod for BitFit {
             return tree.matching(common, self.kinds(), None);
         }
         let saved = tree.subtree("modules_to_save", &common.modules_to_save)?;
-        let with_bias = tree.iter().filter(|(id, m)| m.bias.is_some() && !saved.contains(id));
+        let with_bias = tree
+            .iter()
+            .filter(|(id, m)| m.bias.is_some() && !saved.contains(id));
         let sites: Vec<Site> = with_bias.map(|(id, _)| tree.site(id)).collect();
         if sites.is_empty() {
-            let detail = format!("BitFit trains biases, and this {} model has none", tree.facts().model_type);
+            let detail = format!(
+                "BitFit trains biases, and this {} model has none",
+                tree.facts().model_type
+            );
             return Err(Error::config("peft_type", detail));
         }
         Ok(sites)
@@ -69,7 +75,10 @@ impl PeftMethod for BitFit {
 
     fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         if !cx.has(Slot::Bias) {
-            return Err(Error::module(&site.path, "has no bias to train; name modules that have one"));
+            return Err(Error::module(
+                &site.path,
+                "has no bias to train; name modules that have one",
+            ));
         }
         cx.select(Slot::Bias, "bias")?;
         Ok(Box::new(Selected))
@@ -84,22 +93,49 @@ mod tests {
 
     #[test]
     fn only_the_bias_moves() {
-        let base = Base::custom().linear("fc", array![[1.0, 2.0]], Some(array![0.5])).expect("a base");
+        let base = Base::custom()
+            .linear("fc", array![[1.0, 2.0]], Some(array![0.5]))
+            .expect("a base");
         let mut network = Network::new(base);
-        network.attach("a", &json!({"peft_type": "BITFIT"}), 0).expect("attaches");
+        network
+            .attach("a", &json!({"peft_type": "BITFIT"}), 0)
+            .expect("attaches");
         let params = network.parameters();
-        assert_eq!(params.iter().map(peft_core::Param::key).collect::<Vec<_>>(), ["base_model.model.fc.bias"]);
-        params[0].set(Tensor::from_vec(vec![2.0], &[1], network.device()).expect("a tensor")).expect("fits");
+        assert_eq!(
+            params.iter().map(peft_core::Param::key).collect::<Vec<_>>(),
+            ["base_model.model.fc.bias"]
+        );
+        params[0]
+            .set(Tensor::from_vec(vec![2.0], &[1], network.device()).expect("a tensor"))
+            .expect("fits");
         let x = Tensor::from_vec(vec![1.0, 1.0], &[1, 2], network.device()).expect("a tensor");
-        assert_eq!(network.run("fc", &x, &Pass::eval()).expect("runs").to_vec().expect("values"), [5.0]);
+        assert_eq!(
+            network
+                .run("fc", &x, &Pass::eval())
+                .expect("runs")
+                .to_vec()
+                .expect("values"),
+            [5.0]
+        );
         network.set_active(&[]).expect("disables");
-        assert_eq!(network.run("fc", &x, &Pass::eval()).expect("runs").to_vec().expect("values"), [3.5]);
+        assert_eq!(
+            network
+                .run("fc", &x, &Pass::eval())
+                .expect("runs")
+                .to_vec()
+                .expect("values"),
+            [3.5]
+        );
     }
 
     #[test]
     fn a_model_without_biases_is_refused() {
-        let base = Base::custom().linear("fc", array![[1.0, 2.0]], None).expect("a base");
-        let error = Network::new(base).attach("a", &json!({"peft_type": "BITFIT"}), 0).expect_err("refused");
+        let base = Base::custom()
+            .linear("fc", array![[1.0, 2.0]], None)
+            .expect("a base");
+        let error = Network::new(base)
+            .attach("a", &json!({"peft_type": "BITFIT"}), 0)
+            .expect_err("refused");
         assert!(error.to_string().contains("has none"), "{error}");
     }
 }

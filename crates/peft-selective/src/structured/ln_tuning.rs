@@ -20,7 +20,8 @@
 
 use peft_core::serde_json::Value;
 use peft_core::{
-    Adapter, Attach, Common, Error, ModuleKind, ModuleTree, PeftMethod, Result, Selected, Site, Slot, register,
+    Adapter, Attach, Common, Error, ModuleKind, ModuleTree, PeftMethod, Result, Selected, Site,
+    Slot, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -59,7 +60,10 @@ impl PeftMethod for LnTuning {
         let norms = tree.iter().filter(|(_, m)| m.kind == ModuleKind::Norm);
         let sites: Vec<Site> = norms.map(|(id, _)| tree.site(id)).collect();
         if sites.is_empty() {
-            return Err(Error::config("peft_type", "LN tuning trains norms, and this model has none"));
+            return Err(Error::config(
+                "peft_type",
+                "LN tuning trains norms, and this model has none",
+            ));
         }
         Ok(sites)
     }
@@ -82,15 +86,31 @@ mod tests {
     /// A norm of (3, -3) is (1, -1) before its weight and bias.
     #[test]
     fn weight_and_bias_stand_in() {
-        let base = Base::custom().norm("norm", array![1.0, 1.0], Some(array![0.0, 0.0])).expect("a base");
+        let base = Base::custom()
+            .norm("norm", array![1.0, 1.0], Some(array![0.0, 0.0]))
+            .expect("a base");
         let mut network = Network::new(base);
-        network.attach("a", &json!({"peft_type": "LN_TUNING"}), 0).expect("attaches");
-        for (param, values) in network.parameters().iter().zip([vec![2.0, 4.0], vec![0.5, 0.25]]) {
-            param.set(Tensor::from_vec(values, &[2], network.device()).expect("a tensor")).expect("fits");
+        network
+            .attach("a", &json!({"peft_type": "LN_TUNING"}), 0)
+            .expect("attaches");
+        for (param, values) in network
+            .parameters()
+            .iter()
+            .zip([vec![2.0, 4.0], vec![0.5, 0.25]])
+        {
+            param
+                .set(Tensor::from_vec(values, &[2], network.device()).expect("a tensor"))
+                .expect("fits");
         }
         let x = Tensor::from_vec(vec![3.0, -3.0], &[1, 2], network.device()).expect("a tensor");
         let id = network.module("norm").expect("there");
-        let run = |network: &Network| network.layer_norm(id, &x, 0.0, &Pass::eval()).expect("runs").to_vec().expect("values");
+        let run = |network: &Network| {
+            network
+                .layer_norm(id, &x, 0.0, &Pass::eval())
+                .expect("runs")
+                .to_vec()
+                .expect("values")
+        };
         assert_eq!(run(&network), [2.5, -3.75]);
         network.merge().expect("merges");
         assert_eq!(run(&network), [2.5, -3.75]);

@@ -45,23 +45,47 @@ impl Keys {
     /// (first key, keys, first column of the tile) of each span.
     fn spans(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
         let [front, near] = &self.spans;
-        [(front.start, front.len(), 0), (near.start, near.len(), front.len())].into_iter().filter(|s| s.1 > 0)
+        [
+            (front.start, front.len(), 0),
+            (near.start, near.len(), front.len()),
+        ]
+        .into_iter()
+        .filter(|s| s.1 > 0)
     }
 }
 
 impl<'a> Geometry<'a> {
     fn new(b: usize, s: usize, t: usize, spec: &'a Attention) -> Self {
         // Enough blocks for a few threads, small enough tiles.
-        let block = (b * s).div_ceil(8).clamp(16, 64).min((TILE / t.max(1)).max(16)).min(s.max(1));
-        let bias = spec.mask.keys.as_ref().map(|keys| keys.iter().map(|k| if *k { 0.0 } else { f32::NEG_INFINITY }).collect());
-        Self { s, t, spec, q_width: spec.heads * spec.head_dim, kv_width: spec.kv_heads * spec.head_dim, block, bias }
+        let block = (b * s)
+            .div_ceil(8)
+            .clamp(16, 64)
+            .min((TILE / t.max(1)).max(16))
+            .min(s.max(1));
+        let bias = spec.mask.keys.as_ref().map(|keys| {
+            keys.iter()
+                .map(|k| if *k { 0.0 } else { f32::NEG_INFINITY })
+                .collect()
+        });
+        Self {
+            s,
+            t,
+            spec,
+            q_width: spec.heads * spec.head_dim,
+            kv_width: spec.kv_heads * spec.head_dim,
+            block,
+            bias,
+        }
     }
 
     /// First key and end of the keys that query i sees, the prefix apart.
     fn seen(&self, i: usize) -> (usize, usize) {
         // The position of query i among the keys.
         let at = i + self.t - self.s;
-        let first = self.spec.window.map_or(0, |window| (at + 1).saturating_sub(window));
+        let first = self
+            .spec
+            .window
+            .map_or(0, |window| (at + 1).saturating_sub(window));
         let end = if self.spec.causal { at + 1 } else { self.t };
         (first, end)
     }
@@ -70,12 +94,20 @@ impl<'a> Geometry<'a> {
         let prefix = self.spec.prefix.min(self.t);
         let first = self.seen(queries.start).0;
         let end = self.seen(queries.end - 1).1.max(prefix);
-        let spans = if first <= prefix { [0..0, 0..end] } else { [0..prefix, first..end.max(first)] };
+        let spans = if first <= prefix {
+            [0..0, 0..end]
+        } else {
+            [0..prefix, first..end.max(first)]
+        };
         let bias = self.bias.as_ref().map(|bias| {
             let bias = &bias[batch * self.t..(batch + 1) * self.t];
             [&bias[spans[0].clone()], &bias[spans[1].clone()]].concat()
         });
-        Keys { width: spans[0].len() + spans[1].len(), spans, bias }
+        Keys {
+            width: spans[0].len() + spans[1].len(),
+            spans,
+            bias,
+        }
     }
 
     /// The columns of the tile that query i sees.
@@ -91,36 +123,89 @@ impl<'a> Geometry<'a> {
 
     /// Head `h` of rows from `row` of q, out or their gradients.
     fn q<'v>(&self, x: &'v [f32], row: usize, h: usize) -> View<'v> {
-        View::rows(&x[row * self.q_width + h * self.spec.head_dim..], self.q_width)
+        View::rows(
+            &x[row * self.q_width + h * self.spec.head_dim..],
+            self.q_width,
+        )
     }
 
     /// The head of k or v that query head `h` uses, rows from `row`.
     fn kv<'v>(&self, x: &'v [f32], row: usize, h: usize) -> View<'v> {
         let group = self.spec.heads / self.spec.kv_heads;
-        View::rows(&x[row * self.kv_width + h / group * self.spec.head_dim..], self.kv_width)
+        View::rows(
+            &x[row * self.kv_width + h / group * self.spec.head_dim..],
+            self.kv_width,
+        )
     }
 
     /// `tile = rows keys^T` for the queries' rows and the keys' heads.
-    fn scores(&self, rows: View<'_>, count: usize, x: &[f32], batch: usize, h: usize, keys: &Keys, tile: &mut [f32]) {
+    fn scores(
+        &self,
+        rows: View<'_>,
+        count: usize,
+        x: &[f32],
+        batch: usize,
+        h: usize,
+        keys: &Keys,
+        tile: &mut [f32],
+    ) {
         for (first, len, column) in keys.spans() {
             let keys_t = self.kv(x, batch * self.t + first, h).t();
-            gemm_into(count, self.spec.head_dim, len, rows, keys_t, &mut tile[column..], keys.width, false, Parallelism::None);
+            gemm_into(
+                count,
+                self.spec.head_dim,
+                len,
+                rows,
+                keys_t,
+                &mut tile[column..],
+                keys.width,
+                false,
+                Parallelism::None,
+            );
         }
     }
 
     /// `out = tile x` for k or v; rows of `out` are `width` apart.
-    fn product(&self, tile: &[f32], count: usize, x: &[f32], batch: usize, h: usize, keys: &Keys, out: &mut [f32], width: usize) {
+    fn product(
+        &self,
+        tile: &[f32],
+        count: usize,
+        x: &[f32],
+        batch: usize,
+        h: usize,
+        keys: &Keys,
+        out: &mut [f32],
+        width: usize,
+    ) {
         let mut add = false;
         for (first, len, column) in keys.spans() {
             let tile = View::rows(&tile[column..], keys.width);
             let values = self.kv(x, batch * self.t + first, h);
-            gemm_into(count, len, self.spec.head_dim, tile, values, out, width, add, Parallelism::None);
+            gemm_into(
+                count,
+                len,
+                self.spec.head_dim,
+                tile,
+                values,
+                out,
+                width,
+                add,
+                Parallelism::None,
+            );
             add = true;
         }
     }
 }
 
-pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], b: usize, s: usize, t: usize, spec: &Attention) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn attention(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    b: usize,
+    s: usize,
+    t: usize,
+    spec: &Attention,
+) -> (Vec<f32>, Vec<f32>) {
     let geometry = Geometry::new(b, s, t, spec);
     let (heads, d, width) = (spec.heads, spec.head_dim, geometry.q_width);
     let mut out = vec![0.0; q.len()];
@@ -149,7 +234,18 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], b: usize, s: usize, t: 
     let run = |(batch, first, rows): (usize, usize, &mut [f32])| {
         let count = rows.len() / width;
         let mut lse = vec![0.0; heads * count];
-        block(&geometry, q, k, v, batch, &(first..first + count), 0..heads, rows, width, &mut lse);
+        block(
+            &geometry,
+            q,
+            k,
+            v,
+            batch,
+            &(first..first + count),
+            0..heads,
+            rows,
+            width,
+            &mut lse,
+        );
         (batch, first, count, lse)
     };
     let parts: Vec<_> = tasks.into_par_iter().map(run).collect();
@@ -162,7 +258,18 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], b: usize, s: usize, t: 
 }
 
 /// A block of queries for some heads: `out [queries, heads]` with rows `width` apart, `lse [heads, queries]`.
-fn block(g: &Geometry<'_>, q: &[f32], k: &[f32], v: &[f32], batch: usize, queries: &Range<usize>, heads: Range<usize>, out: &mut [f32], width: usize, lse: &mut [f32]) {
+fn block(
+    g: &Geometry<'_>,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    batch: usize,
+    queries: &Range<usize>,
+    heads: Range<usize>,
+    out: &mut [f32],
+    width: usize,
+    lse: &mut [f32],
+) {
     let (count, d) = (queries.len(), g.spec.head_dim);
     let keys = g.keys(batch, queries);
     if keys.width == 0 {
@@ -171,10 +278,24 @@ fn block(g: &Geometry<'_>, q: &[f32], k: &[f32], v: &[f32], batch: usize, querie
     let mut tile = vec![0.0; count * keys.width];
     let mut inverse = vec![0.0; count];
     for (slot, h) in heads.enumerate() {
-        g.scores(g.q(q, batch * g.s + queries.start, h), count, k, batch, h, &keys, &mut tile);
+        g.scores(
+            g.q(q, batch * g.s + queries.start, h),
+            count,
+            k,
+            batch,
+            h,
+            &keys,
+            &mut tile,
+        );
         for (r, row) in tile.chunks_mut(keys.width).enumerate() {
             let columns = g.columns(queries.start + r, &keys);
-            (inverse[r], lse[slot * count + r]) = weights(row, &columns, keys.bias.as_deref(), g.spec.scale, g.spec.softcap);
+            (inverse[r], lse[slot * count + r]) = weights(
+                row,
+                &columns,
+                keys.bias.as_deref(),
+                g.spec.scale,
+                g.spec.softcap,
+            );
         }
         let out = &mut out[slot * d..];
         g.product(&tile, count, v, batch, h, &keys, out, width);
@@ -188,12 +309,18 @@ fn block(g: &Geometry<'_>, q: &[f32], k: &[f32], v: &[f32], batch: usize, querie
 
 /// Scales, caps and masks scores in place.
 #[inline(always)]
-fn finish<const FMA: bool>(row: &mut [f32], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>) {
+fn finish<const FMA: bool>(
+    row: &mut [f32],
+    bias: Option<&[f32]>,
+    scale: f32,
+    softcap: Option<f32>,
+) {
     match softcap {
         None => row.iter_mut().for_each(|s| *s *= scale),
         Some(cap) => {
             let inner = scale / cap;
-            row.iter_mut().for_each(|s| *s = cap * tanh::<FMA>(*s * inner));
+            row.iter_mut()
+                .for_each(|s| *s = cap * tanh::<FMA>(*s * inner));
         }
     }
     if let Some(bias) = bias {
@@ -268,7 +395,19 @@ pub(super) fn attention_grad(
     // The heads of a task add to the same dk and dv; with few tasks each head gets its own, summed below.
     let share = if b * spec.kv_heads >= 16 { group } else { 1 };
     let per_batch = spec.heads / share;
-    let run = |i: usize| backward(&geometry, q, k, v, out, lse, dout, i / per_batch, i % per_batch * share..(i % per_batch + 1) * share);
+    let run = |i: usize| {
+        backward(
+            &geometry,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dout,
+            i / per_batch,
+            i % per_batch * share..(i % per_batch + 1) * share,
+        )
+    };
     let parts: Vec<Part> = (0..b * per_batch).into_par_iter().map(run).collect();
 
     let (q_width, kv_width, d) = (geometry.q_width, geometry.kv_width, spec.head_dim);
@@ -276,29 +415,56 @@ pub(super) fn attention_grad(
         for (i, row) in rows.chunks_mut(q_width).enumerate() {
             let (batch, query) = ((first + i) / s, (first + i) % s);
             for (p, row) in row.chunks_mut(share * d).enumerate() {
-                row.copy_from_slice(&parts[batch * per_batch + p].dq[query * share * d..][..share * d]);
+                row.copy_from_slice(
+                    &parts[batch * per_batch + p].dq[query * share * d..][..share * d],
+                );
             }
         }
     });
     let shared = group / share;
-    par::rows2(&mut dk, kv_width, &mut dv, kv_width, 2 * kv_width * shared, |first, dk, dv| {
-        for (i, (dk, dv)) in dk.chunks_mut(kv_width).zip(dv.chunks_mut(kv_width)).enumerate() {
-            let (batch, key) = ((first + i) / t, (first + i) % t);
-            for (h, (dk, dv)) in dk.chunks_mut(d).zip(dv.chunks_mut(d)).enumerate() {
-                for part in &parts[batch * per_batch + h * shared..][..shared] {
-                    add_into(&part.dk[key * d..(key + 1) * d], dk);
-                    add_into(&part.dv[key * d..(key + 1) * d], dv);
+    par::rows2(
+        &mut dk,
+        kv_width,
+        &mut dv,
+        kv_width,
+        2 * kv_width * shared,
+        |first, dk, dv| {
+            for (i, (dk, dv)) in dk
+                .chunks_mut(kv_width)
+                .zip(dv.chunks_mut(kv_width))
+                .enumerate()
+            {
+                let (batch, key) = ((first + i) / t, (first + i) % t);
+                for (h, (dk, dv)) in dk.chunks_mut(d).zip(dv.chunks_mut(d)).enumerate() {
+                    for part in &parts[batch * per_batch + h * shared..][..shared] {
+                        add_into(&part.dk[key * d..(key + 1) * d], dk);
+                        add_into(&part.dv[key * d..(key + 1) * d], dv);
+                    }
                 }
             }
-        }
-    });
+        },
+    );
     (dq, dk, dv)
 }
 
 /// Gradients of some query heads of a batch entry that share a key/value head.
-fn backward(g: &Geometry<'_>, q: &[f32], k: &[f32], v: &[f32], out: &[f32], lse: &[f32], dout: &[f32], batch: usize, heads: Range<usize>) -> Part {
+fn backward(
+    g: &Geometry<'_>,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    out: &[f32],
+    lse: &[f32],
+    dout: &[f32],
+    batch: usize,
+    heads: Range<usize>,
+) -> Part {
     let (s, t, d, width) = (g.s, g.t, g.spec.head_dim, heads.len() * g.spec.head_dim);
-    let mut part = Part { dq: vec![0.0; s * width], dk: vec![0.0; t * d], dv: vec![0.0; t * d] };
+    let mut part = Part {
+        dq: vec![0.0; s * width],
+        dk: vec![0.0; t * d],
+        dv: vec![0.0; t * d],
+    };
     let (mut tile, mut slopes) = (Vec::new(), Vec::new());
     for start in (0..s).step_by(g.block) {
         let queries = start..(start + g.block).min(s);
@@ -311,23 +477,64 @@ fn backward(g: &Geometry<'_>, q: &[f32], k: &[f32], v: &[f32], out: &[f32], lse:
         slopes.resize(count * keys.width, 0.0);
         for (slot, h) in heads.clone().enumerate() {
             let row = batch * s + start;
-            let (q_rows, dout_rows, out_rows) = (g.q(q, row, h), g.q(dout, row, h), g.q(out, row, h));
+            let (q_rows, dout_rows, out_rows) =
+                (g.q(q, row, h), g.q(dout, row, h), g.q(out, row, h));
             g.scores(q_rows, count, k, batch, h, &keys, &mut tile);
             g.scores(dout_rows, count, v, batch, h, &keys, &mut slopes);
-            let rows = tile.chunks_mut(keys.width).zip(slopes.chunks_mut(keys.width));
+            let rows = tile
+                .chunks_mut(keys.width)
+                .zip(slopes.chunks_mut(keys.width));
             for (r, (weights, slopes)) in rows.enumerate() {
                 let at = r * g.q_width;
                 let delta = dot(&out_rows.data[at..at + d], &dout_rows.data[at..at + d]);
                 let lse = lse[(batch * g.spec.heads + h) * s + start + r];
                 let columns = g.columns(start + r, &keys);
-                row_grad(weights, slopes, &columns, keys.bias.as_deref(), g.spec.scale, g.spec.softcap, lse, delta);
+                row_grad(
+                    weights,
+                    slopes,
+                    &columns,
+                    keys.bias.as_deref(),
+                    g.spec.scale,
+                    g.spec.softcap,
+                    lse,
+                    delta,
+                );
             }
-            g.product(&slopes, count, k, batch, h, &keys, &mut part.dq[start * width + slot * d..], width);
+            g.product(
+                &slopes,
+                count,
+                k,
+                batch,
+                h,
+                &keys,
+                &mut part.dq[start * width + slot * d..],
+                width,
+            );
             for (first, len, column) in keys.spans() {
                 let weights_t = View::rows(&tile[column..], keys.width).t();
                 let slopes_t = View::rows(&slopes[column..], keys.width).t();
-                gemm_into(len, count, d, weights_t, dout_rows, &mut part.dv[first * d..], d, true, Parallelism::None);
-                gemm_into(len, count, d, slopes_t, q_rows, &mut part.dk[first * d..], d, true, Parallelism::None);
+                gemm_into(
+                    len,
+                    count,
+                    d,
+                    weights_t,
+                    dout_rows,
+                    &mut part.dv[first * d..],
+                    d,
+                    true,
+                    Parallelism::None,
+                );
+                gemm_into(
+                    len,
+                    count,
+                    d,
+                    slopes_t,
+                    q_rows,
+                    &mut part.dk[first * d..],
+                    d,
+                    true,
+                    Parallelism::None,
+                );
             }
         }
     }

@@ -11,7 +11,9 @@ pub(super) fn dropout(x: &[f32], p: f32, key: RngKey) -> Vec<f32> {
     let scale = 1.0 / (1.0 - p);
     let mut out = vec![0.0; x.len()];
     // Chunks start at multiples of par::GRAIN and so at whole blocks.
-    par::elements(&mut out, |at, out| dropout_chunk(&x[at..at + out.len()], (at / 4) as u64, p, scale, key, out));
+    par::elements(&mut out, |at, out| {
+        dropout_chunk(&x[at..at + out.len()], (at / 4) as u64, p, scale, key, out)
+    });
     out
 }
 
@@ -63,7 +65,10 @@ mod tests {
 
     #[test]
     fn lanes_give_the_streams_numbers() {
-        for (key, first) in [(RngKey(0), 0), (RngKey(0xdead_beef_1234_5678), (1 << 32) - 7)] {
+        for (key, first) in [
+            (RngKey(0), 0),
+            (RngKey(0xdead_beef_1234_5678), (1 << 32) - 7),
+        ] {
             let mut got = [0.0; 4 * LANES];
             uniforms(key, first, &mut got);
             for (i, u) in got.iter().enumerate() {

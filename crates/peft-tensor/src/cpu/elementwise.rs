@@ -9,7 +9,9 @@ const INV_SQRT_2PI: f32 = 0.398_942_3;
 
 pub(super) fn unary(op: Unary, x: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    par::elements(&mut out, |at, out| unary_chunk(op, &x[at..at + out.len()], out));
+    par::elements(&mut out, |at, out| {
+        unary_chunk(op, &x[at..at + out.len()], out)
+    });
     out
 }
 
@@ -126,11 +128,22 @@ enum Run<'a> {
     Each(&'a [f32]),
 }
 
-pub(super) fn binary(op: Binary, a: &[f32], a_shape: &[usize], b: &[f32], b_shape: &[usize], out_shape: &[usize]) -> Vec<f32> {
+pub(super) fn binary(
+    op: Binary,
+    a: &[f32],
+    a_shape: &[usize],
+    b: &[f32],
+    b_shape: &[usize],
+    out_shape: &[usize],
+) -> Vec<f32> {
     let mut out = vec![0.0; out_shape.iter().product()];
     let axes = super::shape::merge(out_shape, &[a_shape, b_shape]);
     // (size, stride of a, stride of b), outermost first; the innermost strides are 0 or 1.
-    let (inner, outer) = axes.split_last().map_or((super::shape::Axis::unit(2), &[][..]), |(i, o)| (i.clone(), o));
+    let (inner, outer) = axes
+        .split_last()
+        .map_or((super::shape::Axis::unit(2), &[][..]), |(i, o)| {
+            (i.clone(), o)
+        });
     par::elements(&mut out, |at, out| {
         let mut done = 0;
         while done < out.len() {
@@ -145,9 +158,18 @@ pub(super) fn binary(op: Binary, a: &[f32], a_shape: &[usize], b: &[f32], b_shap
             }
             let run = |x, i: usize, stride| -> Run<'_> {
                 let x: &[f32] = x;
-                if stride == 0 { Run::One(x[i]) } else { Run::Each(&x[i..i + take]) }
+                if stride == 0 {
+                    Run::One(x[i])
+                } else {
+                    Run::Each(&x[i..i + take])
+                }
             };
-            binary_run(op, run(a, ia, inner.strides[0]), run(b, ib, inner.strides[1]), &mut out[done..done + take]);
+            binary_run(
+                op,
+                run(a, ia, inner.strides[0]),
+                run(b, ib, inner.strides[1]),
+                &mut out[done..done + take],
+            );
             done += take;
         }
     });
@@ -177,7 +199,9 @@ fn run(a: Run<'_>, b: Run<'_>, out: &mut [f32], f: impl Fn(f32, f32) -> f32) {
 
 pub(super) fn affine(x: &[f32], mul: f32, add: f32) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    par::elements(&mut out, |at, out| affine_chunk(&x[at..at + out.len()], mul, add, out));
+    par::elements(&mut out, |at, out| {
+        affine_chunk(&x[at..at + out.len()], mul, add, out)
+    });
     out
 }
 
@@ -216,7 +240,14 @@ pub(super) fn glu_grad(kind: Glu, gate: &[f32], up: &[f32], dy: &[f32]) -> (Vec<
     let mut dup = vec![0.0; gate.len()];
     par::rows2(&mut dgate, 1, &mut dup, 1, 1, |at, dgate, dup| {
         let here = at..at + dgate.len();
-        glu_grad_chunk(kind, &gate[here.clone()], &up[here.clone()], &dy[here], dgate, dup);
+        glu_grad_chunk(
+            kind,
+            &gate[here.clone()],
+            &up[here.clone()],
+            &dy[here],
+            dgate,
+            dup,
+        );
     });
     (dgate, dup)
 }
@@ -239,7 +270,14 @@ simd! {
 
 /// Both gradients from (value, slope) of the gate.
 #[inline(always)]
-fn gate_map(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32], f: impl Fn(f32) -> (f32, f32)) {
+fn gate_map(
+    gate: &[f32],
+    up: &[f32],
+    dy: &[f32],
+    dgate: &mut [f32],
+    dup: &mut [f32],
+    f: impl Fn(f32) -> (f32, f32),
+) {
     let inputs = gate.iter().zip(up).zip(dy);
     for (((g, u), d), (dg, du)) in inputs.zip(dgate.iter_mut().zip(dup.iter_mut())) {
         let (value, slope) = f(*g);

@@ -23,7 +23,11 @@ pub(super) struct Scratch(Mutex<Vec<Vec<f32>>>);
 impl Scratch {
     /// Calls `f` with a buffer of `len` values of any content.
     fn with<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-        let lock = || self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let lock = || {
+            self.0
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+        };
         let mut buffer = lock().pop().unwrap_or_default();
         if buffer.len() < len {
             buffer.resize(len, 0.0);
@@ -37,10 +41,18 @@ impl Scratch {
 /// Decodes rows `first..` of `w` into `out`, over threads.
 fn decode(w: &FrozenWeight, first: usize, out: &mut [f32]) {
     let cols = w.cols();
-    par::rows(out, cols, cols, |at, out| w.decode_rows(first + at..first + at + out.len() / cols, out));
+    par::rows(out, cols, cols, |at, out| {
+        w.decode_rows(first + at..first + at + out.len() / cols, out)
+    });
 }
 
-pub(super) fn matmul(scratch: &Scratch, x: &[f32], m: usize, w: &FrozenWeight, transposed: bool) -> Vec<f32> {
+pub(super) fn matmul(
+    scratch: &Scratch,
+    x: &[f32],
+    m: usize,
+    w: &FrozenWeight,
+    transposed: bool,
+) -> Vec<f32> {
     let (rows, cols) = (w.rows(), w.cols());
     let width = if transposed { rows } else { cols };
     let mut out = vec![0.0; m * width];
@@ -48,7 +60,18 @@ pub(super) fn matmul(scratch: &Scratch, x: &[f32], m: usize, w: &FrozenWeight, t
         return out;
     }
     if let Some(dense) = w.as_f32() {
-        return super::matmul::matmul(x, dense, 1, m, if transposed { cols } else { rows }, width, false, false, false, transposed);
+        return super::matmul::matmul(
+            x,
+            dense,
+            1,
+            m,
+            if transposed { cols } else { rows },
+            width,
+            false,
+            false,
+            false,
+            transposed,
+        );
     }
     if transposed && m <= FEW {
         few_rows(x, m, w, &mut out);
@@ -63,10 +86,30 @@ pub(super) fn matmul(scratch: &Scratch, x: &[f32], m: usize, w: &FrozenWeight, t
             let slab = View::rows(slab, cols);
             if transposed {
                 let threads = parallelism(m, cols, count);
-                gemm_into(m, cols, count, View::rows(x, cols), slab.t(), &mut out[first..], rows, false, threads);
+                gemm_into(
+                    m,
+                    cols,
+                    count,
+                    View::rows(x, cols),
+                    slab.t(),
+                    &mut out[first..],
+                    rows,
+                    false,
+                    threads,
+                );
             } else {
                 let threads = parallelism(m, count, cols);
-                gemm_into(m, count, cols, View::rows(&x[first..], rows), slab, &mut out, cols, first > 0, threads);
+                gemm_into(
+                    m,
+                    count,
+                    cols,
+                    View::rows(&x[first..], rows),
+                    slab,
+                    &mut out,
+                    cols,
+                    first > 0,
+                    threads,
+                );
             }
         }
     });

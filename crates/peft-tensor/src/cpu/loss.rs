@@ -14,8 +14,14 @@ pub(super) fn cross_entropy(x: &[f32], targets: &[i64], cols: usize) -> (f32, Ve
     let chunks = dx.par_chunks_mut(step * cols).enumerate();
     let losses: Vec<f64> = chunks
         .map(|(i, dx)| {
-            let rows = dx.chunks_exact_mut(cols).zip(x[i * step * cols..].chunks_exact(cols)).zip(&targets[i * step..]);
-            rows.map(|((dx, x), target)| usize::try_from(*target).map_or(0.0, |target| row(x, target, dx))).sum()
+            let rows = dx
+                .chunks_exact_mut(cols)
+                .zip(x[i * step * cols..].chunks_exact(cols))
+                .zip(&targets[i * step..]);
+            rows.map(|((dx, x), target)| {
+                usize::try_from(*target).map_or(0.0, |target| row(x, target, dx))
+            })
+            .sum()
         })
         .collect();
     (losses.iter().sum::<f64>() as f32, dx)

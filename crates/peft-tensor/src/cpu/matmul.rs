@@ -20,12 +20,20 @@ pub(super) struct View<'a> {
 impl<'a> View<'a> {
     /// Rows of `width` values, `cols <= width` of them used.
     pub(super) fn rows(data: &'a [f32], width: usize) -> Self {
-        Self { data, rs: width, cs: 1 }
+        Self {
+            data,
+            rs: width,
+            cs: 1,
+        }
     }
 
     /// The transpose.
     pub(super) fn t(self) -> Self {
-        Self { data: self.data, rs: self.cs, cs: self.rs }
+        Self {
+            data: self.data,
+            rs: self.cs,
+            cs: self.rs,
+        }
     }
 }
 
@@ -36,15 +44,34 @@ const FEW: usize = 4;
 const PARALLEL: usize = 128 * 1024;
 
 /// `out = a b` or, with `add`, `out += a b`, where a is `[m, k]`, b `[k, n]` and `out` has rows of `width >= n` values.
-pub(super) fn gemm_into(m: usize, k: usize, n: usize, a: View<'_>, b: View<'_>, out: &mut [f32], width: usize, add: bool, threads: Parallelism) {
+pub(super) fn gemm_into(
+    m: usize,
+    k: usize,
+    n: usize,
+    a: View<'_>,
+    b: View<'_>,
+    out: &mut [f32],
+    width: usize,
+    add: bool,
+    threads: Parallelism,
+) {
     if m == 0 || n == 0 {
         return;
     }
     let last = |rows: usize, cols: usize, rs: usize, cs: usize| (rows - 1) * rs + (cols - 1) * cs;
-    assert!(width >= n && last(m, n, width, 1) < out.len(), "gemm writes beyond its output");
+    assert!(
+        width >= n && last(m, n, width, 1) < out.len(),
+        "gemm writes beyond its output"
+    );
     if k > 0 {
-        assert!(last(m, k, a.rs, a.cs) < a.data.len(), "gemm reads beyond its left side");
-        assert!(last(k, n, b.rs, b.cs) < b.data.len(), "gemm reads beyond its right side");
+        assert!(
+            last(m, k, a.rs, a.cs) < a.data.len(),
+            "gemm reads beyond its left side"
+        );
+        assert!(
+            last(k, n, b.rs, b.cs) < b.data.len(),
+            "gemm reads beyond its right side"
+        );
     }
     #[allow(unsafe_code, reason = "the gemm crate takes raw pointers")]
     // SAFETY: the asserts above bound every element that is read or written (rows and columns index up to their
@@ -77,7 +104,11 @@ pub(super) fn gemm_into(m: usize, k: usize, n: usize, a: View<'_>, b: View<'_>, 
 
 /// How many threads a product of that size gets.
 pub(super) fn parallelism(m: usize, k: usize, n: usize) -> Parallelism {
-    if m * k * n >= PARALLEL { Parallelism::Rayon(0) } else { Parallelism::None }
+    if m * k * n >= PARALLEL {
+        Parallelism::Rayon(0)
+    } else {
+        Parallelism::None
+    }
 }
 
 pub(super) fn matmul(
@@ -105,19 +136,38 @@ pub(super) fn matmul(
     let one = |i: usize, out: &mut [f32], threads: Parallelism| {
         let (a, b) = (&a[i * a_step..], &b[i * b_step..]);
         if m <= FEW && !ta {
-            return few_rows(&a[..m * k], b, m, k, n, tb, out, !matches!(threads, Parallelism::None));
+            return few_rows(
+                &a[..m * k],
+                b,
+                m,
+                k,
+                n,
+                tb,
+                out,
+                !matches!(threads, Parallelism::None),
+            );
         }
-        let a = if ta { View::rows(a, m).t() } else { View::rows(a, k) };
-        let b = if tb { View::rows(b, k).t() } else { View::rows(b, n) };
+        let a = if ta {
+            View::rows(a, m).t()
+        } else {
+            View::rows(a, k)
+        };
+        let b = if tb {
+            View::rows(b, k).t()
+        } else {
+            View::rows(b, n)
+        };
         gemm_into(m, k, n, a, b, out, n, false, threads);
     };
     if batch >= 8 || (batch > 1 && m * k * n < PARALLEL) {
         let step = (PARALLEL / (m * k * n)).max(1);
-        out.par_chunks_mut(step * m * n).enumerate().for_each(|(chunk, outs)| {
-            for (i, out) in outs.chunks_mut(m * n).enumerate() {
-                one(chunk * step + i, out, Parallelism::None);
-            }
-        });
+        out.par_chunks_mut(step * m * n)
+            .enumerate()
+            .for_each(|(chunk, outs)| {
+                for (i, out) in outs.chunks_mut(m * n).enumerate() {
+                    one(chunk * step + i, out, Parallelism::None);
+                }
+            });
     } else {
         for (i, out) in out.chunks_mut(m * n).enumerate() {
             one(i, out, parallelism(m, k, n));
@@ -127,11 +177,28 @@ pub(super) fn matmul(
 }
 
 /// A few rows against a whole matrix: bound by reading it, so every stored row is read once.
-fn few_rows(a: &[f32], b: &[f32], m: usize, k: usize, n: usize, tb: bool, out: &mut [f32], threads: bool) {
+fn few_rows(
+    a: &[f32],
+    b: &[f32],
+    m: usize,
+    k: usize,
+    n: usize,
+    tb: bool,
+    out: &mut [f32],
+    threads: bool,
+) {
     if tb {
         // Columns of the output are rows of b; gathered as [n, m], which for one row already is the output.
-        let dots = |first: usize, out: &mut [f32]| dot_rows(a, &b[first * k..(first + out.len() / m) * k], k, out);
-        let run = |out: &mut [f32]| if threads { par::rows(out, m, m * k, dots) } else { dots(0, out) };
+        let dots = |first: usize, out: &mut [f32]| {
+            dot_rows(a, &b[first * k..(first + out.len() / m) * k], k, out)
+        };
+        let run = |out: &mut [f32]| {
+            if threads {
+                par::rows(out, m, m * k, dots)
+            } else {
+                dots(0, out)
+            }
+        };
         if m == 1 {
             return run(out);
         }
@@ -148,7 +215,9 @@ fn few_rows(a: &[f32], b: &[f32], m: usize, k: usize, n: usize, tb: bool, out: &
             }
         };
         if threads {
-            out.par_chunks_mut(stripe).enumerate().for_each(|(i, out)| columns(i, out));
+            out.par_chunks_mut(stripe)
+                .enumerate()
+                .for_each(|(i, out)| columns(i, out));
         } else {
             columns(0, out);
         }

@@ -28,7 +28,9 @@ pub(crate) struct CpuBackend {
 impl CpuBackend {
     /// There is nothing to open.
     pub(crate) fn new() -> Self {
-        Self { scratch: frozen::Scratch::default() }
+        Self {
+            scratch: frozen::Scratch::default(),
+        }
     }
 }
 
@@ -38,7 +40,9 @@ fn put(values: Vec<f32>) -> Buffer {
 
 fn get(buffer: &Buffer) -> Result<&[f32]> {
     let values = buffer.get::<Array1<f32>>().and_then(|a| a.as_slice());
-    values.ok_or_else(|| TensorError::Unsupported("a tensor of another device was given to the cpu".into()))
+    values.ok_or_else(|| {
+        TensorError::Unsupported("a tensor of another device was given to the cpu".into())
+    })
 }
 
 impl Backend for CpuBackend {
@@ -74,8 +78,23 @@ impl Backend for CpuBackend {
         Ok(put(elementwise::unary_grad(op, get(x)?, get(y)?, get(dy)?)))
     }
 
-    fn binary(&self, op: Binary, a: &Buffer, a_shape: &[usize], b: &Buffer, b_shape: &[usize], out_shape: &[usize]) -> Result<Buffer> {
-        Ok(put(elementwise::binary(op, get(a)?, a_shape, get(b)?, b_shape, out_shape)))
+    fn binary(
+        &self,
+        op: Binary,
+        a: &Buffer,
+        a_shape: &[usize],
+        b: &Buffer,
+        b_shape: &[usize],
+        out_shape: &[usize],
+    ) -> Result<Buffer> {
+        Ok(put(elementwise::binary(
+            op,
+            get(a)?,
+            a_shape,
+            get(b)?,
+            b_shape,
+            out_shape,
+        )))
     }
 
     fn affine(&self, x: &Buffer, mul: f32, add: f32) -> Result<Buffer> {
@@ -96,7 +115,13 @@ impl Backend for CpuBackend {
         Ok(put(elementwise::glu(kind, get(gate)?, get(up)?)))
     }
 
-    fn glu_grad(&self, kind: Glu, gate: &Buffer, up: &Buffer, dy: &Buffer) -> Result<(Buffer, Buffer)> {
+    fn glu_grad(
+        &self,
+        kind: Glu,
+        gate: &Buffer,
+        up: &Buffer,
+        dy: &Buffer,
+    ) -> Result<(Buffer, Buffer)> {
         let (dgate, dup) = elementwise::glu_grad(kind, get(gate)?, get(up)?, get(dy)?);
         Ok((put(dgate), put(dup)))
     }
@@ -121,16 +146,42 @@ impl Backend for CpuBackend {
         Ok(put(shape::permute(get(x)?, shape, axes)))
     }
 
-    fn narrow(&self, x: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer> {
+    fn narrow(
+        &self,
+        x: &Buffer,
+        outer: usize,
+        len: usize,
+        inner: usize,
+        start: usize,
+        take: usize,
+    ) -> Result<Buffer> {
         Ok(put(shape::narrow(get(x)?, outer, len, inner, start, take)))
     }
 
-    fn narrow_grad(&self, dy: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer> {
-        Ok(put(shape::narrow_grad(get(dy)?, outer, len, inner, start, take)))
+    fn narrow_grad(
+        &self,
+        dy: &Buffer,
+        outer: usize,
+        len: usize,
+        inner: usize,
+        start: usize,
+        take: usize,
+    ) -> Result<Buffer> {
+        Ok(put(shape::narrow_grad(
+            get(dy)?,
+            outer,
+            len,
+            inner,
+            start,
+            take,
+        )))
     }
 
     fn concat(&self, parts: &[(&Buffer, usize)], outer: usize, inner: usize) -> Result<Buffer> {
-        let parts = parts.iter().map(|(part, len)| Ok((get(part)?, *len))).collect::<Result<Vec<_>>>()?;
+        let parts = parts
+            .iter()
+            .map(|(part, len)| Ok((get(part)?, *len)))
+            .collect::<Result<Vec<_>>>()?;
         Ok(put(shape::concat(&parts, outer, inner)))
     }
 
@@ -142,11 +193,40 @@ impl Backend for CpuBackend {
         Ok(put(shape::scatter_add(get(dy)?, rows, cols, ids)))
     }
 
-    fn matmul(&self, a: &Buffer, b: &Buffer, batch: usize, m: usize, k: usize, n: usize, a_batched: bool, b_batched: bool, ta: bool, tb: bool) -> Result<Buffer> {
-        Ok(put(matmul::matmul(get(a)?, get(b)?, batch, m, k, n, a_batched, b_batched, ta, tb)))
+    fn matmul(
+        &self,
+        a: &Buffer,
+        b: &Buffer,
+        batch: usize,
+        m: usize,
+        k: usize,
+        n: usize,
+        a_batched: bool,
+        b_batched: bool,
+        ta: bool,
+        tb: bool,
+    ) -> Result<Buffer> {
+        Ok(put(matmul::matmul(
+            get(a)?,
+            get(b)?,
+            batch,
+            m,
+            k,
+            n,
+            a_batched,
+            b_batched,
+            ta,
+            tb,
+        )))
     }
 
-    fn frozen_matmul(&self, x: &Buffer, m: usize, w: &FrozenWeight, transpose: bool) -> Result<Buffer> {
+    fn frozen_matmul(
+        &self,
+        x: &Buffer,
+        m: usize,
+        w: &FrozenWeight,
+        transpose: bool,
+    ) -> Result<Buffer> {
         Ok(put(frozen::matmul(&self.scratch, get(x)?, m, w, transpose)))
     }
 
@@ -166,21 +246,54 @@ impl Backend for CpuBackend {
         Ok(put(norm::softmax_grad(get(y)?, get(dy)?, cols)))
     }
 
-    fn rms_norm(&self, x: &Buffer, w: &Buffer, _rows: usize, cols: usize, eps: f32) -> Result<Buffer> {
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        _rows: usize,
+        cols: usize,
+        eps: f32,
+    ) -> Result<Buffer> {
         Ok(put(norm::rms_norm(get(x)?, get(w)?, cols, eps)))
     }
 
-    fn rms_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, _rows: usize, cols: usize, eps: f32, want_w: bool) -> Result<(Buffer, Option<Buffer>)> {
+    fn rms_norm_grad(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        dy: &Buffer,
+        _rows: usize,
+        cols: usize,
+        eps: f32,
+        want_w: bool,
+    ) -> Result<(Buffer, Option<Buffer>)> {
         let (dx, dw) = norm::rms_norm_grad(get(x)?, get(w)?, get(dy)?, cols, eps, want_w);
         Ok((put(dx), dw.map(put)))
     }
 
-    fn layer_norm(&self, x: &Buffer, w: &Buffer, b: Option<&Buffer>, _rows: usize, cols: usize, eps: f32) -> Result<Buffer> {
+    fn layer_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        b: Option<&Buffer>,
+        _rows: usize,
+        cols: usize,
+        eps: f32,
+    ) -> Result<Buffer> {
         let b = b.map(get).transpose()?;
         Ok(put(norm::layer_norm(get(x)?, get(w)?, b, cols, eps)))
     }
 
-    fn layer_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, _rows: usize, cols: usize, eps: f32, want_wb: bool) -> Result<(Buffer, Option<(Buffer, Buffer)>)> {
+    fn layer_norm_grad(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        dy: &Buffer,
+        _rows: usize,
+        cols: usize,
+        eps: f32,
+        want_wb: bool,
+    ) -> Result<(Buffer, Option<(Buffer, Buffer)>)> {
         let (dx, dwb) = norm::layer_norm_grad(get(x)?, get(w)?, get(dy)?, cols, eps, want_wb);
         Ok((put(dx), dwb.map(|(dw, db)| (put(dw), put(db)))))
     }
@@ -189,17 +302,55 @@ impl Backend for CpuBackend {
         Ok(put(rope::rope(get(x)?, rope, inverse)))
     }
 
-    fn attention(&self, q: &Buffer, k: &Buffer, v: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer)> {
+    fn attention(
+        &self,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        b: usize,
+        s: usize,
+        t: usize,
+        spec: &Attention,
+    ) -> Result<(Buffer, Buffer)> {
         let (out, lse) = attention::attention(get(q)?, get(k)?, get(v)?, b, s, t, spec);
         Ok((put(out), put(lse)))
     }
 
-    fn attention_grad(&self, q: &Buffer, k: &Buffer, v: &Buffer, out: &Buffer, lse: &Buffer, dout: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer, Buffer)> {
-        let (dq, dk, dv) = attention::attention_grad(get(q)?, get(k)?, get(v)?, get(out)?, get(lse)?, get(dout)?, b, s, t, spec);
+    fn attention_grad(
+        &self,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        out: &Buffer,
+        lse: &Buffer,
+        dout: &Buffer,
+        b: usize,
+        s: usize,
+        t: usize,
+        spec: &Attention,
+    ) -> Result<(Buffer, Buffer, Buffer)> {
+        let (dq, dk, dv) = attention::attention_grad(
+            get(q)?,
+            get(k)?,
+            get(v)?,
+            get(out)?,
+            get(lse)?,
+            get(dout)?,
+            b,
+            s,
+            t,
+            spec,
+        );
         Ok((put(dq), put(dk), put(dv)))
     }
 
-    fn cross_entropy(&self, x: &Buffer, targets: &[i64], _rows: usize, cols: usize) -> Result<(Buffer, Buffer)> {
+    fn cross_entropy(
+        &self,
+        x: &Buffer,
+        targets: &[i64],
+        _rows: usize,
+        cols: usize,
+    ) -> Result<(Buffer, Buffer)> {
         let (loss, dx) = loss::cross_entropy(get(x)?, targets, cols);
         Ok((put(vec![loss]), put(dx)))
     }

@@ -7,7 +7,9 @@ use super::simd::{add_into, dot_body, exp, madd, max_body, simd, sum_body};
 
 pub(super) fn softmax(x: &[f32], cols: usize) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    par::rows(&mut out, cols, cols, |first, out| softmax_chunk(&x[first * cols..][..out.len()], cols, out));
+    par::rows(&mut out, cols, cols, |first, out| {
+        softmax_chunk(&x[first * cols..][..out.len()], cols, out)
+    });
     out
 }
 
@@ -49,7 +51,9 @@ simd! {
 
 pub(super) fn rms_norm(x: &[f32], w: &[f32], cols: usize, eps: f32) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    par::rows(&mut out, cols, cols, |first, out| rms_norm_chunk(&x[first * cols..][..out.len()], w, eps, out));
+    par::rows(&mut out, cols, cols, |first, out| {
+        rms_norm_chunk(&x[first * cols..][..out.len()], w, eps, out)
+    });
     out
 }
 
@@ -65,12 +69,24 @@ simd! {
     }
 }
 
-pub(super) fn rms_norm_grad(x: &[f32], w: &[f32], dy: &[f32], cols: usize, eps: f32, want_w: bool) -> (Vec<f32>, Option<Vec<f32>>) {
+pub(super) fn rms_norm_grad(
+    x: &[f32],
+    w: &[f32],
+    dy: &[f32],
+    cols: usize,
+    eps: f32,
+    want_w: bool,
+) -> (Vec<f32>, Option<Vec<f32>>) {
     let mut dx = vec![0.0; x.len()];
-    let dw = with_partials(&mut dx, cols, if want_w { cols } else { 0 }, |first, dx, dw| {
-        let here = first * cols..first * cols + dx.len();
-        rms_norm_grad_chunk(&x[here.clone()], w, &dy[here], eps, dx, dw);
-    });
+    let dw = with_partials(
+        &mut dx,
+        cols,
+        if want_w { cols } else { 0 },
+        |first, dx, dw| {
+            let here = first * cols..first * cols + dx.len();
+            rms_norm_grad_chunk(&x[here.clone()], w, &dy[here], eps, dx, dw);
+        },
+    );
     (dx, want_w.then_some(dw))
 }
 
@@ -95,9 +111,17 @@ simd! {
     }
 }
 
-pub(super) fn layer_norm(x: &[f32], w: &[f32], b: Option<&[f32]>, cols: usize, eps: f32) -> Vec<f32> {
+pub(super) fn layer_norm(
+    x: &[f32],
+    w: &[f32],
+    b: Option<&[f32]>,
+    cols: usize,
+    eps: f32,
+) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    par::rows(&mut out, cols, cols, |first, out| layer_norm_chunk(&x[first * cols..][..out.len()], w, b, eps, out));
+    par::rows(&mut out, cols, cols, |first, out| {
+        layer_norm_chunk(&x[first * cols..][..out.len()], w, b, eps, out)
+    });
     out
 }
 
@@ -129,13 +153,28 @@ simd! {
     }
 }
 
-pub(super) fn layer_norm_grad(x: &[f32], w: &[f32], dy: &[f32], cols: usize, eps: f32, want_wb: bool) -> (Vec<f32>, Option<(Vec<f32>, Vec<f32>)>) {
+/// dx, and (dw, db) where wanted.
+type LayerNormGrad = (Vec<f32>, Option<(Vec<f32>, Vec<f32>)>);
+
+pub(super) fn layer_norm_grad(
+    x: &[f32],
+    w: &[f32],
+    dy: &[f32],
+    cols: usize,
+    eps: f32,
+    want_wb: bool,
+) -> LayerNormGrad {
     let mut dx = vec![0.0; x.len()];
-    let mut sums = with_partials(&mut dx, cols, if want_wb { 2 * cols } else { 0 }, |first, dx, sums| {
-        let here = first * cols..first * cols + dx.len();
-        let (dw, db) = sums.split_at_mut(sums.len() / 2);
-        layer_norm_grad_chunk(&x[here.clone()], w, &dy[here], eps, dx, dw, db);
-    });
+    let mut sums = with_partials(
+        &mut dx,
+        cols,
+        if want_wb { 2 * cols } else { 0 },
+        |first, dx, sums| {
+            let here = first * cols..first * cols + dx.len();
+            let (dw, db) = sums.split_at_mut(sums.len() / 2);
+            layer_norm_grad_chunk(&x[here.clone()], w, &dy[here], eps, dx, dw, db);
+        },
+    );
     let db = sums.split_off(sums.len() / 2);
     (dx, want_wb.then_some((sums, db)))
 }
@@ -173,7 +212,12 @@ simd! {
 
 /// Runs `f(first row, rows of out, partial)` over chunks of rows, each with zeroed partial sums of `width`, and
 /// returns their sum in the order of the chunks.
-fn with_partials(out: &mut [f32], cols: usize, width: usize, f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) -> Vec<f32> {
+fn with_partials(
+    out: &mut [f32],
+    cols: usize,
+    width: usize,
+    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+) -> Vec<f32> {
     let mut total = vec![0.0; width];
     if out.is_empty() {
         return total;
@@ -184,7 +228,11 @@ fn with_partials(out: &mut [f32], cols: usize, width: usize, f: impl Fn(usize, &
         f(i * step, out, &mut partial);
         partial
     };
-    let partials: Vec<Vec<f32>> = out.par_chunks_mut(step * cols).enumerate().map(run).collect();
+    let partials: Vec<Vec<f32>> = out
+        .par_chunks_mut(step * cols)
+        .enumerate()
+        .map(run)
+        .collect();
     for partial in &partials {
         add_into(partial, &mut total);
     }

@@ -20,7 +20,9 @@ pub(super) fn rows(out: &mut [f32], row: usize, cost: usize, f: impl Fn(usize, &
     if out.len() <= step * row {
         return f(0, out);
     }
-    out.par_chunks_mut(step * row).enumerate().for_each(|(i, chunk)| f(i * step, chunk));
+    out.par_chunks_mut(step * row)
+        .enumerate()
+        .for_each(|(i, chunk)| f(i * step, chunk));
 }
 
 /// As [`rows`] over two outputs with rows of their own widths.
@@ -39,7 +41,9 @@ pub(super) fn rows2(
     if a.len() <= step * row_a {
         return f(0, a, b);
     }
-    let chunks = a.par_chunks_mut(step * row_a).zip(b.par_chunks_mut(step * row_b));
+    let chunks = a
+        .par_chunks_mut(step * row_a)
+        .zip(b.par_chunks_mut(step * row_b));
     chunks.enumerate().for_each(|(i, (a, b))| f(i * step, a, b));
 }
 

@@ -12,7 +12,14 @@ pub(super) fn rope(x: &[f32], spec: &Rope, inverse: bool) -> Vec<f32> {
             let token = first + i;
             let at = spec.positions[token] as usize * spec.half;
             let (cos, sin) = (&spec.cos[at..at + spec.half], &spec.sin[at..at + spec.half]);
-            turn(&x[token * width..(token + 1) * width], cos, sin, spec.head_dim, inverse, out);
+            turn(
+                &x[token * width..(token + 1) * width],
+                cos,
+                sin,
+                spec.head_dim,
+                inverse,
+                out,
+            );
         }
     });
     out

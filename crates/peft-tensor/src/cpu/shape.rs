@@ -17,7 +17,10 @@ pub(super) struct Axis {
 impl Axis {
     /// An axis of one entry.
     pub(super) fn unit(args: usize) -> Self {
-        Self { size: 1, strides: vec![0; args] }
+        Self {
+            size: 1,
+            strides: vec![0; args],
+        }
     }
 }
 
@@ -27,7 +30,11 @@ pub(super) fn merge(shape: &[usize], args: &[&[usize]]) -> Vec<Axis> {
     let mut axes: Vec<Axis> = Vec::new();
     let mut steps = vec![1; args.len()];
     for d in (0..shape.len()).rev() {
-        let strides: Vec<usize> = args.iter().zip(&steps).map(|(a, step)| if a[d] == 1 { 0 } else { *step }).collect();
+        let strides: Vec<usize> = args
+            .iter()
+            .zip(&steps)
+            .map(|(a, step)| if a[d] == 1 { 0 } else { *step })
+            .collect();
         for (arg, step) in args.iter().zip(&mut steps) {
             *step *= arg[d];
         }
@@ -36,8 +43,18 @@ pub(super) fn merge(shape: &[usize], args: &[&[usize]]) -> Vec<Axis> {
         }
         match axes.last_mut() {
             // The outer axis continues the inner one if a step of it is the inner axis walked through.
-            Some(last) if strides.iter().zip(&last.strides).all(|(s, l)| *s == l * last.size) => last.size *= shape[d],
-            _ => axes.push(Axis { size: shape[d], strides }),
+            Some(last)
+                if strides
+                    .iter()
+                    .zip(&last.strides)
+                    .all(|(s, l)| *s == l * last.size) =>
+            {
+                last.size *= shape[d]
+            }
+            _ => axes.push(Axis {
+                size: shape[d],
+                strides,
+            }),
         }
     }
     axes.reverse();
@@ -61,7 +78,11 @@ pub(super) fn sum_to(x: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
 
 /// `[outer, len, inner]` -> `[outer, inner]`, in a fixed tree of partial sums.
 fn sum_axis(x: &[f32], outer: usize, len: usize, inner: usize) -> Vec<f32> {
-    let part = if inner == 1 { par::GRAIN } else { par::rows_per_chunk(inner).max(16) };
+    let part = if inner == 1 {
+        par::GRAIN
+    } else {
+        par::rows_per_chunk(inner).max(16)
+    };
     let parts = len.div_ceil(part).max(1);
     let mut sums = vec![0.0; outer * parts * inner];
     let cost = len.min(part) * inner;
@@ -73,7 +94,11 @@ fn sum_axis(x: &[f32], outer: usize, len: usize, inner: usize) -> Vec<f32> {
             sum_part(&x[start..end], sum);
         }
     });
-    if parts == 1 { sums } else { sum_axis(&sums, outer, parts, inner) }
+    if parts == 1 {
+        sums
+    } else {
+        sum_axis(&sums, outer, parts, inner)
+    }
 }
 
 simd! {
@@ -95,7 +120,9 @@ simd! {
 pub(super) fn broadcast(x: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
     let mut out = vec![0.0; to.iter().product()];
     let axes = merge(to, &[from]);
-    let (inner, outer) = axes.split_last().map_or((Axis::unit(1), &[][..]), |(i, o)| (i.clone(), o));
+    let (inner, outer) = axes
+        .split_last()
+        .map_or((Axis::unit(1), &[][..]), |(i, o)| (i.clone(), o));
     par::rows(&mut out, inner.size, inner.size, |first, out| {
         for (i, out) in out.chunks_mut(inner.size).enumerate() {
             let (mut row, mut at) = (first + i, 0);
@@ -115,7 +142,9 @@ pub(super) fn broadcast(x: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
 
 pub(super) fn max_rows(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let mut out = vec![f32::NEG_INFINITY; rows];
-    par::rows(&mut out, 1, cols, |first, out| max_chunk(&x[first * cols..(first + out.len()) * cols], cols, out));
+    par::rows(&mut out, 1, cols, |first, out| {
+        max_chunk(&x[first * cols..(first + out.len()) * cols], cols, out)
+    });
     out
 }
 
@@ -133,7 +162,7 @@ simd! {
 }
 
 /// Side of the square tiles in which a transpose walks both sides' cache lines.
-const TILE: usize = 32;
+const TILE: usize = 16;
 
 pub(super) fn permute(x: &[f32], shape: &[usize], axes: &[usize]) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
@@ -148,7 +177,9 @@ pub(super) fn permute(x: &[f32], shape: &[usize], axes: &[usize]) -> Vec<f32> {
     let mut dims: Vec<(usize, usize)> = Vec::new();
     for &axis in axes.iter().filter(|a| shape[**a] != 1) {
         match dims.last_mut() {
-            Some((size, stride)) if *stride == strides[axis] * shape[axis] => (*size, *stride) = (*size * shape[axis], strides[axis]),
+            Some((size, stride)) if *stride == strides[axis] * shape[axis] => {
+                (*size, *stride) = (*size * shape[axis], strides[axis])
+            }
             _ => dims.push((shape[axis], strides[axis])),
         }
     }
@@ -184,22 +215,49 @@ pub(super) fn permute(x: &[f32], shape: &[usize], axes: &[usize]) -> Vec<f32> {
 }
 
 /// Rows `first..` of a plane: `rows[r][c] = x[(first + r) * across + c * step]`.
-fn transpose_rows(x: &[f32], step: usize, across: usize, first: usize, inner: usize, rows: &mut [f32]) {
+fn transpose_rows(
+    x: &[f32],
+    step: usize,
+    across: usize,
+    first: usize,
+    inner: usize,
+    rows: &mut [f32],
+) {
     let count = rows.len() / inner;
+    let mut tile = [[0.0; TILE]; TILE];
     for c0 in (0..inner).step_by(TILE) {
         for r0 in (0..count).step_by(TILE) {
-            for r in r0..(r0 + TILE).min(count) {
-                let source = (first + r) * across;
-                let end = (c0 + TILE).min(inner);
-                for (c, out) in (c0..end).zip(&mut rows[r * inner + c0..r * inner + end]) {
-                    *out = x[source + c * step];
+            let (width, height) = (TILE.min(inner - c0), TILE.min(count - r0));
+            for (c, line) in tile[..width].iter_mut().enumerate() {
+                let at = (first + r0) * across + (c0 + c) * step;
+                if across == 1 {
+                    // A whole cache line at once: strides of powers of two would throw it out before it is used up.
+                    line[..height].copy_from_slice(&x[at..at + height]);
+                } else {
+                    line[..height]
+                        .iter_mut()
+                        .enumerate()
+                        .for_each(|(r, value)| *value = x[at + r * across]);
                 }
+            }
+            for r in 0..height {
+                let out = &mut rows[(r0 + r) * inner + c0..][..width];
+                out.iter_mut()
+                    .zip(&tile)
+                    .for_each(|(out, line)| *out = line[r]);
             }
         }
     }
 }
 
-pub(super) fn narrow(x: &[f32], outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Vec<f32> {
+pub(super) fn narrow(
+    x: &[f32],
+    outer: usize,
+    len: usize,
+    inner: usize,
+    start: usize,
+    take: usize,
+) -> Vec<f32> {
     let mut out = vec![0.0; outer * take * inner];
     let row = take * inner;
     par::rows(&mut out, row, row, |first, out| {
@@ -211,7 +269,14 @@ pub(super) fn narrow(x: &[f32], outer: usize, len: usize, inner: usize, start: u
     out
 }
 
-pub(super) fn narrow_grad(dy: &[f32], outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Vec<f32> {
+pub(super) fn narrow_grad(
+    dy: &[f32],
+    outer: usize,
+    len: usize,
+    inner: usize,
+    start: usize,
+    take: usize,
+) -> Vec<f32> {
     let mut out = vec![0.0; outer * len * inner];
     let (row, part) = (len * inner, take * inner);
     par::rows(&mut out, row, row, |first, out| {
@@ -270,10 +335,13 @@ pub(super) fn scatter_add(dy: &[f32], rows: usize, cols: usize, ids: &[u32]) -> 
         targets.push((row, *group));
         (rest, done) = (tail, id + 1);
     }
-    targets.into_par_iter().with_min_len(par::rows_per_chunk(cols)).for_each(|(row, group)| {
-        for (_, i) in group {
-            add_into(&dy[i * cols..(i + 1) * cols], row);
-        }
-    });
+    targets
+        .into_par_iter()
+        .with_min_len(par::rows_per_chunk(cols))
+        .for_each(|(row, group)| {
+            for (_, i) in group {
+                add_into(&dy[i * cols..(i + 1) * cols], row);
+            }
+        });
     out
 }

@@ -110,13 +110,17 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn tanh<const FMA: bool>(x: f32) -> f32 {
     let z = x * x;
-    let p = madd::<FMA>(-5.704_988_7e-3, z, 2.063_908_9e-2);
+    let p = madd::<FMA>(-5.704_988_7e-3, z, 2.063_909e-2);
     let p = madd::<FMA>(p, z, -5.373_971_6e-2);
     let p = madd::<FMA>(p, z, 1.333_144_2e-1);
-    let p = madd::<FMA>(p, z, -3.333_328_2e-1);
+    let p = madd::<FMA>(p, z, -3.333_328e-1);
     let near = madd::<FMA>(p * z, x, x);
     let far = 1.0 - 2.0 / (exp::<FMA>(2.0 * x.abs()) + 1.0);
-    if x.abs() < 0.625 { near } else { far.copysign(x) }
+    if x.abs() < 0.625 {
+        near
+    } else {
+        far.copysign(x)
+    }
 }
 
 /// 1 / (1 + e^-x)
@@ -134,7 +138,7 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
     let u = madd::<FMA>(-3.883_964_4e-3, t, 2.425_462_2e-2);
     let r = madd::<FMA>(r, s, u);
     let r = madd::<FMA>(r, t, -1.067_778_8e-1);
-    let r = madd::<FMA>(r, t, -6.348_466_9e-1);
+    let r = madd::<FMA>(r, t, -6.348_467e-1);
     let r = madd::<FMA>(r, t, -1.287_175_1e-1);
     let r = madd::<FMA>(r, t, -t);
     // Beyond 4 the result is 1 in f32 and the polynomial is not meant for it.
@@ -270,7 +274,11 @@ mod tests {
             let v = f64::from(x[i]);
             let rel = |got: f32, want: f64| (f64::from(got) - want).abs() / want.abs().max(1e-37);
             assert!(rel(e[i], v.exp()) < 3e-7, "exp {v}: {}", e[i]);
-            assert!(rel(s[i], 1.0 / (1.0 + (-v).exp())) < 4e-7, "sigmoid {v}: {}", s[i]);
+            assert!(
+                rel(s[i], 1.0 / (1.0 + (-v).exp())) < 4e-7,
+                "sigmoid {v}: {}",
+                s[i]
+            );
             // Both are odd and reach +-1, so near zero what counts is the relative error.
             if v != 0.0 {
                 assert!(rel(t[i], v.tanh()) < 5e-7, "tanh {v}: {}", t[i]);
@@ -281,7 +289,16 @@ mod tests {
 
     #[test]
     fn edges_of_exp() {
-        let x = [f32::NEG_INFINITY, -1e9, -87.5, f32::NAN, 89.5, f32::INFINITY, 88.5, 0.0];
+        let x = [
+            f32::NEG_INFINITY,
+            -1e9,
+            -87.5,
+            f32::NAN,
+            89.5,
+            f32::INFINITY,
+            88.5,
+            0.0,
+        ];
         let mut out = [[0.0; 8]; 4];
         let [e, t, r, s] = &mut out;
         each(&x, e, t, r, s);

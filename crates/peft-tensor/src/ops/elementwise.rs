@@ -65,8 +65,14 @@ impl Tensor {
         Ok(record(y, x.shape().to_vec(), device, &[x], || {
             let x = x.clone();
             Box::new(move |dy, sink| {
-                let dx = x.device().backend().unary_grad(op, &x.data, &kept, &dy.data)?;
-                sink.add(&x.target, Tensor::from_buffer(dx, x.shape.clone(), x.device()))
+                let dx = x
+                    .device()
+                    .backend()
+                    .unary_grad(op, &x.data, &kept, &dy.data)?;
+                sink.add(
+                    &x.target,
+                    Tensor::from_buffer(dx, x.shape.clone(), x.device()),
+                )
             })
         }))
     }
@@ -75,13 +81,19 @@ impl Tensor {
         self.same_device(rhs, "binary")?;
         let device = self.device();
         let out = broadcast_shape(self.shape(), rhs.shape())?;
-        let (a_shape, b_shape) = (padded(self.shape(), out.len()), padded(rhs.shape(), out.len()));
-        let data = device.backend().binary(op, &self.data, &a_shape, &rhs.data, &b_shape, &out)?;
+        let (a_shape, b_shape) = (
+            padded(self.shape(), out.len()),
+            padded(rhs.shape(), out.len()),
+        );
+        let data = device
+            .backend()
+            .binary(op, &self.data, &a_shape, &rhs.data, &b_shape, &out)?;
         Ok(record(data, out, device, &[self, rhs], || {
             let (a, b) = (self.target.clone(), rhs.target.clone());
             let (a_shape, b_shape) = (self.shape.clone(), rhs.shape.clone());
             // Sums need nothing but shapes; only products and quotients keep their operands.
-            let operands = matches!(op, Binary::Mul | Binary::Div).then(|| (self.detach(), rhs.detach()));
+            let operands =
+                matches!(op, Binary::Mul | Binary::Div).then(|| (self.detach(), rhs.detach()));
             Box::new(move |dy, sink| {
                 if a.wanted() {
                     let da = match (op, &operands) {
@@ -164,19 +176,37 @@ impl Tensor {
     /// If the shapes differ.
     pub fn glu(&self, kind: Glu, up: &Tensor) -> Result<Tensor> {
         if self.shape() != up.shape() {
-            return shape_err("glu", format!("gate {:?} and up {:?} differ", self.shape(), up.shape()));
+            return shape_err(
+                "glu",
+                format!("gate {:?} and up {:?} differ", self.shape(), up.shape()),
+            );
         }
         self.same_device(up, "glu")?;
         let device = self.device();
         let data = device.backend().glu(kind, &self.data, &up.data)?;
-        Ok(record(data, self.shape().to_vec(), device, &[self, up], || {
-            let (gate, up) = (self.clone(), up.clone());
-            Box::new(move |dy, sink| {
-                let (dg, du) = gate.device().backend().glu_grad(kind, &gate.data, &up.data, &dy.data)?;
-                sink.add(&gate.target, Tensor::from_buffer(dg, gate.shape.clone(), gate.device()))?;
-                sink.add(&up.target, Tensor::from_buffer(du, up.shape.clone(), up.device()))
-            })
-        }))
+        Ok(record(
+            data,
+            self.shape().to_vec(),
+            device,
+            &[self, up],
+            || {
+                let (gate, up) = (self.clone(), up.clone());
+                Box::new(move |dy, sink| {
+                    let (dg, du) = gate
+                        .device()
+                        .backend()
+                        .glu_grad(kind, &gate.data, &up.data, &dy.data)?;
+                    sink.add(
+                        &gate.target,
+                        Tensor::from_buffer(dg, gate.shape.clone(), gate.device()),
+                    )?;
+                    sink.add(
+                        &up.target,
+                        Tensor::from_buffer(du, up.shape.clone(), up.device()),
+                    )
+                })
+            },
+        ))
     }
 
     /// Each element kept with probability `1 - p` and scaled by `1 / (1 - p)`; the key decides which.
@@ -222,7 +252,12 @@ impl Tensor {
         let mut to = self.shape().to_vec();
         match to.get_mut(axis) {
             Some(size) => *size = 1,
-            None => return shape_err("sum_axis", format!("no axis {axis} in shape {:?}", self.shape())),
+            None => {
+                return shape_err(
+                    "sum_axis",
+                    format!("no axis {axis} in shape {:?}", self.shape()),
+                );
+            }
         }
         self.sum_to(&to)
     }

@@ -35,7 +35,10 @@ impl Tensor {
         self.same_device(rhs, "matmul")?;
         let wrong = || {
             let (ta, tb) = (if ta { "ᵀ" } else { "" }, if tb { "ᵀ" } else { "" });
-            shape_err("matmul", format!("{:?}{ta} x {:?}{tb}", self.shape(), rhs.shape()))
+            shape_err(
+                "matmul",
+                format!("{:?}{ta} x {:?}{tb}", self.shape(), rhs.shape()),
+            )
         };
         if self.rank() < 2 || rhs.rank() < 2 {
             return wrong();
@@ -59,7 +62,9 @@ impl Tensor {
         let batch = lead.iter().product();
         let device = self.device();
         let (a_batched, b_batched) = (!al.is_empty(), !bl.is_empty());
-        let data = device.backend().matmul(&self.data, &rhs.data, batch, m, k, n, a_batched, b_batched, ta, tb)?;
+        let data = device.backend().matmul(
+            &self.data, &rhs.data, batch, m, k, n, a_batched, b_batched, ta, tb,
+        )?;
         let mut shape = lead.to_vec();
         shape.extend([m, n]);
         Ok(record(data, shape, device, &[self, rhs], || {
@@ -71,11 +76,19 @@ impl Tensor {
             Box::new(move |dy, sink| {
                 // C = op(A) op(B): dA = dC op(B)ᵀ, dB = op(A)ᵀ dC, each transposed back where it was stored so.
                 if let Some(b) = &b_values {
-                    let da = if ta { b.product(dy, tb, true)? } else { dy.product(b, false, !tb)? };
+                    let da = if ta {
+                        b.product(dy, tb, true)?
+                    } else {
+                        dy.product(b, false, !tb)?
+                    };
                     sink.add(&a, da.sum_to(&a_shape)?)?;
                 }
                 if let Some(a) = &a_values {
-                    let db = if tb { dy.product(a, true, ta)? } else { a.product(dy, !ta, false)? };
+                    let db = if tb {
+                        dy.product(a, true, ta)?
+                    } else {
+                        a.product(dy, !ta, false)?
+                    };
                     sink.add(&b, db.sum_to(&b_shape)?)?;
                 }
                 Ok(())

@@ -27,7 +27,10 @@ impl Tensor {
         Ok(record(y, self.shape().to_vec(), device, &[self], || {
             let x = self.target.clone();
             Box::new(move |dy, sink| {
-                let dx = dy.device().backend().softmax_grad(&kept, &dy.data, rows, cols)?;
+                let dx = dy
+                    .device()
+                    .backend()
+                    .softmax_grad(&kept, &dy.data, rows, cols)?;
                 sink.add(&x, Tensor::from_buffer(dx, dy.shape.clone(), dy.device()))
             })
         }))
@@ -55,20 +58,41 @@ impl Tensor {
         let (rows, cols) = self.rows_cols();
         check_width("rms_norm", self, weight)?;
         let device = self.device();
-        let data = device.backend().rms_norm(&self.data, &weight.data, rows, cols, eps)?;
-        Ok(record(data, self.shape().to_vec(), device, &[self, weight], || {
-            let (x, w) = (self.clone(), weight.clone());
-            Box::new(move |dy, sink| {
-                let backend = x.device().backend();
-                let (dx, dw) =
-                    backend.rms_norm_grad(&x.data, &w.data, &dy.data, rows, cols, eps, w.requires_grad())?;
-                sink.add(&x.target, Tensor::from_buffer(dx, x.shape.clone(), x.device()))?;
-                match dw {
-                    Some(dw) => sink.add(&w.target, Tensor::from_buffer(dw, w.shape.clone(), w.device())),
-                    None => Ok(()),
-                }
-            })
-        }))
+        let data = device
+            .backend()
+            .rms_norm(&self.data, &weight.data, rows, cols, eps)?;
+        Ok(record(
+            data,
+            self.shape().to_vec(),
+            device,
+            &[self, weight],
+            || {
+                let (x, w) = (self.clone(), weight.clone());
+                Box::new(move |dy, sink| {
+                    let backend = x.device().backend();
+                    let (dx, dw) = backend.rms_norm_grad(
+                        &x.data,
+                        &w.data,
+                        &dy.data,
+                        rows,
+                        cols,
+                        eps,
+                        w.requires_grad(),
+                    )?;
+                    sink.add(
+                        &x.target,
+                        Tensor::from_buffer(dx, x.shape.clone(), x.device()),
+                    )?;
+                    match dw {
+                        Some(dw) => sink.add(
+                            &w.target,
+                            Tensor::from_buffer(dw, w.shape.clone(), w.device()),
+                        ),
+                        None => Ok(()),
+                    }
+                })
+            },
+        ))
     }
 
     /// `(x - mean) / sqrt(var + eps) * weight + bias` along the last axis (LayerNorm, arXiv 1607.06450).
@@ -83,25 +107,43 @@ impl Tensor {
         }
         let device = self.device();
         let b = bias.map(|b| &b.data);
-        let data = device.backend().layer_norm(&self.data, &weight.data, b, rows, cols, eps)?;
+        let data = device
+            .backend()
+            .layer_norm(&self.data, &weight.data, b, rows, cols, eps)?;
         let mut parents = vec![self, weight];
         parents.extend(bias);
-        Ok(record(data, self.shape().to_vec(), device, &parents, || {
-            let (x, w, b) = (self.clone(), weight.clone(), bias.cloned());
-            let want = w.requires_grad() || b.as_ref().is_some_and(Tensor::requires_grad);
-            Box::new(move |dy, sink| {
-                let backend = x.device().backend();
-                let (dx, dwb) = backend.layer_norm_grad(&x.data, &w.data, &dy.data, rows, cols, eps, want)?;
-                sink.add(&x.target, Tensor::from_buffer(dx, x.shape.clone(), x.device()))?;
-                if let Some((dw, db)) = dwb {
-                    sink.add(&w.target, Tensor::from_buffer(dw, w.shape.clone(), w.device()))?;
-                    if let Some(b) = &b {
-                        sink.add(&b.target, Tensor::from_buffer(db, b.shape.clone(), b.device()))?;
+        Ok(record(
+            data,
+            self.shape().to_vec(),
+            device,
+            &parents,
+            || {
+                let (x, w, b) = (self.clone(), weight.clone(), bias.cloned());
+                let want = w.requires_grad() || b.as_ref().is_some_and(Tensor::requires_grad);
+                Box::new(move |dy, sink| {
+                    let backend = x.device().backend();
+                    let (dx, dwb) = backend
+                        .layer_norm_grad(&x.data, &w.data, &dy.data, rows, cols, eps, want)?;
+                    sink.add(
+                        &x.target,
+                        Tensor::from_buffer(dx, x.shape.clone(), x.device()),
+                    )?;
+                    if let Some((dw, db)) = dwb {
+                        sink.add(
+                            &w.target,
+                            Tensor::from_buffer(dw, w.shape.clone(), w.device()),
+                        )?;
+                        if let Some(b) = &b {
+                            sink.add(
+                                &b.target,
+                                Tensor::from_buffer(db, b.shape.clone(), b.device()),
+                            )?;
+                        }
                     }
-                }
-                Ok(())
-            })
-        }))
+                    Ok(())
+                })
+            },
+        ))
     }
 
     /// Rotary position embedding (RoFormer, arXiv 2104.09864) of `[.., heads * head_dim]`, one position per row.
@@ -111,12 +153,25 @@ impl Tensor {
     pub fn rope(&self, rope: &Arc<Rope>) -> Result<Tensor> {
         let (rows, cols) = self.rows_cols();
         let table = rope.cos.len().min(rope.sin.len()) / rope.half.max(1);
-        if cols != rope.heads * rope.head_dim || 2 * rope.half > rope.head_dim || rows != rope.positions.len() {
-            let detail = format!("{:?} with {} heads of {}, {} positions", self.shape(), rope.heads, rope.head_dim, rope.positions.len());
+        if cols != rope.heads * rope.head_dim
+            || 2 * rope.half > rope.head_dim
+            || rows != rope.positions.len()
+        {
+            let detail = format!(
+                "{:?} with {} heads of {}, {} positions",
+                self.shape(),
+                rope.heads,
+                rope.head_dim,
+                rope.positions.len()
+            );
             return shape_err("rope", detail);
         }
         if let Some(&p) = rope.positions.iter().find(|&&p| p as usize >= table) {
-            return Err(TensorError::Index { op: "rope", index: i64::from(p), len: table });
+            return Err(TensorError::Index {
+                op: "rope",
+                index: i64::from(p),
+                len: table,
+            });
         }
         self.turned(rope, false)
     }
@@ -143,33 +198,52 @@ impl Tensor {
             && kb == b
             && t >= s
             && spec.kv_heads > 0
-            && spec.heads % spec.kv_heads == 0
+            && spec.heads.is_multiple_of(spec.kv_heads)
             && spec.prefix <= t
             && spec.mask.keys.as_ref().is_none_or(|m| m.len() == b * t);
         if !fits {
-            let detail = format!("q {:?}, k {:?}, v {:?} with {} heads, {} key heads of {}, prefix {}, mask of {:?}",
-                self.shape(), k.shape(), v.shape(), spec.heads, spec.kv_heads, spec.head_dim, spec.prefix,
-                spec.mask.keys.as_ref().map(|m| m.len()));
+            let detail = format!(
+                "q {:?}, k {:?}, v {:?} with {} heads, {} key heads of {}, prefix {}, mask of {:?}",
+                self.shape(),
+                k.shape(),
+                v.shape(),
+                spec.heads,
+                spec.kv_heads,
+                spec.head_dim,
+                spec.prefix,
+                spec.mask.keys.as_ref().map(|m| m.len())
+            );
             return shape_err("attention", detail);
         }
         self.same_device(k, "attention")?;
         self.same_device(v, "attention")?;
         let device = self.device();
-        let (out, lse) = device.backend().attention(&self.data, &k.data, &v.data, b, s, t, spec)?;
+        let (out, lse) = device
+            .backend()
+            .attention(&self.data, &k.data, &v.data, b, s, t, spec)?;
         let kept = out.clone();
-        Ok(record(out, self.shape().to_vec(), device, &[self, k, v], || {
-            let (q, k, v, spec) = (self.clone(), k.clone(), v.clone(), spec.clone());
-            Box::new(move |dy, sink| {
-                let backend = q.device().backend();
-                let (dq, dk, dv) = backend.attention_grad(
-                    &q.data, &k.data, &v.data, &kept, &lse, &dy.data, b, s, t, &spec,
-                )?;
-                for (target, grad) in [(&q, dq), (&k, dk), (&v, dv)] {
-                    sink.add(&target.target, Tensor::from_buffer(grad, target.shape.clone(), target.device()))?;
-                }
-                Ok(())
-            })
-        }))
+        Ok(record(
+            out,
+            self.shape().to_vec(),
+            device,
+            &[self, k, v],
+            || {
+                let (q, k, v, spec) = (self.clone(), k.clone(), v.clone(), spec.clone());
+                Box::new(move |dy, sink| {
+                    let backend = q.device().backend();
+                    let (dq, dk, dv) = backend.attention_grad(
+                        &q.data, &k.data, &v.data, &kept, &lse, &dy.data, b, s, t, &spec,
+                    )?;
+                    for (target, grad) in [(&q, dq), (&k, dk), (&v, dv)] {
+                        sink.add(
+                            &target.target,
+                            Tensor::from_buffer(grad, target.shape.clone(), target.device()),
+                        )?;
+                    }
+                    Ok(())
+                })
+            },
+        ))
     }
 
     /// Sum over rows of `-log softmax(x)[target]`; rows whose target is negative ([`IGNORE`]) do not count. Shape `[]`.
@@ -179,13 +253,22 @@ impl Tensor {
     pub fn cross_entropy(&self, targets: &[i64]) -> Result<Tensor> {
         let (rows, cols) = self.rows_cols();
         if targets.len() != rows {
-            return shape_err("cross_entropy", format!("{} targets for {:?}", targets.len(), self.shape()));
+            return shape_err(
+                "cross_entropy",
+                format!("{} targets for {:?}", targets.len(), self.shape()),
+            );
         }
         if let Some(&bad) = targets.iter().find(|&&t| t >= cols as i64) {
-            return Err(TensorError::Index { op: "cross_entropy", index: bad, len: cols });
+            return Err(TensorError::Index {
+                op: "cross_entropy",
+                index: bad,
+                len: cols,
+            });
         }
         let device = self.device();
-        let (loss, dx) = device.backend().cross_entropy(&self.data, targets, rows, cols)?;
+        let (loss, dx) = device
+            .backend()
+            .cross_entropy(&self.data, targets, rows, cols)?;
         Ok(record(loss, vec![], device, &[self], || {
             let x = self.target.clone();
             let dx = Tensor::from_buffer(dx, self.shape.clone(), device);
@@ -199,7 +282,10 @@ fn check_width(op: &'static str, x: &Tensor, w: &Tensor) -> Result<()> {
     if w.numel() == x.last_dim() {
         return Ok(());
     }
-    shape_err(op, format!("a parameter of shape {:?} for {:?}", w.shape(), x.shape()))
+    shape_err(
+        op,
+        format!("a parameter of shape {:?} for {:?}", w.shape(), x.shape()),
+    )
 }
 
 /// An operation a method brings along. Its composed form, made of other operations, is what defines it, gives its
@@ -221,11 +307,17 @@ pub trait CustomOp: Send + Sync + 'static {
 /// Whatever the operation returns.
 pub fn custom(op: &Arc<dyn CustomOp>, inputs: &[&Tensor]) -> Result<Tensor> {
     let owned: Vec<Tensor> = inputs.iter().map(|&t| t.clone()).collect();
-    let Some(first) = owned.first() else { return op.composed(&[]) };
+    let Some(first) = owned.first() else {
+        return op.composed(&[]);
+    };
     let buffers: Vec<_> = inputs.iter().map(|t| (&t.data, t.shape())).collect();
     let device = first.device().clone();
-    let Some(result) = device.backend().custom(op.name(), &buffers) else { return op.composed(&owned) };
+    let Some(result) = device.backend().custom(op.name(), &buffers) else {
+        return op.composed(&owned);
+    };
     let (data, shape) = result?;
     let op = op.clone();
-    Ok(record(data, shape, &device, inputs, || rerun(owned, move |x| op.composed(x))))
+    Ok(record(data, shape, &device, inputs, || {
+        rerun(owned, move |x| op.composed(x))
+    }))
 }

@@ -22,7 +22,10 @@ pub(crate) fn broadcast_shape(a: &[usize], b: &[usize]) -> Result<Vec<usize>> {
             (x, y) if x == y => Ok(x),
             (1, y) => Ok(y),
             (x, 1) => Ok(x),
-            _ => shape_err("broadcast", format!("shapes {a:?} and {b:?} do not broadcast")),
+            _ => shape_err(
+                "broadcast",
+                format!("shapes {a:?} and {b:?} do not broadcast"),
+            ),
         })
         .collect()
 }
@@ -34,12 +37,21 @@ impl Tensor {
     /// If the number of elements differs.
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         if numel(shape) != self.numel() {
-            return shape_err("reshape", format!("{:?} does not fit {shape:?}", self.shape()));
+            return shape_err(
+                "reshape",
+                format!("{:?} does not fit {shape:?}", self.shape()),
+            );
         }
-        Ok(record(self.data.clone(), shape.to_vec(), self.device(), &[self], || {
-            let (x, from) = (self.target.clone(), self.shape.clone());
-            Box::new(move |dy, sink| sink.add(&x, dy.reshape(&from)?))
-        }))
+        Ok(record(
+            self.data.clone(),
+            shape.to_vec(),
+            self.device(),
+            &[self],
+            || {
+                let (x, from) = (self.target.clone(), self.shape.clone());
+                Box::new(move |dy, sink| sink.add(&x, dy.reshape(&from)?))
+            },
+        ))
     }
 
     /// All axes but the last folded into one: `[rows, last]`.
@@ -60,7 +72,10 @@ impl Tensor {
             return Ok(self.clone());
         }
         if broadcast_shape(shape, self.shape())? != self.shape() {
-            return shape_err("sum_to", format!("{:?} does not sum to {shape:?}", self.shape()));
+            return shape_err(
+                "sum_to",
+                format!("{:?} does not sum to {shape:?}", self.shape()),
+            );
         }
         let device = self.device();
         let to = padded(shape, self.rank());
@@ -80,7 +95,10 @@ impl Tensor {
             return Ok(self.clone());
         }
         if broadcast_shape(self.shape(), shape)? != shape {
-            return shape_err("broadcast_to", format!("{:?} does not broadcast to {shape:?}", self.shape()));
+            return shape_err(
+                "broadcast_to",
+                format!("{:?} does not broadcast to {shape:?}", self.shape()),
+            );
         }
         let device = self.device();
         let from = padded(self.shape(), shape.len());
@@ -99,7 +117,10 @@ impl Tensor {
         let mut seen = axes.to_vec();
         seen.sort_unstable();
         if seen != (0..self.rank()).collect::<Vec<_>>() {
-            return shape_err("permute", format!("{axes:?} is no order of the axes of {:?}", self.shape()));
+            return shape_err(
+                "permute",
+                format!("{axes:?} is no order of the axes of {:?}", self.shape()),
+            );
         }
         let device = self.device();
         let data = device.backend().permute(&self.data, self.shape(), axes)?;
@@ -107,7 +128,9 @@ impl Tensor {
         Ok(record(data, shape, device, &[self], || {
             let x = self.target.clone();
             let mut inverse = vec![0; axes.len()];
-            axes.iter().enumerate().for_each(|(to, &from)| inverse[from] = to);
+            axes.iter()
+                .enumerate()
+                .for_each(|(to, &from)| inverse[from] = to);
             Box::new(move |dy, sink| sink.add(&x, dy.permute(&inverse)?))
         }))
     }
@@ -133,20 +156,34 @@ impl Tensor {
     pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Tensor> {
         let size = self.shape().get(axis).copied().unwrap_or(0);
         if axis >= self.rank() || start.checked_add(len).is_none_or(|end| end > size) {
-            return shape_err("narrow", format!("entries {start}.. of {len} on axis {axis} of {:?}", self.shape()));
+            return shape_err(
+                "narrow",
+                format!(
+                    "entries {start}.. of {len} on axis {axis} of {:?}",
+                    self.shape()
+                ),
+            );
         }
         if len == size {
             return Ok(self.clone());
         }
-        let (outer, inner) = (numel(&self.shape()[..axis]), numel(&self.shape()[axis + 1..]));
+        let (outer, inner) = (
+            numel(&self.shape()[..axis]),
+            numel(&self.shape()[axis + 1..]),
+        );
         let device = self.device();
-        let data = device.backend().narrow(&self.data, outer, size, inner, start, len)?;
+        let data = device
+            .backend()
+            .narrow(&self.data, outer, size, inner, start, len)?;
         let mut shape = self.shape().to_vec();
         shape[axis] = len;
         Ok(record(data, shape, device, &[self], || {
             let (x, from) = (self.target.clone(), self.shape.clone());
             Box::new(move |dy, sink| {
-                let dx = dy.device().backend().narrow_grad(&dy.data, outer, size, inner, start, len)?;
+                let dx = dy
+                    .device()
+                    .backend()
+                    .narrow_grad(&dy.data, outer, size, inner, start, len)?;
                 sink.add(&x, Tensor::from_buffer(dx, from.clone(), dy.device()))
             })
         }))
@@ -188,7 +225,11 @@ impl Tensor {
 
 pub(crate) fn check_ids(op: &'static str, ids: &[u32], rows: usize) -> Result<()> {
     match ids.iter().find(|&&id| id as usize >= rows) {
-        Some(&id) => Err(TensorError::Index { op, index: i64::from(id), len: rows }),
+        Some(&id) => Err(TensorError::Index {
+            op,
+            index: i64::from(id),
+            len: rows,
+        }),
         None => Ok(()),
     }
 }
@@ -198,30 +239,52 @@ pub(crate) fn check_ids(op: &'static str, ids: &[u32], rows: usize) -> Result<()
 /// # Errors
 /// If there are none, or they differ in another axis.
 pub fn concat(parts: &[&Tensor], axis: usize) -> Result<Tensor> {
-    let Some(first) = parts.first() else { return shape_err("concat", "nothing to join") };
+    let Some(first) = parts.first() else {
+        return shape_err("concat", "nothing to join");
+    };
     if axis >= first.rank() {
-        return shape_err("concat", format!("no axis {axis} in shape {:?}", first.shape()));
+        return shape_err(
+            "concat",
+            format!("no axis {axis} in shape {:?}", first.shape()),
+        );
     }
     for part in parts {
         first.same_device(part, "concat")?;
         let same = part.rank() == first.rank()
             && (0..first.rank()).all(|a| a == axis || part.shape()[a] == first.shape()[a]);
         if !same {
-            return shape_err("concat", format!("{:?} and {:?} along axis {axis}", first.shape(), part.shape()));
+            return shape_err(
+                "concat",
+                format!(
+                    "{:?} and {:?} along axis {axis}",
+                    first.shape(),
+                    part.shape()
+                ),
+            );
         }
     }
     if let [only] = parts {
         return Ok((*only).clone());
     }
-    let (outer, inner) = (numel(&first.shape()[..axis]), numel(&first.shape()[axis + 1..]));
+    let (outer, inner) = (
+        numel(&first.shape()[..axis]),
+        numel(&first.shape()[axis + 1..]),
+    );
     let sizes: Vec<usize> = parts.iter().map(|p| p.shape()[axis]).collect();
-    let pairs: Vec<_> = parts.iter().zip(&sizes).map(|(p, &n)| (&p.data, n)).collect();
+    let pairs: Vec<_> = parts
+        .iter()
+        .zip(&sizes)
+        .map(|(p, &n)| (&p.data, n))
+        .collect();
     let device = first.device();
     let data = device.backend().concat(&pairs, outer, inner)?;
     let mut shape = first.shape().to_vec();
     shape[axis] = sizes.iter().sum();
     Ok(record(data, shape, device, parts, || {
-        let parts: Vec<_> = parts.iter().map(|p| (p.target.clone(), p.shape()[axis])).collect();
+        let parts: Vec<_> = parts
+            .iter()
+            .map(|p| (p.target.clone(), p.shape()[axis]))
+            .collect();
         Box::new(move |dy, sink| {
             let mut start = 0;
             for (part, len) in &parts {

@@ -30,13 +30,25 @@ pub(super) fn softmax_grad(y: &[f64], dy: &[f64], rows: usize, cols: usize) -> V
 /// (mean, 1 / deviation) of a row; an RMS norm has mean 0.
 fn moments(row: &[f64], eps: f32, centre: bool) -> (f64, f64) {
     let n = row.len() as f64;
-    let mean = if centre { row.iter().sum::<f64>() / n } else { 0.0 };
+    let mean = if centre {
+        row.iter().sum::<f64>() / n
+    } else {
+        0.0
+    };
     let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
     (mean, 1.0 / (var + f64::from(eps)).sqrt())
 }
 
 /// Layer norm (`centre`) or RMS norm.
-pub(super) fn norm(x: &[f64], w: &[f64], b: Option<&[f64]>, rows: usize, cols: usize, eps: f32, centre: bool) -> Vec<f64> {
+pub(super) fn norm(
+    x: &[f64],
+    w: &[f64],
+    b: Option<&[f64]>,
+    rows: usize,
+    cols: usize,
+    eps: f32,
+    centre: bool,
+) -> Vec<f64> {
     let mut out = vec![0.0; rows * cols];
     for r in 0..rows {
         let row = &x[r * cols..(r + 1) * cols];
@@ -49,7 +61,15 @@ pub(super) fn norm(x: &[f64], w: &[f64], b: Option<&[f64]>, rows: usize, cols: u
 }
 
 /// (dx, dw, db): through h = (x - mean) inv, whose derivative by x is inv (1 - [centre] / n - h h' / n).
-pub(super) fn norm_grad(x: &[f64], w: &[f64], dy: &[f64], rows: usize, cols: usize, eps: f32, centre: bool) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+pub(super) fn norm_grad(
+    x: &[f64],
+    w: &[f64],
+    dy: &[f64],
+    rows: usize,
+    cols: usize,
+    eps: f32,
+    centre: bool,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let (mut dx, mut dw, mut db) = (vec![0.0; rows * cols], vec![0.0; cols], vec![0.0; cols]);
     let n = cols as f64;
     for r in 0..rows {
@@ -58,7 +78,11 @@ pub(super) fn norm_grad(x: &[f64], w: &[f64], dy: &[f64], rows: usize, cols: usi
         let (mean, inv) = moments(row, eps, centre);
         let h: Vec<f64> = row.iter().map(|v| (v - mean) * inv).collect();
         let dh: Vec<f64> = (0..cols).map(|c| dy[c] * w[c]).collect();
-        let mean_dh = if centre { dh.iter().sum::<f64>() / n } else { 0.0 };
+        let mean_dh = if centre {
+            dh.iter().sum::<f64>() / n
+        } else {
+            0.0
+        };
         let along = (0..cols).map(|c| dh[c] * h[c]).sum::<f64>() / n;
         for c in 0..cols {
             dx[r * cols + c] = inv * (dh[c] - mean_dh - h[c] * along);
@@ -91,7 +115,12 @@ pub(super) fn rope(x: &[f64], spec: &Rope, inverse: bool) -> Vec<f64> {
 
 /// Whether query i of batch entry `batch` sees key j: the rules of [`Attention`], one by one.
 fn sees(batch: usize, i: usize, j: usize, s: usize, t: usize, spec: &Attention) -> bool {
-    if spec.mask.keys.as_ref().is_some_and(|keys| !keys[batch * t + j]) {
+    if spec
+        .mask
+        .keys
+        .as_ref()
+        .is_some_and(|keys| !keys[batch * t + j])
+    {
         return false;
     }
     if j < spec.prefix {
@@ -99,12 +128,23 @@ fn sees(batch: usize, i: usize, j: usize, s: usize, t: usize, spec: &Attention) 
     }
     let at = (i + t - s) as i64;
     let late = spec.causal && j as i64 > at;
-    let far = spec.window.is_some_and(|window| j as i64 <= at - window as i64);
+    let far = spec
+        .window
+        .is_some_and(|window| j as i64 <= at - window as i64);
     !late && !far
 }
 
 /// For one query row of one head: (weight, slope of the score by the raw product) of each key, and log-sum-exp.
-fn weights(q: &[f64], k: &[f64], batch: usize, i: usize, h: usize, s: usize, t: usize, spec: &Attention) -> (Vec<f64>, Vec<f64>, f64) {
+fn weights(
+    q: &[f64],
+    k: &[f64],
+    batch: usize,
+    i: usize,
+    h: usize,
+    s: usize,
+    t: usize,
+    spec: &Attention,
+) -> (Vec<f64>, Vec<f64>, f64) {
     let (d, kvh) = (spec.head_dim, h / (spec.heads / spec.kv_heads));
     let (mut scores, mut slopes) = (vec![f64::NEG_INFINITY; t], vec![0.0; t]);
     for j in 0..t {
@@ -117,7 +157,10 @@ fn weights(q: &[f64], k: &[f64], batch: usize, i: usize, h: usize, s: usize, t: 
         let score = f64::from(spec.scale) * product;
         (scores[j], slopes[j]) = match spec.softcap.map(f64::from) {
             None => (score, f64::from(spec.scale)),
-            Some(cap) => (cap * (score / cap).tanh(), f64::from(spec.scale) * (1.0 - (score / cap).tanh().powi(2))),
+            Some(cap) => (
+                cap * (score / cap).tanh(),
+                f64::from(spec.scale) * (1.0 - (score / cap).tanh().powi(2)),
+            ),
         };
     }
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -125,10 +168,22 @@ fn weights(q: &[f64], k: &[f64], batch: usize, i: usize, h: usize, s: usize, t: 
         return (vec![0.0; t], slopes, max);
     }
     let sum: f64 = scores.iter().map(|x| (x - max).exp()).sum();
-    (scores.iter().map(|x| (x - max).exp() / sum).collect(), slopes, max + sum.ln())
+    (
+        scores.iter().map(|x| (x - max).exp() / sum).collect(),
+        slopes,
+        max + sum.ln(),
+    )
 }
 
-pub(super) fn attention(q: &[f64], k: &[f64], v: &[f64], b: usize, s: usize, t: usize, spec: &Attention) -> (Vec<f64>, Vec<f64>) {
+pub(super) fn attention(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    b: usize,
+    s: usize,
+    t: usize,
+    spec: &Attention,
+) -> (Vec<f64>, Vec<f64>) {
     let (mut out, mut all_lse) = (vec![0.0; q.len()], vec![0.0; b * spec.heads * s]);
     let (d, group) = (spec.head_dim, spec.heads / spec.kv_heads);
     for batch in 0..b {
@@ -148,7 +203,16 @@ pub(super) fn attention(q: &[f64], k: &[f64], v: &[f64], b: usize, s: usize, t: 
     (out, all_lse)
 }
 
-pub(super) fn attention_grad(q: &[f64], k: &[f64], v: &[f64], dout: &[f64], b: usize, s: usize, t: usize, spec: &Attention) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+pub(super) fn attention_grad(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    dout: &[f64],
+    b: usize,
+    s: usize,
+    t: usize,
+    spec: &Attention,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     let (d, group) = (spec.head_dim, spec.heads / spec.kv_heads);
     for batch in 0..b {
@@ -157,7 +221,9 @@ pub(super) fn attention_grad(q: &[f64], k: &[f64], v: &[f64], dout: &[f64], b: u
                 let (p, slopes, _) = weights(q, k, batch, i, h, s, t, spec);
                 let q_at = ((batch * s + i) * spec.heads + h) * d;
                 let kv_at = |j: usize| ((batch * t + j) * spec.kv_heads + h / group) * d;
-                let dp: Vec<f64> = (0..t).map(|j| (0..d).map(|c| dout[q_at + c] * v[kv_at(j) + c]).sum()).collect();
+                let dp: Vec<f64> = (0..t)
+                    .map(|j| (0..d).map(|c| dout[q_at + c] * v[kv_at(j) + c]).sum())
+                    .collect();
                 let mean: f64 = (0..t).map(|j| p[j] * dp[j]).sum();
                 for j in 0..t {
                     let ds = p[j] * (dp[j] - mean) * slopes[j];
@@ -173,7 +239,12 @@ pub(super) fn attention_grad(q: &[f64], k: &[f64], v: &[f64], dout: &[f64], b: u
     (dq, dk, dv)
 }
 
-pub(super) fn cross_entropy(x: &[f64], targets: &[i64], rows: usize, cols: usize) -> (f64, Vec<f64>) {
+pub(super) fn cross_entropy(
+    x: &[f64],
+    targets: &[i64],
+    rows: usize,
+    cols: usize,
+) -> (f64, Vec<f64>) {
     let mut dx = softmax(x, rows, cols);
     let mut loss = 0.0;
     for r in 0..rows {

@@ -16,7 +16,9 @@ fn put(values: Vec<f64>) -> Buffer {
 
 fn get(buffer: &Buffer) -> Result<&[f64]> {
     let values = buffer.get::<Vec<f64>>().map(Vec::as_slice);
-    values.ok_or_else(|| TensorError::Unsupported("a tensor of another device was given to the reference".into()))
+    values.ok_or_else(|| {
+        TensorError::Unsupported("a tensor of another device was given to the reference".into())
+    })
 }
 
 fn to_f64(values: &[f32]) -> Vec<f64> {
@@ -48,7 +50,13 @@ fn value(op: Unary, x: f64) -> f64 {
         Unary::Abs => x.abs(),
         Unary::Tanh => x.tanh(),
         Unary::Sigmoid => sigmoid(x),
-        Unary::Relu => if x > 0.0 { x } else { 0.0 },
+        Unary::Relu => {
+            if x > 0.0 {
+                x
+            } else {
+                0.0
+            }
+        }
         Unary::Silu => x * sigmoid(x),
         Unary::Gelu => x * phi(x),
         Unary::GeluTanh => 0.5 * x * (1.0 + gelu_tanh_inner(x)),
@@ -66,10 +74,22 @@ fn slope(op: Unary, x: f64) -> f64 {
         Unary::Rsqrt => -0.5 * x.powf(-1.5),
         Unary::Recip => -1.0 / (x * x),
         Unary::Square => 2.0 * x,
-        Unary::Abs => if x == 0.0 { 0.0 } else { x.signum() },
+        Unary::Abs => {
+            if x == 0.0 {
+                0.0
+            } else {
+                x.signum()
+            }
+        }
         Unary::Tanh => 1.0 - x.tanh().powi(2),
         Unary::Sigmoid => sigmoid(x) * (1.0 - sigmoid(x)),
-        Unary::Relu => if x > 0.0 { 1.0 } else { 0.0 },
+        Unary::Relu => {
+            if x > 0.0 {
+                1.0
+            } else {
+                0.0
+            }
+        }
         Unary::Silu => sigmoid(x) + x * sigmoid(x) * (1.0 - sigmoid(x)),
         Unary::Gelu => phi(x) + x * (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt(),
         Unary::GeluTanh => {
@@ -107,7 +127,10 @@ fn locate(index: usize, shape: &[usize], arg: &[usize]) -> usize {
 fn decoded(w: &FrozenWeight) -> Vec<f64> {
     let mut values = vec![0.0; w.rows() * w.cols()];
     for row in 0..w.rows() {
-        w.decode_rows(row..row + 1, &mut values[row * w.cols()..(row + 1) * w.cols()]);
+        w.decode_rows(
+            row..row + 1,
+            &mut values[row * w.cols()..(row + 1) * w.cols()],
+        );
     }
     to_f64(&values)
 }
@@ -157,13 +180,28 @@ impl Backend for ReferenceBackend {
     }
 
     fn unary_grad(&self, op: Unary, x: &Buffer, _y: &Buffer, dy: &Buffer) -> Result<Buffer> {
-        Ok(put(get(x)?.iter().zip(get(dy)?).map(|(x, d)| d * slope(op, *x)).collect()))
+        Ok(put(get(x)?
+            .iter()
+            .zip(get(dy)?)
+            .map(|(x, d)| d * slope(op, *x))
+            .collect()))
     }
 
-    fn binary(&self, op: Binary, a: &Buffer, a_shape: &[usize], b: &Buffer, b_shape: &[usize], out_shape: &[usize]) -> Result<Buffer> {
+    fn binary(
+        &self,
+        op: Binary,
+        a: &Buffer,
+        a_shape: &[usize],
+        b: &Buffer,
+        b_shape: &[usize],
+        out_shape: &[usize],
+    ) -> Result<Buffer> {
         let (a, b) = (get(a)?, get(b)?);
         let one = |i| {
-            let (a, b) = (a[locate(i, out_shape, a_shape)], b[locate(i, out_shape, b_shape)]);
+            let (a, b) = (
+                a[locate(i, out_shape, a_shape)],
+                b[locate(i, out_shape, b_shape)],
+            );
             match op {
                 Binary::Add => a + b,
                 Binary::Sub => a - b,
@@ -175,26 +213,53 @@ impl Backend for ReferenceBackend {
     }
 
     fn affine(&self, x: &Buffer, mul: f32, add: f32) -> Result<Buffer> {
-        Ok(put(get(x)?.iter().map(|x| f64::from(mul) * x + f64::from(add)).collect()))
+        Ok(put(get(x)?
+            .iter()
+            .map(|x| f64::from(mul) * x + f64::from(add))
+            .collect()))
     }
 
     fn accumulate(&self, a: Buffer, b: &Buffer) -> Result<Buffer> {
-        Ok(put(get(&a)?.iter().zip(get(b)?).map(|(a, b)| a + b).collect()))
+        Ok(put(get(&a)?
+            .iter()
+            .zip(get(b)?)
+            .map(|(a, b)| a + b)
+            .collect()))
     }
 
     fn glu(&self, kind: Glu, gate: &Buffer, up: &Buffer) -> Result<Buffer> {
-        Ok(put(get(gate)?.iter().zip(get(up)?).map(|(g, u)| value(act(kind), *g) * u).collect()))
+        Ok(put(get(gate)?
+            .iter()
+            .zip(get(up)?)
+            .map(|(g, u)| value(act(kind), *g) * u)
+            .collect()))
     }
 
-    fn glu_grad(&self, kind: Glu, gate: &Buffer, up: &Buffer, dy: &Buffer) -> Result<(Buffer, Buffer)> {
+    fn glu_grad(
+        &self,
+        kind: Glu,
+        gate: &Buffer,
+        up: &Buffer,
+        dy: &Buffer,
+    ) -> Result<(Buffer, Buffer)> {
         let (gate, up, dy) = (get(gate)?, get(up)?, get(dy)?);
-        let dgate = (0..gate.len()).map(|i| dy[i] * up[i] * slope(act(kind), gate[i])).collect();
-        let dup = (0..gate.len()).map(|i| dy[i] * value(act(kind), gate[i])).collect();
+        let dgate = (0..gate.len())
+            .map(|i| dy[i] * up[i] * slope(act(kind), gate[i]))
+            .collect();
+        let dup = (0..gate.len())
+            .map(|i| dy[i] * value(act(kind), gate[i]))
+            .collect();
         Ok((put(dgate), put(dup)))
     }
 
     fn dropout(&self, x: &Buffer, p: f32, key: RngKey) -> Result<Buffer> {
-        let one = |(i, x): (usize, &f64)| if key.uniform_at(i as u64) >= p { x / (1.0 - f64::from(p)) } else { 0.0 };
+        let one = |(i, x): (usize, &f64)| {
+            if key.uniform_at(i as u64) >= p {
+                x / (1.0 - f64::from(p))
+            } else {
+                0.0
+            }
+        };
         Ok(put(get(x)?.iter().enumerate().map(one).collect()))
     }
 
@@ -208,13 +273,22 @@ impl Backend for ReferenceBackend {
 
     fn broadcast(&self, x: &Buffer, from: &[usize], to: &[usize]) -> Result<Buffer> {
         let x = get(x)?;
-        Ok(put((0..to.iter().product()).map(|i| x[locate(i, to, from)]).collect()))
+        Ok(put((0..to.iter().product())
+            .map(|i| x[locate(i, to, from)])
+            .collect()))
     }
 
     fn max_rows(&self, x: &Buffer, rows: usize, cols: usize) -> Result<Buffer> {
         let x = get(x)?;
-        let largest = |row: &[f64]| row.iter().fold(f64::NEG_INFINITY, |m, v| if *v > m || v.is_nan() { *v } else { m });
-        Ok(put((0..rows).map(|r| largest(&x[r * cols..(r + 1) * cols])).collect()))
+        let largest = |row: &[f64]| {
+            row.iter().fold(
+                f64::NEG_INFINITY,
+                |m, v| if *v > m || v.is_nan() { *v } else { m },
+            )
+        };
+        Ok(put((0..rows)
+            .map(|r| largest(&x[r * cols..(r + 1) * cols]))
+            .collect()))
     }
 
     fn permute(&self, x: &Buffer, shape: &[usize], axes: &[usize]) -> Result<Buffer> {
@@ -227,13 +301,23 @@ impl Backend for ReferenceBackend {
                 coordinates[d] = rest % shape[d];
                 rest /= shape[d];
             }
-            let at = axes.iter().fold(0, |at, axis| at * shape[*axis] + coordinates[*axis]);
+            let at = axes
+                .iter()
+                .fold(0, |at, axis| at * shape[*axis] + coordinates[*axis]);
             out[at] = *x;
         }
         Ok(put(out))
     }
 
-    fn narrow(&self, x: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer> {
+    fn narrow(
+        &self,
+        x: &Buffer,
+        outer: usize,
+        len: usize,
+        inner: usize,
+        start: usize,
+        take: usize,
+    ) -> Result<Buffer> {
         let x = get(x)?;
         let mut out = vec![0.0; outer * take * inner];
         for o in 0..outer {
@@ -246,7 +330,15 @@ impl Backend for ReferenceBackend {
         Ok(put(out))
     }
 
-    fn narrow_grad(&self, dy: &Buffer, outer: usize, len: usize, inner: usize, start: usize, take: usize) -> Result<Buffer> {
+    fn narrow_grad(
+        &self,
+        dy: &Buffer,
+        outer: usize,
+        len: usize,
+        inner: usize,
+        start: usize,
+        take: usize,
+    ) -> Result<Buffer> {
         let dy = get(dy)?;
         let mut out = vec![0.0; outer * len * inner];
         for o in 0..outer {
@@ -271,7 +363,10 @@ impl Backend for ReferenceBackend {
 
     fn gather(&self, x: &Buffer, cols: usize, ids: &[u32]) -> Result<Buffer> {
         let x = get(x)?;
-        Ok(put(ids.iter().flat_map(|id| x[*id as usize * cols..][..cols].to_vec()).collect()))
+        Ok(put(ids
+            .iter()
+            .flat_map(|id| x[*id as usize * cols..][..cols].to_vec())
+            .collect()))
     }
 
     fn scatter_add(&self, dy: &Buffer, rows: usize, cols: usize, ids: &[u32]) -> Result<Buffer> {
@@ -285,7 +380,19 @@ impl Backend for ReferenceBackend {
         Ok(put(out))
     }
 
-    fn matmul(&self, a: &Buffer, b: &Buffer, batch: usize, m: usize, k: usize, n: usize, a_batched: bool, b_batched: bool, ta: bool, tb: bool) -> Result<Buffer> {
+    fn matmul(
+        &self,
+        a: &Buffer,
+        b: &Buffer,
+        batch: usize,
+        m: usize,
+        k: usize,
+        n: usize,
+        a_batched: bool,
+        b_batched: bool,
+        ta: bool,
+        tb: bool,
+    ) -> Result<Buffer> {
         let (a, b) = (get(a)?, get(b)?);
         let entry = |i: usize| {
             let a = &a[if a_batched { i * m * k } else { 0 }..][..m * k];
@@ -295,14 +402,35 @@ impl Backend for ReferenceBackend {
         Ok(put((0..batch).flat_map(entry).collect()))
     }
 
-    fn frozen_matmul(&self, x: &Buffer, m: usize, w: &FrozenWeight, transpose: bool) -> Result<Buffer> {
-        let (k, n) = if transpose { (w.cols(), w.rows()) } else { (w.rows(), w.cols()) };
-        Ok(put(product(get(x)?, &decoded(w), m, k, n, false, transpose)))
+    fn frozen_matmul(
+        &self,
+        x: &Buffer,
+        m: usize,
+        w: &FrozenWeight,
+        transpose: bool,
+    ) -> Result<Buffer> {
+        let (k, n) = if transpose {
+            (w.cols(), w.rows())
+        } else {
+            (w.rows(), w.cols())
+        };
+        Ok(put(product(
+            get(x)?,
+            &decoded(w),
+            m,
+            k,
+            n,
+            false,
+            transpose,
+        )))
     }
 
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer> {
         let (all, cols) = (decoded(w), w.cols());
-        Ok(put(ids.iter().flat_map(|id| all[*id as usize * cols..][..cols].to_vec()).collect()))
+        Ok(put(ids
+            .iter()
+            .flat_map(|id| all[*id as usize * cols..][..cols].to_vec())
+            .collect()))
     }
 
     fn frozen_dense(&self, w: &FrozenWeight) -> Result<Buffer> {
@@ -317,21 +445,70 @@ impl Backend for ReferenceBackend {
         Ok(put(layers::softmax_grad(get(y)?, get(dy)?, rows, cols)))
     }
 
-    fn rms_norm(&self, x: &Buffer, w: &Buffer, rows: usize, cols: usize, eps: f32) -> Result<Buffer> {
-        Ok(put(layers::norm(get(x)?, get(w)?, None, rows, cols, eps, false)))
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+    ) -> Result<Buffer> {
+        Ok(put(layers::norm(
+            get(x)?,
+            get(w)?,
+            None,
+            rows,
+            cols,
+            eps,
+            false,
+        )))
     }
 
-    fn rms_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, rows: usize, cols: usize, eps: f32, want_w: bool) -> Result<(Buffer, Option<Buffer>)> {
+    fn rms_norm_grad(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        dy: &Buffer,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+        want_w: bool,
+    ) -> Result<(Buffer, Option<Buffer>)> {
         let (dx, dw, _) = layers::norm_grad(get(x)?, get(w)?, get(dy)?, rows, cols, eps, false);
         Ok((put(dx), want_w.then(|| put(dw))))
     }
 
-    fn layer_norm(&self, x: &Buffer, w: &Buffer, b: Option<&Buffer>, rows: usize, cols: usize, eps: f32) -> Result<Buffer> {
+    fn layer_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        b: Option<&Buffer>,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+    ) -> Result<Buffer> {
         let b = b.map(get).transpose()?;
-        Ok(put(layers::norm(get(x)?, get(w)?, b, rows, cols, eps, true)))
+        Ok(put(layers::norm(
+            get(x)?,
+            get(w)?,
+            b,
+            rows,
+            cols,
+            eps,
+            true,
+        )))
     }
 
-    fn layer_norm_grad(&self, x: &Buffer, w: &Buffer, dy: &Buffer, rows: usize, cols: usize, eps: f32, want_wb: bool) -> Result<(Buffer, Option<(Buffer, Buffer)>)> {
+    fn layer_norm_grad(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        dy: &Buffer,
+        rows: usize,
+        cols: usize,
+        eps: f32,
+        want_wb: bool,
+    ) -> Result<(Buffer, Option<(Buffer, Buffer)>)> {
         let (dx, dw, db) = layers::norm_grad(get(x)?, get(w)?, get(dy)?, rows, cols, eps, true);
         Ok((put(dx), want_wb.then(|| (put(dw), put(db)))))
     }
@@ -340,17 +517,45 @@ impl Backend for ReferenceBackend {
         Ok(put(layers::rope(get(x)?, rope, inverse)))
     }
 
-    fn attention(&self, q: &Buffer, k: &Buffer, v: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer)> {
+    fn attention(
+        &self,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        b: usize,
+        s: usize,
+        t: usize,
+        spec: &Attention,
+    ) -> Result<(Buffer, Buffer)> {
         let (out, lse) = layers::attention(get(q)?, get(k)?, get(v)?, b, s, t, spec);
         Ok((put(out), put(lse)))
     }
 
-    fn attention_grad(&self, q: &Buffer, k: &Buffer, v: &Buffer, _out: &Buffer, _lse: &Buffer, dout: &Buffer, b: usize, s: usize, t: usize, spec: &Attention) -> Result<(Buffer, Buffer, Buffer)> {
-        let (dq, dk, dv) = layers::attention_grad(get(q)?, get(k)?, get(v)?, get(dout)?, b, s, t, spec);
+    fn attention_grad(
+        &self,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        _out: &Buffer,
+        _lse: &Buffer,
+        dout: &Buffer,
+        b: usize,
+        s: usize,
+        t: usize,
+        spec: &Attention,
+    ) -> Result<(Buffer, Buffer, Buffer)> {
+        let (dq, dk, dv) =
+            layers::attention_grad(get(q)?, get(k)?, get(v)?, get(dout)?, b, s, t, spec);
         Ok((put(dq), put(dk), put(dv)))
     }
 
-    fn cross_entropy(&self, x: &Buffer, targets: &[i64], rows: usize, cols: usize) -> Result<(Buffer, Buffer)> {
+    fn cross_entropy(
+        &self,
+        x: &Buffer,
+        targets: &[i64],
+        rows: usize,
+        cols: usize,
+    ) -> Result<(Buffer, Buffer)> {
         let (loss, dx) = layers::cross_entropy(get(x)?, targets, rows, cols);
         Ok((put(vec![loss]), put(dx)))
     }

@@ -8,7 +8,10 @@ use proptest::prelude::*;
 use crate::check::{Tolerance, assert_all_close, check, input};
 
 /// Sums over keys of products of rounded softmax weights.
-const TOLERANCE: Tolerance = Tolerance { forward: 5e-6, backward: 4e-5 };
+const TOLERANCE: Tolerance = Tolerance {
+    forward: 5e-6,
+    backward: 4e-5,
+};
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -21,33 +24,81 @@ struct Case {
 
 /// Cases with up to `queries` queries.
 fn cases(queries: usize) -> impl Strategy<Value = Case> {
-    let sizes = (1..4usize, 1..=queries, 0..20usize, 1..4usize, 1..4usize, 1..10usize);
-    let rules = (any::<bool>(), prop::option::of(1..30usize), 0..6usize, prop::option::of(1.0f32..20.0), prop::option::of(0..4u64));
-    (sizes, rules, 0..1000u64).prop_map(|((b, s, more, kv_heads, group, head_dim), (causal, window, prefix, softcap, holes), seed)| {
-        let t = s + more;
-        // 0 holes in four is a mask that hides nothing, 3 in four leaves some rows with no key at all.
-        let keys = holes.map(|holes| Arc::new((0..b * t).map(|i| RngKey::new(seed).below(i as u64, 4) >= holes).collect()));
-        let spec = Attention {
-            heads: kv_heads * group,
-            kv_heads,
-            head_dim,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            causal,
-            window,
-            prefix: prefix.min(t),
-            softcap,
-            mask: Mask { keys },
-        };
-        Case { b, s, t, spec, seed }
-    })
+    let sizes = (
+        1..4usize,
+        1..=queries,
+        0..20usize,
+        1..4usize,
+        1..4usize,
+        1..10usize,
+    );
+    let rules = (
+        any::<bool>(),
+        prop::option::of(1..30usize),
+        0..6usize,
+        prop::option::of(1.0f32..20.0),
+        prop::option::of(0..4u64),
+    );
+    (sizes, rules, 0..1000u64).prop_map(
+        |(
+            (b, s, more, kv_heads, group, head_dim),
+            (causal, window, prefix, softcap, holes),
+            seed,
+        )| {
+            let t = s + more;
+            // 0 holes in four is a mask that hides nothing, 3 in four leaves some rows with no key at all.
+            let keys = holes.map(|holes| {
+                Arc::new(
+                    (0..b * t)
+                        .map(|i| RngKey::new(seed).below(i as u64, 4) >= holes)
+                        .collect(),
+                )
+            });
+            let spec = Attention {
+                heads: kv_heads * group,
+                kv_heads,
+                head_dim,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                causal,
+                window,
+                prefix: prefix.min(t),
+                softcap,
+                mask: Mask { keys },
+            };
+            Case {
+                b,
+                s,
+                t,
+                spec,
+                seed,
+            }
+        },
+    )
 }
 
 fn compare(case: &Case, size: f32) {
     let spec = &case.spec;
-    let q = input(case.seed, -size, size, &[case.b, case.s, spec.heads * spec.head_dim]);
-    let k = input(case.seed + 1, -size, size, &[case.b, case.t, spec.kv_heads * spec.head_dim]);
-    let v = input(case.seed + 2, -size, size, &[case.b, case.t, spec.kv_heads * spec.head_dim]);
-    check(&[q, k, v], TOLERANCE, |x| x[0].attention(&x[1], &x[2], spec));
+    let q = input(
+        case.seed,
+        -size,
+        size,
+        &[case.b, case.s, spec.heads * spec.head_dim],
+    );
+    let k = input(
+        case.seed + 1,
+        -size,
+        size,
+        &[case.b, case.t, spec.kv_heads * spec.head_dim],
+    );
+    let v = input(
+        case.seed + 2,
+        -size,
+        size,
+        &[case.b, case.t, spec.kv_heads * spec.head_dim],
+    );
+    check(&[q, k, v], TOLERANCE, |x| {
+        x[0].attention(&x[1], &x[2], spec)
+    });
 }
 
 proptest! {
@@ -74,13 +125,29 @@ proptest! {
 }
 
 fn plain(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
-    Attention { heads, kv_heads, head_dim, scale: 0.125, causal: true, window: None, prefix: 0, softcap: None, mask: Mask::default() }
+    Attention {
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.125,
+        causal: true,
+        window: None,
+        prefix: 0,
+        softcap: None,
+        mask: Mask::default(),
+    }
 }
 
 #[test]
 fn many_tasks_share_a_key_head() {
     // 18 pairs of (batch entry, key head): the path where the heads of a group add to one gradient.
-    let case = Case { b: 6, s: 37, t: 41, spec: plain(6, 3, 16), seed: 8 };
+    let case = Case {
+        b: 6,
+        s: 37,
+        t: 41,
+        spec: plain(6, 3, 16),
+        seed: 8,
+    };
     compare(&case, 1.0);
 }
 
@@ -88,25 +155,62 @@ fn many_tasks_share_a_key_head() {
 fn window_behind_a_prefix_skips_keys_in_between() {
     let mut spec = plain(2, 1, 8);
     (spec.window, spec.prefix) = (Some(5), 3);
-    compare(&Case { b: 2, s: 120, t: 130, spec, seed: 3 }, 1.0);
+    compare(
+        &Case {
+            b: 2,
+            s: 120,
+            t: 130,
+            spec,
+            seed: 3,
+        },
+        1.0,
+    );
 }
 
 #[test]
 fn large_scores_do_not_overflow() {
     let mut spec = plain(2, 2, 8);
     spec.scale = 20.0;
-    let make = |seed, device: &Device| Tensor::normal(RngKey::new(seed), 0.0, 4.0, &[1, 33, 16], device).unwrap();
-    let run = |device: &Device| make(1, device).attention(&make(2, device), &make(3, device), &spec).unwrap().to_f64().unwrap();
-    assert_all_close("output", &run(&Device::cpu()), &run(&Device::reference()), 2e-3);
+    let make = |seed, device: &Device| {
+        Tensor::normal(RngKey::new(seed), 0.0, 4.0, &[1, 33, 16], device).unwrap()
+    };
+    let run = |device: &Device| {
+        make(1, device)
+            .attention(&make(2, device), &make(3, device), &spec)
+            .unwrap()
+            .to_f64()
+            .unwrap()
+    };
+    assert_all_close(
+        "output",
+        &run(&Device::cpu()),
+        &run(&Device::reference()),
+        2e-3,
+    );
 }
 
 #[test]
 fn a_cached_step_equals_the_last_row() {
     // What generation relies on: one query against all keys is the last row of the full product.
     let spec = plain(4, 2, 16);
-    let make = |seed, width| Tensor::normal(RngKey::new(seed), 0.0, 1.0, &[2, 50, width], &Device::cpu()).unwrap();
+    let make = |seed, width| {
+        Tensor::normal(RngKey::new(seed), 0.0, 1.0, &[2, 50, width], &Device::cpu()).unwrap()
+    };
     let (q, k, v) = (make(1, 64), make(2, 32), make(3, 32));
-    let full = q.attention(&k, &v, &spec).unwrap().narrow(1, 49, 1).unwrap();
-    let step = q.narrow(1, 49, 1).unwrap().attention(&k, &v, &spec).unwrap();
-    assert_all_close("step", &step.to_f64().unwrap(), &full.to_f64().unwrap(), 2e-6);
+    let full = q
+        .attention(&k, &v, &spec)
+        .unwrap()
+        .narrow(1, 49, 1)
+        .unwrap();
+    let step = q
+        .narrow(1, 49, 1)
+        .unwrap()
+        .attention(&k, &v, &spec)
+        .unwrap();
+    assert_all_close(
+        "step",
+        &step.to_f64().unwrap(),
+        &full.to_f64().unwrap(),
+        2e-6,
+    );
 }

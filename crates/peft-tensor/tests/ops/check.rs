@@ -13,7 +13,10 @@ pub(crate) struct Input {
 pub(crate) fn input(seed: u64, lo: f32, hi: f32, shape: &[usize]) -> Input {
     let mut values = vec![0.0; shape.iter().product()];
     RngKey::new(seed).fill_uniform(lo, hi, &mut values);
-    Input { values: values.into_iter().map(f64::from).collect(), shape: shape.to_vec() }
+    Input {
+        values: values.into_iter().map(f64::from).collect(),
+        shape: shape.to_vec(),
+    }
 }
 
 /// Random values in `[-2, 2)`, none closer to 0 than 0.01, so that kinks there are out of a difference's reach.
@@ -37,7 +40,10 @@ pub(crate) struct Tolerance {
 }
 
 /// What f32 rounding in a few dozen terms of size one amounts to.
-pub(crate) const TIGHT: Tolerance = Tolerance { forward: 2e-6, backward: 6e-6 };
+pub(crate) const TIGHT: Tolerance = Tolerance {
+    forward: 2e-6,
+    backward: 6e-6,
+};
 
 /// Differences in f64 with step 1e-5 are good to about 1e-9; some curvature is left in functions like 1 / x.
 const DIFFERENCE: f64 = 2e-6;
@@ -46,18 +52,27 @@ const DIFFERENCE: f64 = 2e-6;
 const PROBES: usize = 10;
 
 pub(crate) fn close(got: f64, want: f64, tolerance: f64) -> bool {
-    (got - want).abs() <= tolerance * (1.0 + want.abs()) || (got.is_nan() && want.is_nan()) || got == want
+    (got - want).abs() <= tolerance * (1.0 + want.abs())
+        || (got.is_nan() && want.is_nan())
+        || got == want
 }
 
 pub(crate) fn assert_all_close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{what}");
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!(close(*g, *w, tolerance), "{what}[{i}]: got {g}, want {w} (tolerance {tolerance})");
+        assert!(
+            close(*g, *w, tolerance),
+            "{what}[{i}]: got {g}, want {w} (tolerance {tolerance})"
+        );
     }
 }
 
 fn leaves(inputs: &[Input], device: &Device) -> Vec<Tensor> {
-    let leaf = |x: &Input| Tensor::from_f64(x.values.clone(), &x.shape, device).unwrap().leaf();
+    let leaf = |x: &Input| {
+        Tensor::from_f64(x.values.clone(), &x.shape, device)
+            .unwrap()
+            .leaf()
+    };
     inputs.iter().map(leaf).collect()
 }
 
@@ -69,7 +84,11 @@ fn loss(y: &Tensor) -> Tensor {
 }
 
 /// Values and gradients of `f` on a device.
-fn run(inputs: &[Input], device: &Device, f: &impl Fn(&[Tensor]) -> Result<Tensor>) -> (Vec<f64>, Vec<Vec<f64>>) {
+fn run(
+    inputs: &[Input],
+    device: &Device,
+    f: &impl Fn(&[Tensor]) -> Result<Tensor>,
+) -> (Vec<f64>, Vec<Vec<f64>>) {
     let leaves = leaves(inputs, device);
     let y = f(&leaves).unwrap();
     let values = y.to_f64().unwrap();
@@ -77,19 +96,32 @@ fn run(inputs: &[Input], device: &Device, f: &impl Fn(&[Tensor]) -> Result<Tenso
         return (values, vec![]);
     }
     let grads = loss(&y).backward().unwrap();
-    let grad = |leaf: &Tensor| grads.get(leaf).map_or_else(|| vec![0.0; leaf.numel()], |g| g.to_f64().unwrap());
+    let grad = |leaf: &Tensor| {
+        grads
+            .get(leaf)
+            .map_or_else(|| vec![0.0; leaf.numel()], |g| g.to_f64().unwrap())
+    };
     (values, leaves.iter().map(grad).collect())
 }
 
 /// Values of the processor against the reference's, its gradients against the reference's, and those against
 /// central differences of the reference's values at some coordinates.
-pub(crate) fn check(inputs: &[Input], tolerance: Tolerance, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+pub(crate) fn check(
+    inputs: &[Input],
+    tolerance: Tolerance,
+    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
     let (want, want_grads) = run(inputs, &Device::reference(), &f);
     let (got, got_grads) = run(inputs, &Device::cpu(), &f);
     assert_all_close("values", &got, &want, tolerance.forward);
     assert_eq!(got_grads.len(), want_grads.len());
     for (i, (got, want)) in got_grads.iter().zip(&want_grads).enumerate() {
-        assert_all_close(&format!("gradient of input {i}"), got, want, tolerance.backward);
+        assert_all_close(
+            &format!("gradient of input {i}"),
+            got,
+            want,
+            tolerance.backward,
+        );
         probe(inputs, i, want, &f);
     }
 }
@@ -97,9 +129,17 @@ pub(crate) fn check(inputs: &[Input], tolerance: Tolerance, f: impl Fn(&[Tensor]
 fn probe(inputs: &[Input], which: usize, grads: &[f64], f: &impl Fn(&[Tensor]) -> Result<Tensor>) {
     let device = Device::reference();
     let n = grads.len();
-    let at = |inputs: &[Input]| loss(&f(&leaves(inputs, &device)).unwrap()).to_f64().unwrap()[0];
+    let at = |inputs: &[Input]| {
+        loss(&f(&leaves(inputs, &device)).unwrap())
+            .to_f64()
+            .unwrap()[0]
+    };
     for p in 0..PROBES.min(n) {
-        let i = if n <= PROBES { p } else { RngKey::new(77).below(p as u64, n as u64) as usize };
+        let i = if n <= PROBES {
+            p
+        } else {
+            RngKey::new(77).below(p as u64, n as u64) as usize
+        };
         let step = 1e-5;
         let mut moved = inputs.to_vec();
         let mut side = |by: f64| {
@@ -107,6 +147,10 @@ fn probe(inputs: &[Input], which: usize, grads: &[f64], f: &impl Fn(&[Tensor]) -
             at(&moved)
         };
         let difference = (side(step) - side(-step)) / (2.0 * step);
-        assert!(close(grads[i], difference, DIFFERENCE), "input {which}[{i}]: gradient {}, difference {difference}", grads[i]);
+        assert!(
+            close(grads[i], difference, DIFFERENCE),
+            "input {which}[{i}]: gradient {}, difference {difference}",
+            grads[i]
+        );
     }
 }

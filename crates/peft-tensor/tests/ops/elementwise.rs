@@ -14,7 +14,11 @@ pub(crate) fn shapes() -> impl Strategy<Value = Vec<usize>> {
 fn pairs() -> impl Strategy<Value = (Vec<usize>, Vec<usize>)> {
     (shapes(), any::<[u8; 4]>(), 0..3usize, any::<bool>()).prop_map(|(shape, cut, drop, side)| {
         let kept = |which: u8| -> Vec<usize> {
-            shape.iter().zip(cut).map(|(n, c)| if c % 4 == which { 1 } else { *n }).collect()
+            shape
+                .iter()
+                .zip(cut)
+                .map(|(n, c)| if c % 4 == which { 1 } else { *n })
+                .collect()
         };
         let (a, b) = (kept(1), kept(2));
         let short = |x: Vec<usize>| x[drop.min(x.len())..].to_vec();
@@ -78,18 +82,49 @@ fn every_unary_far_out() {
     // 100k elements: several chunks, so that offsets between them are used.
     for op in Unary::ALL {
         let (lo, hi) = domain(op);
-        let x = if lo < 0.0 { around_zero(5, &[101, 997]) } else { input(5, lo, hi, &[101, 997]) };
-        check(&[x], Tolerance { forward: 2e-6, backward: 2e-5 }, |x| x[0].unary(op));
+        let x = if lo < 0.0 {
+            around_zero(5, &[101, 997])
+        } else {
+            input(5, lo, hi, &[101, 997])
+        };
+        check(
+            &[x],
+            Tolerance {
+                forward: 2e-6,
+                backward: 2e-5,
+            },
+            |x| x[0].unary(op),
+        );
     }
 }
 
 #[test]
 fn large_broadcasts() {
-    for (a, b) in [(vec![40, 1000], vec![1000]), (vec![40, 1000], vec![40, 1]), (vec![9, 1, 700], vec![11, 1]), (vec![], vec![50_000])] {
+    for (a, b) in [
+        (vec![40, 1000], vec![1000]),
+        (vec![40, 1000], vec![40, 1]),
+        (vec![9, 1, 700], vec![11, 1]),
+        (vec![], vec![50_000]),
+    ] {
         let inputs = [around_zero(1, &a), input(2, 0.5, 2.0, &b)];
         // Sums of thousands of terms in the gradients of the smaller side.
-        check(&inputs, Tolerance { forward: 1e-6, backward: 5e-5 }, |x| x[0].mul(&x[1])?.div(&x[1].square()?));
+        check(
+            &inputs,
+            Tolerance {
+                forward: 1e-6,
+                backward: 5e-5,
+            },
+            |x| x[0].mul(&x[1])?.div(&x[1].square()?),
+        );
     }
+}
+
+#[test]
+fn dropout_over_many_chunks() {
+    // Enough elements that a threshold off by a thousandth drops or keeps some it should not.
+    check(&[input(1, -2.0, 2.0, &[101, 997])], TIGHT, |x| {
+        x[0].dropout(0.3, RngKey::new(11))
+    });
 }
 
 #[test]
@@ -103,17 +138,34 @@ fn dropout_keeps_the_promised_share() {
 
 #[test]
 fn infinities_and_nan() {
-    let values = vec![f32::NEG_INFINITY, -200.0, 0.0, 200.0, f32::INFINITY, f32::NAN];
+    let values = vec![
+        f32::NEG_INFINITY,
+        -200.0,
+        0.0,
+        200.0,
+        f32::INFINITY,
+        f32::NAN,
+    ];
     let x = Tensor::from_vec(values, &[6], &Device::cpu()).unwrap();
     for op in Unary::ALL {
         let got = x.unary(op).unwrap().to_f64().unwrap();
-        let want = x.to_device(&Device::reference()).unwrap().unary(op).unwrap().to_f64().unwrap();
+        let want = x
+            .to_device(&Device::reference())
+            .unwrap()
+            .unary(op)
+            .unwrap()
+            .to_f64()
+            .unwrap();
         for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-            let gelu_of_minus_infinity = i == 0 && matches!(op, Unary::Silu | Unary::Gelu | Unary::GeluTanh);
+            let gelu_of_minus_infinity =
+                i == 0 && matches!(op, Unary::Silu | Unary::Gelu | Unary::GeluTanh);
             let overflow = w.abs() > f64::from(f32::MAX) && g.is_infinite();
             // The library calls give a reference value a last digit of their own.
             let same = (g.is_nan() && w.is_nan()) || g == w || (g - w).abs() < 1e-6 || overflow;
-            assert!(same || gelu_of_minus_infinity || (op == Unary::Relu && i == 5), "{op:?} [{i}]: {g} and {w}");
+            assert!(
+                same || gelu_of_minus_infinity || (op == Unary::Relu && i == 5),
+                "{op:?} [{i}]: {g} and {w}"
+            );
         }
     }
 }

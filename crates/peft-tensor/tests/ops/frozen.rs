@@ -27,7 +27,9 @@ pub(crate) fn weight(format: WeightFormat, rows: usize, cols: usize, seed: u64) 
         }
         for block in bytes.chunks_mut(format.block_bytes()) {
             // 2^-12 in f16: scales multiply by up to 63 * 31.
-            scale_offsets(format).iter().for_each(|at| block[*at..*at + 2].copy_from_slice(&0x0c00u16.to_le_bytes()));
+            scale_offsets(format)
+                .iter()
+                .for_each(|at| block[*at..*at + 2].copy_from_slice(&0x0c00u16.to_le_bytes()));
         }
         bytes
     });
@@ -36,19 +38,34 @@ pub(crate) fn weight(format: WeightFormat, rows: usize, cols: usize, seed: u64) 
 
 fn compare(format: WeightFormat, rows: usize, cols: usize, m: usize, seed: u64) {
     let w = weight(format, rows, cols, seed);
-    let tolerance = Tolerance { forward: 1e-6 * (cols as f64).sqrt(), backward: 1e-6 * (rows as f64).sqrt().max(4.0) };
+    let tolerance = Tolerance {
+        forward: 1e-6 * (cols as f64).sqrt(),
+        backward: 1e-6 * (rows as f64).sqrt().max(4.0),
+    };
     check(&[input(seed, -1.0, 1.0, &[m, cols])], tolerance, |x| {
         BaseWeight::frozen(w.clone(), false, x[0].device()).linear(&x[0])
     });
     // Stored [in, out]: the same two products with their roles exchanged.
-    let tolerance = Tolerance { forward: tolerance.backward, backward: tolerance.forward };
+    let tolerance = Tolerance {
+        forward: tolerance.backward,
+        backward: tolerance.forward,
+    };
     check(&[input(seed, -1.0, 1.0, &[m, rows])], tolerance, |x| {
         BaseWeight::frozen(w.clone(), true, x[0].device()).linear(&x[0])
     });
-    let ids: Vec<u32> = (0..m as u64).map(|i| RngKey::new(seed).below(i, rows as u64) as u32).collect();
-    let exact = Tolerance { forward: 0.0, backward: 0.0 };
-    check(&[input(seed, -1.0, 1.0, &[1])], exact, |x| BaseWeight::frozen(w.clone(), false, x[0].device()).gather(&ids));
-    check(&[input(seed, -1.0, 1.0, &[1])], exact, |x| BaseWeight::frozen(w.clone(), false, x[0].device()).to_dense());
+    let ids: Vec<u32> = (0..m as u64)
+        .map(|i| RngKey::new(seed).below(i, rows as u64) as u32)
+        .collect();
+    let exact = Tolerance {
+        forward: 0.0,
+        backward: 0.0,
+    };
+    check(&[input(seed, -1.0, 1.0, &[1])], exact, |x| {
+        BaseWeight::frozen(w.clone(), false, x[0].device()).gather(&ids)
+    });
+    check(&[input(seed, -1.0, 1.0, &[1])], exact, |x| {
+        BaseWeight::frozen(w.clone(), false, x[0].device()).to_dense()
+    });
 }
 
 proptest! {

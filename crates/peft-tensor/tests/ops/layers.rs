@@ -14,9 +14,20 @@ fn sizes() -> impl Strategy<Value = (usize, usize)> {
 
 fn rope_tables(heads: usize, head_dim: usize, half: usize, positions: Vec<u32>) -> Arc<Rope> {
     let rows = positions.iter().max().map_or(0, |p| *p as usize + 1);
-    let angle = |i: usize| ((i / half.max(1)) as f32) * 10_000f32.powf(-((i % half.max(1)) as f32) / half.max(1) as f32);
-    let table = |f: fn(f32) -> f32| Arc::new((0..rows * half).map(|i| f(angle(i))).collect::<Vec<_>>());
-    Arc::new(Rope { heads, head_dim, half, cos: table(f32::cos), sin: table(f32::sin), positions: Arc::new(positions) })
+    let angle = |i: usize| {
+        ((i / half.max(1)) as f32)
+            * 10_000f32.powf(-((i % half.max(1)) as f32) / half.max(1) as f32)
+    };
+    let table =
+        |f: fn(f32) -> f32| Arc::new((0..rows * half).map(|i| f(angle(i))).collect::<Vec<_>>());
+    Arc::new(Rope {
+        heads,
+        head_dim,
+        half,
+        cos: table(f32::cos),
+        sin: table(f32::sin),
+        positions: Arc::new(positions),
+    })
 }
 
 proptest! {
@@ -66,11 +77,20 @@ proptest! {
 
 #[test]
 fn cross_entropy_of_extremes() {
-    let x = Tensor::from_vec(vec![1e4, -1e4, 0.0, -1e4, -1e4, 1e4], &[2, 3], &Device::cpu()).unwrap().leaf();
+    let x = Tensor::from_vec(
+        vec![1e4, -1e4, 0.0, -1e4, -1e4, 1e4],
+        &[2, 3],
+        &Device::cpu(),
+    )
+    .unwrap()
+    .leaf();
     let loss = x.cross_entropy(&[0, 0]).unwrap();
     assert_eq!(loss.item().unwrap(), 2e4);
     let grads = loss.backward().unwrap();
-    assert_eq!(grads.get(&x).unwrap().to_vec().unwrap(), [0.0, 0.0, 0.0, -1.0, 0.0, 1.0]);
+    assert_eq!(
+        grads.get(&x).unwrap().to_vec().unwrap(),
+        [0.0, 0.0, 0.0, -1.0, 0.0, 1.0]
+    );
     assert_eq!(x.cross_entropy(&[IGNORE, -1]).unwrap().item().unwrap(), 0.0);
 }
 
@@ -78,22 +98,45 @@ fn cross_entropy_of_extremes() {
 fn layer_norm_of_a_far_away_row() {
     // One-pass variance would be all cancellation here.
     let values: Vec<f64> = (0..256).map(|i| 4096.0 + f64::from(i % 7)).collect();
-    let x = Input { values, shape: vec![1, 256] };
+    let x = Input {
+        values,
+        shape: vec![1, 256],
+    };
     let run = |device: &Device| {
         let x = Tensor::from_f64(x.values.clone(), &x.shape, device).unwrap();
         let w = Tensor::full(1.0, &[256], device).unwrap();
         x.layer_norm(&w, None, 1e-5).unwrap().to_f64().unwrap()
     };
-    assert_all_close("layer_norm", &run(&Device::cpu()), &run(&Device::reference()), 1e-3);
+    assert_all_close(
+        "layer_norm",
+        &run(&Device::cpu()),
+        &run(&Device::reference()),
+        1e-3,
+    );
 }
 
 #[test]
 fn rope_turns_back() {
     let tables = rope_tables(3, 10, 4, (0..50).collect());
-    let x = Tensor::normal(RngKey::new(1), 0.0, 1.0, &[50, 30], &Device::cpu()).unwrap().leaf();
+    let x = Tensor::normal(RngKey::new(1), 0.0, 1.0, &[50, 30], &Device::cpu())
+        .unwrap()
+        .leaf();
     let y = x.rope(&tables).unwrap();
     // The gradient of half the squared length is y turned back, which is x.
-    let grads = y.square().unwrap().sum_all().unwrap().scale(0.5).unwrap().backward().unwrap();
-    assert_all_close("turned back", &grads.get(&x).unwrap().to_f64().unwrap(), &x.to_f64().unwrap(), 1e-6);
+    let grads = y
+        .square()
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .scale(0.5)
+        .unwrap()
+        .backward()
+        .unwrap();
+    assert_all_close(
+        "turned back",
+        &grads.get(&x).unwrap().to_f64().unwrap(),
+        &x.to_f64().unwrap(),
+        1e-6,
+    );
     assert_ne!(y.to_vec().unwrap(), x.to_vec().unwrap());
 }

@@ -9,7 +9,10 @@ use crate::check::{Tolerance, check, input};
 /// random: k * 1.2e-8 in the mean, of which six times is allowed.
 fn tolerance(k: usize) -> Tolerance {
     let t = 7e-8 * (k as f64).max(25.0);
-    Tolerance { forward: t, backward: 4.0 * t }
+    Tolerance {
+        forward: t,
+        backward: 4.0 * t,
+    }
 }
 
 fn product(which: usize) -> impl Fn(&[Tensor]) -> Result<Tensor> {
@@ -22,7 +25,10 @@ fn product(which: usize) -> impl Fn(&[Tensor]) -> Result<Tensor> {
 
 /// The stored shapes of both sides.
 fn sides(which: usize, m: usize, k: usize, n: usize) -> ([usize; 2], [usize; 2]) {
-    (if which == 2 { [k, m] } else { [m, k] }, if which == 1 { [n, k] } else { [k, n] })
+    (
+        if which == 2 { [k, m] } else { [m, k] },
+        if which == 1 { [n, k] } else { [k, n] },
+    )
 }
 
 proptest! {
@@ -43,13 +49,28 @@ proptest! {
 fn large() {
     // Threads, packed panels, and the paths for few rows, with sizes that fill no tile.
     for which in 0..3 {
-        for (m, k, n) in [(67, 301, 129), (1, 300, 701), (3, 517, 611), (130, 65, 8), (8, 700, 131), (4, 2100, 33), (5, 64, 2000)] {
+        for (m, k, n) in [
+            (67, 301, 129),
+            (1, 300, 701),
+            (3, 517, 611),
+            (130, 65, 8),
+            (8, 700, 131),
+            (4, 2100, 33),
+            (5, 64, 2000),
+        ] {
             let (a, b) = sides(which, m, k, n);
-            check(&[input(1, -1.0, 1.0, &a), input(2, -1.0, 1.0, &b)], tolerance(k.max(m).max(n)), product(which));
+            check(
+                &[input(1, -1.0, 1.0, &a), input(2, -1.0, 1.0, &b)],
+                tolerance(k.max(m).max(n)),
+                product(which),
+            );
         }
         for batch in [3, 12] {
             let (a, b) = sides(which, 33, 70, 65);
-            let inputs = [input(1, -1.0, 1.0, &[batch, a[0], a[1]]), input(2, -1.0, 1.0, &[batch, b[0], b[1]])];
+            let inputs = [
+                input(1, -1.0, 1.0, &[batch, a[0], a[1]]),
+                input(2, -1.0, 1.0, &[batch, b[0], b[1]]),
+            ];
             check(&inputs, tolerance(70), product(which));
         }
     }

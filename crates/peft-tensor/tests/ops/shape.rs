@@ -58,18 +58,59 @@ proptest! {
 #[test]
 fn large_shapes() {
     // Enough for several chunks, partial sums over more than one level, and transposes larger than a tile.
-    let sums: [(&[usize], &[usize]); 5] =
-        [(&[700, 100], &[1, 100]), (&[100, 700], &[100, 1]), (&[1, 90_000], &[1, 1]), (&[40_000, 2], &[1, 2]), (&[30, 40, 50], &[30, 1, 50])];
+    let sums: [(&[usize], &[usize]); 5] = [
+        (&[700, 100], &[1, 100]),
+        (&[100, 700], &[100, 1]),
+        (&[1, 90_000], &[1, 1]),
+        (&[40_000, 2], &[1, 2]),
+        (&[30, 40, 50], &[30, 1, 50]),
+    ];
     for (shape, to) in sums {
-        check(&[input(1, -1.0, 1.0, shape)], Tolerance { forward: 2e-5, ..TIGHT }, |x| x[0].sum_to(to));
+        check(
+            &[input(1, -1.0, 1.0, shape)],
+            Tolerance {
+                forward: 2e-5,
+                ..TIGHT
+            },
+            |x| x[0].sum_to(to),
+        );
     }
-    for (shape, axes) in [(vec![333, 257], vec![1, 0]), (vec![5, 97, 130], vec![2, 0, 1]), (vec![3, 50, 6, 40], vec![0, 2, 1, 3])] {
-        check(&[input(2, -1.0, 1.0, &shape)], TIGHT, |x| x[0].permute(&axes));
+    for (shape, axes) in [
+        (vec![333, 257], vec![1, 0]),
+        (vec![5, 97, 130], vec![2, 0, 1]),
+        (vec![3, 50, 6, 40], vec![0, 2, 1, 3]),
+    ] {
+        check(&[input(2, -1.0, 1.0, &shape)], TIGHT, |x| {
+            x[0].permute(&axes)
+        });
     }
-    let ids: Vec<u32> = (0..3000).map(|i| RngKey::new(4).below(i, 300) as u32).collect();
-    check(&[input(3, -1.0, 1.0, &[300, 64])], Tolerance { backward: 2e-5, ..TIGHT }, |x| x[0].gather_rows(&ids));
-    check(&[input(3, -1.0, 1.0, &[3000, 64])], Tolerance { forward: 2e-5, ..TIGHT }, |x| x[0].scatter_rows(&ids, 301));
-    check(&[input(3, -1.0, 1.0, &[200, 7, 60]), input(4, -1.0, 1.0, &[200, 3, 60])], TIGHT, |x| concat(&[&x[0], &x[1]], 1)?.narrow(1, 2, 6));
+    let ids: Vec<u32> = (0..3000)
+        .map(|i| RngKey::new(4).below(i, 300) as u32)
+        .collect();
+    check(
+        &[input(3, -1.0, 1.0, &[300, 64])],
+        Tolerance {
+            backward: 2e-5,
+            ..TIGHT
+        },
+        |x| x[0].gather_rows(&ids),
+    );
+    check(
+        &[input(3, -1.0, 1.0, &[3000, 64])],
+        Tolerance {
+            forward: 2e-5,
+            ..TIGHT
+        },
+        |x| x[0].scatter_rows(&ids, 301),
+    );
+    check(
+        &[
+            input(3, -1.0, 1.0, &[200, 7, 60]),
+            input(4, -1.0, 1.0, &[200, 3, 60]),
+        ],
+        TIGHT,
+        |x| concat(&[&x[0], &x[1]], 1)?.narrow(1, 2, 6),
+    );
 }
 
 #[test]
@@ -79,7 +120,11 @@ fn sums_stay_exact_over_many_terms() {
     for shape in [[1, 1], [1, 1000], [1000, 1]] {
         let sums = x.sum_to(&shape).unwrap().to_f64().unwrap();
         let want = f64::from(0.1f32) * 1e6 / sums.len() as f64;
-        assert!(sums.iter().all(|s| (s / want - 1.0).abs() < 3e-6), "{shape:?}: {} for {want}", sums[0]);
+        assert!(
+            sums.iter().all(|s| (s / want - 1.0).abs() < 3e-6),
+            "{shape:?}: {} for {want}",
+            sums[0]
+        );
     }
 }
 

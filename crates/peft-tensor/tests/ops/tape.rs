@@ -4,7 +4,11 @@ use peft_tensor::{Device, RngKey, Tensor, checkpoint, eager};
 
 /// A block with dropout, a norm, parameters that it captures, and an input used twice.
 fn block(x: &Tensor, w: &Tensor, g: &Tensor) -> peft_tensor::Result<Tensor> {
-    let h = x.rms_norm(g, 1e-5)?.matmul_t(w)?.silu()?.dropout(0.3, RngKey::new(9))?;
+    let h = x
+        .rms_norm(g, 1e-5)?
+        .matmul_t(w)?
+        .silu()?
+        .dropout(0.3, RngKey::new(9))?;
     h.matmul(w)?.add(x)
 }
 
@@ -15,14 +19,25 @@ struct Net {
 }
 
 fn net(device: &Device) -> Net {
-    let normal = |seed, shape: &[usize]| Tensor::normal(RngKey::new(seed), 0.0, 0.5, shape, device).unwrap().leaf();
-    Net { x: normal(1, &[3, 7, 24]), w: [normal(2, &[40, 24]), normal(3, &[40, 24])], g: [normal(4, &[24]), normal(5, &[24])] }
+    let normal = |seed, shape: &[usize]| {
+        Tensor::normal(RngKey::new(seed), 0.0, 0.5, shape, device)
+            .unwrap()
+            .leaf()
+    };
+    Net {
+        x: normal(1, &[3, 7, 24]),
+        w: [normal(2, &[40, 24]), normal(3, &[40, 24])],
+        g: [normal(4, &[24]), normal(5, &[24])],
+    }
 }
 
 fn grads(net: &Net, loss: Tensor) -> Vec<Vec<f32>> {
     let grads = loss.backward().unwrap();
     let leaves = [&net.x, &net.w[0], &net.w[1], &net.g[0], &net.g[1]];
-    leaves.iter().map(|leaf| grads.get(leaf).unwrap().to_vec().unwrap()).collect()
+    leaves
+        .iter()
+        .map(|leaf| grads.get(leaf).unwrap().to_vec().unwrap())
+        .collect()
 }
 
 fn run(net: &Net, checkpointed: bool) -> Vec<Vec<f32>> {
@@ -52,8 +67,16 @@ fn checkpoint_gives_the_same_bits() {
 fn eager_gives_the_same_gradients() {
     let net = net(&Device::cpu());
     let head = |h: &[Tensor]| h[0].flatten_rows()?.cross_entropy(&[5; 21]);
-    let h = block(&block(&net.x, &net.w[0], &net.g[0]).unwrap(), &net.w[1], &net.g[1]).unwrap();
-    let plain = grads(&net, head(std::slice::from_ref(&h)).unwrap().scale(0.7).unwrap());
+    let h = block(
+        &block(&net.x, &net.w[0], &net.g[0]).unwrap(),
+        &net.w[1],
+        &net.g[1],
+    )
+    .unwrap();
+    let plain = grads(
+        &net,
+        head(std::slice::from_ref(&h)).unwrap().scale(0.7).unwrap(),
+    );
     let early = grads(&net, eager(&[&h], head).unwrap().scale(0.7).unwrap());
     for (a, b) in plain.iter().zip(&early) {
         for (a, b) in a.iter().zip(b) {

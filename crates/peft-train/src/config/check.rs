@@ -2,7 +2,7 @@
 
 use peft_core::{Error, Result};
 
-use super::{ModelInit, TrainConfig};
+use super::TrainConfig;
 
 impl TrainConfig {
     /// Checks values that have the right type.
@@ -17,9 +17,6 @@ impl TrainConfig {
         self.init_from()?;
         if self.model.num_labels == Some(0) {
             return Err(Error::config("model.num_labels", "has to be at least 1"));
-        }
-        if self.model.init == ModelInit::Random && self.init_from()?.is_some() {
-            return Err(Error::config("adapter.init_from", "an adapter does not fit weights drawn anew (`model.init`)"));
         }
         self.check_data()?;
         self.check_train()

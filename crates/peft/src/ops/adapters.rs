@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use peft_core::serde_json::Value;
 use peft_core::{Device, Error, Network, Result, Tensor};
 use peft_io::{AdapterFiles, NamedTensors};
-use peft_core::serde_json::Value;
 
 /// An adapter by path or hub id.
 ///
@@ -42,9 +42,21 @@ pub fn named_tensors(tensors: &peft_core::Tensors) -> Result<NamedTensors> {
 ///
 /// # Errors
 /// If there is no such adapter, `folder` holds one and `overwrite` is false, or a file cannot be written.
-pub fn write_adapter(network: &Network, name: &str, base: &str, folder: &Path, overwrite: bool) -> Result<PathBuf> {
-    if !overwrite && (folder.join(peft_io::ADAPTER_CONFIG).exists() || folder.join(peft_io::ADAPTER_WEIGHTS).exists()) {
-        return Err(Error::file(folder, "the folder already holds an adapter; choose another folder or allow overwriting"));
+pub fn write_adapter(
+    network: &Network,
+    name: &str,
+    base: &str,
+    folder: &Path,
+    overwrite: bool,
+) -> Result<PathBuf> {
+    if !overwrite
+        && (folder.join(peft_io::ADAPTER_CONFIG).exists()
+            || folder.join(peft_io::ADAPTER_WEIGHTS).exists())
+    {
+        return Err(Error::file(
+            folder,
+            "the folder already holds an adapter; choose another folder or allow overwriting",
+        ));
     }
     let (mut config, tensors) = network.export(name)?;
     if let Some(fields) = config.as_object_mut() {

@@ -10,7 +10,11 @@ use peft_core::{Network, Result};
 pub fn count_parameters(network: &mut Network, config: &Value) -> Result<usize> {
     const NAME: &str = "(counted)";
     network.attach(NAME, config, 0)?;
-    let count = network.adapter_parameters(NAME)?.iter().map(peft_core::Param::numel).sum();
+    let count = network
+        .adapter_parameters(NAME)?
+        .iter()
+        .map(peft_core::Param::numel)
+        .sum();
     network.delete(NAME)?;
     Ok(count)
 }

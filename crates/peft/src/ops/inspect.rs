@@ -58,23 +58,35 @@ pub fn inspect(subject: &Subject) -> Inspection {
     let mut owner: HashMap<&str, &str> = HashMap::new();
     let mut modules = Vec::new();
     for (id, info) in tree.iter().filter(|(_, m)| m.kind != ModuleKind::Container) {
-        let shares = info.weight.as_deref().and_then(|name| match owner.get(name) {
-            Some(path) => Some((*path).to_owned()),
-            None => {
-                owner.insert(name, &info.path);
-                None
-            }
-        });
-        let stored = info.weight.as_ref().and_then(|name| subject.stored_name(name));
+        let shares = info
+            .weight
+            .as_deref()
+            .and_then(|name| match owner.get(name) {
+                Some(path) => Some((*path).to_owned()),
+                None => {
+                    owner.insert(name, &info.path);
+                    None
+                }
+            });
+        let stored = info
+            .weight
+            .as_ref()
+            .and_then(|name| subject.stored_name(name));
         let meta = stored.and_then(|name| subject.checkpoint.meta(&name));
-        let loaded = info.weight.as_ref().and_then(|name| network.base().weight(name));
+        let loaded = info
+            .weight
+            .as_ref()
+            .and_then(|name| network.base().weight(name));
         modules.push(ModuleRow {
             path: info.path.clone(),
             kind: info.kind,
             shape: info.weight.as_ref().map(|_| info.weight_shape()),
             format: info.weight.as_ref().map(|_| match (meta, loaded) {
                 (Some(meta), _) => meta.format.to_string(),
-                (None, Some(weight)) => weight.as_frozen().map_or("F32", |w| w.format().name()).to_owned(),
+                (None, Some(weight)) => weight
+                    .as_frozen()
+                    .map_or("F32", |w| w.format().name())
+                    .to_owned(),
                 (None, None) => "?".to_owned(),
             }),
             shares,
@@ -82,15 +94,27 @@ pub fn inspect(subject: &Subject) -> Inspection {
             trainable: by_module.get(info.path.as_str()).copied().unwrap_or(0),
         });
     }
-    let params: Vec<_> = network.adapters().iter().filter_map(|name| network.adapter_parameters(name).ok()).flatten().collect();
+    let params: Vec<_> = network
+        .adapters()
+        .iter()
+        .filter_map(|name| network.adapter_parameters(name).ok())
+        .flatten()
+        .collect();
     let trainable: usize = params.iter().map(peft_core::Param::numel).sum();
-    let saved: usize = params.iter().filter(|p| p.is_saved()).map(peft_core::Param::numel).sum();
+    let saved: usize = params
+        .iter()
+        .filter(|p| p.is_saved())
+        .map(peft_core::Param::numel)
+        .sum();
     let metas = subject.checkpoint.metas().values();
     Inspection {
         model_type: tree.facts().model_type.clone(),
         runnable: subject.model().is_some(),
         modules,
-        parameters: metas.clone().map(|m| m.shape.iter().product::<usize>()).sum(),
+        parameters: metas
+            .clone()
+            .map(|m| m.shape.iter().product::<usize>())
+            .sum(),
         base_bytes: metas.map(|m| m.nbytes).sum(),
         trainable,
         adapter_bytes: saved as u64 * 4,
@@ -105,7 +129,10 @@ fn adapter_parameters(network: &Network) -> HashMap<String, usize> {
     let mut counts = HashMap::new();
     for name in network.adapters() {
         for param in network.adapter_parameters(name).into_iter().flatten() {
-            let key = param.key().rsplit_once("base_model.model.").map_or("", |(_, rest)| rest);
+            let key = param
+                .key()
+                .rsplit_once("base_model.model.")
+                .map_or("", |(_, rest)| rest);
             let ends = key.rmatch_indices('.').map(|(i, _)| &key[..i]);
             if let Some(path) = ends.into_iter().find(|path| tree.get(path).is_some()) {
                 *counts.entry(path.to_owned()).or_insert(0) += param.numel();

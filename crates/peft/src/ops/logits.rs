@@ -43,14 +43,22 @@ impl LogitsInput {
             return Err(Error::other("expected an object with the key `input_ids`"));
         };
         if let Some(key) = fields.keys().find(|key| !KEYS.contains(&key.as_str())) {
-            return Err(Error::config(key, format!("is not known; known are {}", KEYS.join(", "))));
+            return Err(Error::config(
+                key,
+                format!("is not known; known are {}", KEYS.join(", ")),
+            ));
         }
-        let (rows, seq, ids) = table("input_ids", fields.get("input_ids"), id)?
-            .ok_or_else(|| Error::config("input_ids", "is required: a list of rows of token ids"))?;
+        let (rows, seq, ids) =
+            table("input_ids", fields.get("input_ids"), id)?.ok_or_else(|| {
+                Error::config("input_ids", "is required: a list of rows of token ids")
+            })?;
         let mask = match table("attention_mask", fields.get("attention_mask"), bit)? {
             Some((r, s, mask)) if (r, s) == (rows, seq) => Some(mask),
             Some((r, s, _)) => {
-                return Err(Error::config("attention_mask", format!("is {r} x {s}, input_ids is {rows} x {seq}")));
+                return Err(Error::config(
+                    "attention_mask",
+                    format!("is {r} x {s}, input_ids is {rows} x {seq}"),
+                ));
             }
             None => None,
         };
@@ -59,9 +67,20 @@ impl LogitsInput {
             Some(value) => Some(row("task_ids", value, id)?),
         };
         if let Some(tasks) = task_ids.as_ref().filter(|t| t.len() != rows) {
-            return Err(Error::config("task_ids", format!("has {} entries for {rows} rows", tasks.len())));
+            return Err(Error::config(
+                "task_ids",
+                format!("has {} entries for {rows} rows", tasks.len()),
+            ));
         }
-        Ok(Self { batch: Batch { ids, batch: rows, seq, mask, task_ids } })
+        Ok(Self {
+            batch: Batch {
+                ids,
+                batch: rows,
+                seq,
+                mask,
+                task_ids,
+            },
+        })
     }
 }
 
@@ -78,29 +97,51 @@ fn bit(value: &Value) -> Option<bool> {
 }
 
 fn row<T>(key: &str, value: &Value, read: fn(&Value) -> Option<T>) -> Result<Vec<T>> {
-    let items = value.as_array().ok_or_else(|| Error::config(key, format!("expected a list, got {value}")))?;
+    let items = value
+        .as_array()
+        .ok_or_else(|| Error::config(key, format!("expected a list, got {value}")))?;
     items
         .iter()
-        .map(|item| read(item).ok_or_else(|| Error::config(key, format!("{item} is not one of its values"))))
+        .map(|item| {
+            read(item).ok_or_else(|| Error::config(key, format!("{item} is not one of its values")))
+        })
         .collect()
 }
 
 /// Rows, their length, and the values one after another.
 type Table<T> = (usize, usize, Vec<T>);
 
-fn table<T>(key: &str, value: Option<&Value>, read: fn(&Value) -> Option<T>) -> Result<Option<Table<T>>> {
-    let Some(value) = value.filter(|v| !v.is_null()) else { return Ok(None) };
-    let rows = value.as_array().ok_or_else(|| Error::config(key, "expected a list of rows"))?;
-    let rows: Vec<Vec<T>> = rows.iter().map(|r| row(key, r, read)).collect::<Result<_>>()?;
+fn table<T>(
+    key: &str,
+    value: Option<&Value>,
+    read: fn(&Value) -> Option<T>,
+) -> Result<Option<Table<T>>> {
+    let Some(value) = value.filter(|v| !v.is_null()) else {
+        return Ok(None);
+    };
+    let rows = value
+        .as_array()
+        .ok_or_else(|| Error::config(key, "expected a list of rows"))?;
+    let rows: Vec<Vec<T>> = rows
+        .iter()
+        .map(|r| row(key, r, read))
+        .collect::<Result<_>>()?;
     let seq = rows.first().map_or(0, Vec::len);
     if seq == 0 {
         return Err(Error::config(key, "holds no tokens"));
     }
     if let Some((i, other)) = rows.iter().enumerate().find(|(_, r)| r.len() != seq) {
-        let detail = format!("row {i} has {} entries, row 0 has {seq}; pad them to one length", other.len());
+        let detail = format!(
+            "row {i} has {} entries, row 0 has {seq}; pad them to one length",
+            other.len()
+        );
         return Err(Error::config(key, detail));
     }
-    Ok(Some((rows.len(), seq, rows.into_iter().flatten().collect())))
+    Ok(Some((
+        rows.len(),
+        seq,
+        rows.into_iter().flatten().collect(),
+    )))
 }
 
 /// Runs the model on the input and writes `logits` (`last_hidden_state` of a model without a head) in f32 to one
@@ -109,7 +150,11 @@ fn table<T>(key: &str, value: Option<&Value>, read: fn(&Value) -> Option<T>) -> 
 /// # Errors
 /// If the input does not fit the model, a result is not finite (broken weights), or the file cannot be written.
 pub fn write_logits(model: &Model, input: &LogitsInput, output: &Path) -> Result<LogitsReport> {
-    let name = if model.task() == Task::Features { "last_hidden_state" } else { "logits" };
+    let name = if model.task() == Task::Features {
+        "last_hidden_state"
+    } else {
+        "logits"
+    };
     let logits = no_grad(|| model.logits(&input.batch, &Pass::eval()))?;
     let shape = logits.shape().to_vec();
     let values = logits.to_vec()?;

@@ -5,6 +5,7 @@
 
 mod adapters;
 mod count;
+mod evaluate;
 mod inspect;
 mod logits;
 mod merge;
@@ -12,6 +13,7 @@ mod open;
 
 pub use adapters::{named_tensors, read_adapter, tensors_of, write_adapter};
 pub use count::count_parameters;
+pub use evaluate::{EvaluateOptions, evaluate};
 pub use inspect::{Inspection, ModuleRow, inspect};
 pub use logits::{LogitsInput, LogitsReport, write_logits};
 pub use merge::{MergeDType, MergeOptions, MergeReport, merge};

@@ -25,7 +25,11 @@ pub struct OpenedAdapter {
 ///
 /// # Errors
 /// If the model or an adapter cannot be found, read, or does not fit.
-pub fn open(model: &str, adapters: &[String], options: &LoadOptions) -> Result<(Model, Vec<OpenedAdapter>)> {
+pub fn open(
+    model: &str,
+    adapters: &[String],
+    options: &LoadOptions,
+) -> Result<(Model, Vec<OpenedAdapter>)> {
     let path = peft_io::resolve_model(model)?;
     let files = read_all(adapters)?;
     let mut model_options = options.clone();
@@ -42,20 +46,42 @@ fn read_all(adapters: &[String]) -> Result<Vec<AdapterFiles>> {
 }
 
 /// Loads adapters onto a network, each under its folder's path.
-fn stack(network: &mut Network, files: Vec<AdapterFiles>, model: &str, device: &Device, trainable: bool) -> Result<Vec<OpenedAdapter>> {
+fn stack(
+    network: &mut Network,
+    files: Vec<AdapterFiles>,
+    model: &str,
+    device: &Device,
+    trainable: bool,
+) -> Result<Vec<OpenedAdapter>> {
     let mut opened: Vec<OpenedAdapter> = Vec::new();
-    for AdapterFiles { folder, config, tensors, .. } in files {
+    for AdapterFiles {
+        folder,
+        config,
+        tensors,
+        ..
+    } in files
+    {
         let shown = folder.display().to_string();
         let again = opened.iter().filter(|o| o.folder == folder).count();
-        let name = if again == 0 { shown.clone() } else { format!("{shown} #{}", again + 1) };
-        network.load(&name, &config, tensors_of(tensors, device)?, trainable).map_err(|e| {
-            let made_for = match config["base_model_name_or_path"].as_str() {
-                Some(base) if !base.is_empty() => format!(" (made for {base})"),
-                _ => String::new(),
-            };
-            e.context(format!("adapter {shown}{made_for} on model {model}"))
-        })?;
-        opened.push(OpenedAdapter { name, folder, config });
+        let name = if again == 0 {
+            shown.clone()
+        } else {
+            format!("{shown} #{}", again + 1)
+        };
+        network
+            .load(&name, &config, tensors_of(tensors, device)?, trainable)
+            .map_err(|e| {
+                let made_for = match config["base_model_name_or_path"].as_str() {
+                    Some(base) if !base.is_empty() => format!(" (made for {base})"),
+                    _ => String::new(),
+                };
+                e.context(format!("adapter {shown}{made_for} on model {model}"))
+            })?;
+        opened.push(OpenedAdapter {
+            name,
+            folder,
+            config,
+        });
     }
     Ok(opened)
 }
@@ -79,7 +105,10 @@ pub fn task_of_adapters(adapters: &[AdapterFiles], model: Option<&Value>) -> Res
         };
         match found {
             Some((other, folder)) if other != task => {
-                let detail = format!("is for {task:?}, {} for {other:?}: they cannot be stacked", folder.display());
+                let detail = format!(
+                    "is for {task:?}, {} for {other:?}: they cannot be stacked",
+                    folder.display()
+                );
                 return Err(Error::file(&adapter.folder, detail));
             }
             _ => found = Some((task, &adapter.folder)),
@@ -91,22 +120,42 @@ pub fn task_of_adapters(adapters: &[AdapterFiles], model: Option<&Value>) -> Res
 /// Rows of the classification head among an adapter's tensors.
 fn labels_of(adapter: &AdapterFiles) -> Option<usize> {
     let head = |key: &str| {
-        let mut parts = key.rsplit('.').skip_while(|part| matches!(*part, "weight" | "default" | "modules_to_save"));
+        let mut parts = key
+            .rsplit('.')
+            .skip_while(|part| matches!(*part, "weight" | "default" | "modules_to_save"));
         key.ends_with("weight") && matches!(parts.next(), Some("classifier" | "score"))
     };
-    adapter.tensors.iter().find(|(key, _)| head(key)).and_then(|(_, (shape, _))| shape.first().copied())
+    adapter
+        .tensors
+        .iter()
+        .find(|(key, _)| head(key))
+        .and_then(|(_, (shape, _))| shape.first().copied())
 }
 
 fn labels_of_config(config: &Value) -> Option<usize> {
-    let count = config["num_labels"].as_u64().and_then(|n| usize::try_from(n).ok());
-    count.or_else(|| config["id2label"].as_object().map(peft_core::serde_json::Map::len)).filter(|&n| n > 0)
+    let count = config["num_labels"]
+        .as_u64()
+        .and_then(|n| usize::try_from(n).ok());
+    count
+        .or_else(|| {
+            config["id2label"]
+                .as_object()
+                .map(peft_core::serde_json::Map::len)
+        })
+        .filter(|&n| n > 0)
 }
 
 /// The `config.json` of a folder, or beside a file; None where there is none that can be read.
 pub(super) fn config_json(path: &Path) -> Option<Value> {
     let folder = if path.is_dir() { path } else { path.parent()? };
-    let gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-    if gguf { None } else { peft_io::read_json(&folder.join("config.json")).ok() }
+    let gguf = path
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if gguf {
+        None
+    } else {
+        peft_io::read_json(&folder.join("config.json")).ok()
+    }
 }
 
 /// A checkpoint as a network: by the architecture's own module tree where it is known, by names and shapes alone
@@ -136,13 +185,22 @@ impl Subject {
         let checkpoint = Checkpoint::open(&path)?;
         let config = config_json(&path);
         let runnable = match &config {
-            Some(config) => config["model_type"].as_str().is_some_and(|t| MODEL_TYPES.contains(&t)),
-            None => checkpoint.gguf().is_some_and(|g| g.architecture().is_ok_and(|a| MODEL_TYPES.contains(&a))),
+            Some(config) => config["model_type"]
+                .as_str()
+                .is_some_and(|t| MODEL_TYPES.contains(&t)),
+            None => checkpoint
+                .gguf()
+                .is_some_and(|g| g.architecture().is_ok_and(|a| MODEL_TYPES.contains(&a))),
         };
         if !runnable {
             let config = config.unwrap_or_default();
             let network = Network::new(base_by_names(&checkpoint, &config, &options.device)?);
-            return Ok(Self { checkpoint, path, config, kind: Kind::Names(Box::new(network)) });
+            return Ok(Self {
+                checkpoint,
+                path,
+                config,
+                kind: Kind::Names(Box::new(network)),
+            });
         }
         let mut options = options.clone();
         if options.task.is_none() {
@@ -150,18 +208,33 @@ impl Subject {
         }
         let model = Model::load(&path, &options)?;
         let config = model.config().json().clone();
-        Ok(Self { checkpoint, path, config, kind: Kind::Model(Box::new(model)) })
+        Ok(Self {
+            checkpoint,
+            path,
+            config,
+            kind: Kind::Model(Box::new(model)),
+        })
     }
 
     /// As [`Subject::open`], with adapters by path or hub id loaded onto it in order.
     ///
     /// # Errors
     /// As there, or if an adapter cannot be read or does not fit.
-    pub fn with_adapters(model: &str, adapters: &[String], trainable: bool) -> Result<(Self, Vec<OpenedAdapter>)> {
+    pub fn with_adapters(
+        model: &str,
+        adapters: &[String],
+        trainable: bool,
+    ) -> Result<(Self, Vec<OpenedAdapter>)> {
         let files = read_all(adapters)?;
         let options = LoadOptions::default();
         let mut subject = Self::open(model, &files, &options)?;
-        let opened = stack(subject.network_mut()?, files, model, &options.device, trainable)?;
+        let opened = stack(
+            subject.network_mut()?,
+            files,
+            model,
+            &options.device,
+            trainable,
+        )?;
         Ok((subject, opened))
     }
 
@@ -200,27 +273,52 @@ impl Subject {
             return None;
         }
         let mut names = vec![parameter.to_owned()];
-        names.extend(PREFIXES.iter().filter_map(|p| parameter.strip_prefix(p)).map(str::to_owned));
+        names.extend(
+            PREFIXES
+                .iter()
+                .filter_map(|p| parameter.strip_prefix(p))
+                .map(str::to_owned),
+        );
         names.extend(PREFIXES.iter().map(|p| format!("{p}{parameter}")));
-        let old = |n: &String| n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta");
-        names.extend(names.iter().filter(|n| n.contains("LayerNorm.")).map(old).collect::<Vec<_>>());
-        names.into_iter().find(|n| self.checkpoint.meta(n).is_some())
+        let old = |n: &String| {
+            n.replace("LayerNorm.weight", "LayerNorm.gamma")
+                .replace("LayerNorm.bias", "LayerNorm.beta")
+        };
+        names.extend(
+            names
+                .iter()
+                .filter(|n| n.contains("LayerNorm."))
+                .map(old)
+                .collect::<Vec<_>>(),
+        );
+        names
+            .into_iter()
+            .find(|n| self.checkpoint.meta(n).is_some())
     }
 }
 
 /// The weights that names and shapes show, mapped; tensors in formats that nothing is computed with are left out.
 fn base_by_names(checkpoint: &Checkpoint, config: &Value, device: &Device) -> Result<Base> {
-    let shapes = checkpoint.metas().iter().map(|(name, meta)| (name.as_str(), meta.shape.as_slice()));
+    let shapes = checkpoint
+        .metas()
+        .iter()
+        .map(|(name, meta)| (name.as_str(), meta.shape.as_slice()));
     let tree = ModuleTree::from_tensors(shapes, config);
     let mut weights = Vec::new();
     for (_, module) in tree.iter() {
-        for (name, transposed) in
-            [(&module.weight, module.kind == ModuleKind::Conv1d), (&module.bias, false)]
-        {
+        for (name, transposed) in [
+            (&module.weight, module.kind == ModuleKind::Conv1d),
+            (&module.bias, false),
+        ] {
             let Some(name) = name else { continue };
-            let usable = checkpoint.meta(name).is_some_and(|m| matches!(m.format, StoredFormat::Weight(_)));
+            let usable = checkpoint
+                .meta(name)
+                .is_some_and(|m| matches!(m.format, StoredFormat::Weight(_)));
             if usable {
-                weights.push((name.clone(), BaseWeight::frozen(checkpoint.weight(name)?, transposed, device)));
+                weights.push((
+                    name.clone(),
+                    BaseWeight::frozen(checkpoint.weight(name)?, transposed, device),
+                ));
             }
         }
     }

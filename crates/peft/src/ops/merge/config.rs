@@ -3,6 +3,7 @@
 use peft_core::serde_json::{Map, Value, json};
 use peft_io::{DType, ShardPlan};
 use peft_models::Task;
+use peft_train::LabelNames;
 
 use crate::ops::Subject;
 
@@ -19,14 +20,17 @@ const CLASSES: [&str; 8] = [
 ];
 
 /// The model's own configuration with what the merge changed: the tie, the element type, the head.
-pub(super) fn merged(subject: &Subject, plan: &ShardPlan, untied: bool) -> Value {
+/// `labels` are the names an adapter brings for its classes.
+pub(super) fn merged(subject: &Subject, plan: &ShardPlan, untied: bool, labels: Option<LabelNames>) -> Value {
     let mut config = subject.config.as_object().cloned().unwrap_or_default();
     if untied {
         config.insert("tie_word_embeddings".to_owned(), json!(false));
     }
     set_dtype(&mut config, plan);
-    if let Some(Task::SequenceClassification { num_labels }) = subject.model().map(peft_models::Model::task) {
-        set_classifier(&mut config, num_labels);
+    if let Some(Task::SequenceClassification { num_labels }) =
+        subject.model().map(peft_models::Model::task)
+    {
+        set_classifier(&mut config, num_labels, labels.filter(|names| names.len() == num_labels));
     }
     config.remove("_name_or_path");
     config.sort_keys();
@@ -47,24 +51,28 @@ fn set_dtype(config: &mut Map<String, Value>, plan: &ShardPlan) {
     kinds.sort_unstable();
     kinds.dedup();
     let [kind] = kinds[..] else { return };
-    let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+    let key = if config.contains_key("torch_dtype") {
+        "torch_dtype"
+    } else {
+        "dtype"
+    };
     config.insert(key.to_owned(), json!(kind));
 }
 
 /// The class and labels of a classifier, where the base was something else.
-fn set_classifier(config: &mut Map<String, Value>, labels: usize) {
+fn set_classifier(config: &mut Map<String, Value>, count: usize, labels: Option<LabelNames>) {
     let class = config.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str).unwrap_or_default();
     let family = CLASSES.iter().find_map(|ending| class.strip_suffix(ending)).unwrap_or(class);
     if !family.is_empty() {
         config.insert("architectures".to_owned(), json!([format!("{family}{}", CLASSES[0])]));
     }
     let known = config.get("id2label").and_then(Value::as_object).map(Map::len);
-    if known != Some(labels) {
-        let name = |i: usize| format!("LABEL_{i}");
-        let by_id: Map<String, Value> = (0..labels).map(|i| (i.to_string(), json!(name(i)))).collect();
-        let by_name: Map<String, Value> = (0..labels).map(|i| (name(i), json!(i))).collect();
-        config.insert("id2label".to_owned(), Value::Object(by_id));
-        config.insert("label2id".to_owned(), Value::Object(by_name));
-        config.remove("num_labels");
+    if labels.is_none() && known == Some(count) {
+        return;
     }
+    let generic = || LabelNames::new((0..count).map(|i| format!("LABEL_{i}")).collect());
+    if let Value::Object(names) = labels.unwrap_or_else(generic).to_json() {
+        config.extend(names);
+    }
+    config.remove("num_labels");
 }

@@ -13,6 +13,7 @@ use peft_core::serde_json::Value;
 use peft_core::{Error, Result};
 use peft_io::{ShardPlan, StreamWriter};
 use peft_tensor::WeightFormat;
+use peft_train::LabelNames;
 
 use super::Subject;
 use plan::{Output, Source};
@@ -54,7 +55,10 @@ impl FromStr for MergeDType {
             "f32" | "float32" => Ok(Self::F32),
             "bf16" | "bfloat16" => Ok(Self::Bf16),
             "f16" | "float16" => Ok(Self::F16),
-            _ => Err(Error::config("dtype", format!("{text:?} is not one of {}", Self::NAMES.join(", ")))),
+            _ => Err(Error::config(
+                "dtype",
+                format!("{text:?} is not one of {}", Self::NAMES.join(", ")),
+            )),
         }
     }
 }
@@ -73,7 +77,11 @@ pub struct MergeOptions {
 impl Default for MergeOptions {
     /// Own types, 5 GB, nothing replaced.
     fn default() -> Self {
-        Self { dtype: MergeDType::Keep, max_shard_size: 5_000_000_000, overwrite: false }
+        Self {
+            dtype: MergeDType::Keep,
+            max_shard_size: 5_000_000_000,
+            overwrite: false,
+        }
     }
 }
 
@@ -109,7 +117,7 @@ pub fn merge(
     options: &MergeOptions,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
-    let (subject, _) = Subject::with_adapters(model, adapters, false)?;
+    let (subject, opened) = Subject::with_adapters(model, adapters, false)?;
     refuse(&subject, output)?;
     let network = subject.network();
     network.check_mergeable()?;
@@ -127,8 +135,9 @@ pub fn merge(
     };
     step(0);
     // Changed modules first: what cannot be merged shows before hundreds of tensors are copied.
-    let (changed, copied): (Vec<&Output>, Vec<&Output>) =
-        outputs.iter().partition(|o| matches!(o.source, Source::Merged(_)));
+    let (changed, copied): (Vec<&Output>, Vec<&Output>) = outputs
+        .iter()
+        .partition(|o| matches!(o.source, Source::Merged(_)));
     let groups = changed.chunk_by(|a, b| a.source == b.source);
     for group in groups {
         write::merged(&mut writer, &subject, group)?;
@@ -145,7 +154,11 @@ pub fn merge(
     }
     let mut notes = Vec::new();
     if subject.config.is_object() {
-        let config = config::merged(&subject, &shards, untied);
+        let mut labels = None;
+        for adapter in opened.iter().rev() {
+            labels = labels.or(LabelNames::read(&adapter.folder)?);
+        }
+        let config = config::merged(&subject, &shards, untied, labels);
         add(&mut writer, &mut files, "config.json", &config)?;
     } else {
         notes.push("the model has no config.json, so the result has none".to_owned());
@@ -163,7 +176,12 @@ pub fn merge(
     })
 }
 
-fn add(writer: &mut StreamWriter, files: &mut Vec<String>, name: &str, value: &Value) -> Result<()> {
+fn add(
+    writer: &mut StreamWriter,
+    files: &mut Vec<String>,
+    name: &str,
+    value: &Value,
+) -> Result<()> {
     writer.add_file(name, format!("{value:#}\n").as_bytes())?;
     files.push(name.to_owned());
     Ok(())
@@ -171,19 +189,31 @@ fn add(writer: &mut StreamWriter, files: &mut Vec<String>, name: &str, value: &V
 
 /// What makes a merge pointless or harmful from the start.
 fn refuse(subject: &Subject, output: &Path) -> Result<()> {
-    let folder = if subject.path.is_dir() { Some(subject.path.as_path()) } else { subject.path.parent() };
+    let folder = if subject.path.is_dir() {
+        Some(subject.path.as_path())
+    } else {
+        subject.path.parent()
+    };
     let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
     if folder.is_some_and(|folder| same(folder, output)) {
-        return Err(Error::file(output, "is the folder of the base model; write the merged one elsewhere"));
+        return Err(Error::file(
+            output,
+            "is the folder of the base model; write the merged one elsewhere",
+        ));
     }
     if output.is_file() {
         return Err(Error::file(output, "is a file; give a folder"));
     }
     if subject.checkpoint.gguf().is_some() && subject.model().is_none() {
-        let detail = "its architecture is not known, so its tensors cannot be given Hugging Face's names";
+        let detail =
+            "its architecture is not known, so its tensors cannot be given Hugging Face's names";
         return Err(Error::file(&subject.path, detail));
     }
-    if subject.config.get("quantization_config").is_some_and(|q| !q.is_null()) {
+    if subject
+        .config
+        .get("quantization_config")
+        .is_some_and(|q| !q.is_null())
+    {
         let detail = "its weights are quantised (`quantization_config` in config.json); merge into the original";
         return Err(Error::file(&subject.path, detail));
     }

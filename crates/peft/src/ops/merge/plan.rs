@@ -42,22 +42,35 @@ pub(super) fn outputs(subject: &Subject, untied: bool, dtype: MergeDType) -> Res
     for (id, info) in tree.iter() {
         let changed = network.changes(id);
         let own = [(&info.weight, false), (&info.bias, true)];
-        for (parameter, bias) in own.into_iter().filter_map(|(name, bias)| Some((name.as_ref()?, bias))) {
-            let stored = subject.stored_name(parameter).or_else(|| tied_name(subject, parameter));
+        for (parameter, bias) in own
+            .into_iter()
+            .filter_map(|(name, bias)| Some((name.as_ref()?, bias)))
+        {
+            let stored = subject
+                .stored_name(parameter)
+                .or_else(|| tied_name(subject, parameter));
             let name = match index.get(parameter) {
                 // Without a head the stored names are kept: which class they are for is not the merge's to decide.
                 None if features => stored.clone().unwrap_or_else(|| parameter.clone()),
                 None => parameter.clone(),
                 // The other side of a tied pair, which gets its own tensor only if the two part ways.
-                Some(_) if untied => format!("{}.{}", info.path, if bias { "bias" } else { "weight" }),
+                Some(_) if untied => {
+                    format!("{}.{}", info.path, if bias { "bias" } else { "weight" })
+                }
                 Some(&first) => {
-                    if changed && matches!(outputs[first].source, Source::Stored(_) | Source::Base(..)) {
+                    if changed
+                        && matches!(outputs[first].source, Source::Stored(_) | Source::Base(..))
+                    {
                         outputs[first].source = Source::Merged(id);
                     }
                     continue;
                 }
             };
-            let shape = if bias { vec![info.out_features] } else { stored_shape(subject, stored.as_deref(), id) };
+            let shape = if bias {
+                vec![info.out_features]
+            } else {
+                stored_shape(subject, stored.as_deref(), id)
+            };
             let element = element_of(subject, stored.as_deref(), parameter, dtype);
             let source = match (&stored, changed) {
                 (_, true) => Source::Merged(id),
@@ -66,7 +79,15 @@ pub(super) fn outputs(subject: &Subject, untied: bool, dtype: MergeDType) -> Res
             };
             taken.extend(stored);
             index.insert(parameter.clone(), outputs.len());
-            outputs.push(Output { entry: PlanEntry { name, shape, dtype: element }, source, bias });
+            outputs.push(Output {
+                entry: PlanEntry {
+                    name,
+                    shape,
+                    dtype: element,
+                },
+                source,
+                bias,
+            });
         }
     }
     if subject.checkpoint.gguf().is_none() || subject.model().is_none() {
@@ -77,19 +98,44 @@ pub(super) fn outputs(subject: &Subject, untied: bool, dtype: MergeDType) -> Res
 
 /// Stored tensors that no module names: buffers, modules of kinds the tree does not show. A stored copy of a tied
 /// output embedding is left out, as it would contradict the merged one.
-fn besides(subject: &Subject, taken: &HashSet<String>, have: &[Output], dtype: MergeDType) -> Result<Vec<Output>> {
+fn besides(
+    subject: &Subject,
+    taken: &HashSet<String>,
+    have: &[Output],
+    dtype: MergeDType,
+) -> Result<Vec<Output>> {
     let facts = subject.network().tree().facts();
-    let tied_copy = facts.output_embedding.as_ref().filter(|_| facts.tied).map(|path| format!("{path}.weight"));
+    let tied_copy = facts
+        .output_embedding
+        .as_ref()
+        .filter(|_| facts.tied)
+        .map(|path| format!("{path}.weight"));
     let names: HashSet<&str> = have.iter().map(|o| o.entry.name.as_str()).collect();
     let mut more = Vec::new();
     for (name, meta) in subject.checkpoint.metas() {
-        if taken.contains(name) || names.contains(name.as_str()) || tied_copy.as_ref() == Some(name) {
+        if taken.contains(name) || names.contains(name.as_str()) || tied_copy.as_ref() == Some(name)
+        {
             continue;
         }
-        let element = element(meta.format, dtype)
-            .ok_or_else(|| Error::file(&subject.path, format!("tensor `{name}` is stored as {}, which cannot be written", meta.format)))?;
-        let entry = PlanEntry { name: name.clone(), shape: meta.shape.clone(), dtype: element };
-        more.push(Output { entry, source: Source::Stored(name.clone()), bias: false });
+        let element = element(meta.format, dtype).ok_or_else(|| {
+            Error::file(
+                &subject.path,
+                format!(
+                    "tensor `{name}` is stored as {}, which cannot be written",
+                    meta.format
+                ),
+            )
+        })?;
+        let entry = PlanEntry {
+            name: name.clone(),
+            shape: meta.shape.clone(),
+            dtype: element,
+        };
+        more.push(Output {
+            entry,
+            source: Source::Stored(name.clone()),
+            bias: false,
+        });
     }
     Ok(more)
 }
@@ -99,21 +145,37 @@ fn tied_name(subject: &Subject, parameter: &str) -> Option<String> {
     let facts = subject.network().tree().facts();
     let embedding = facts.input_embedding.as_ref().filter(|_| facts.tied)?;
     let output = facts.output_embedding.as_ref()?;
-    if parameter == format!("{embedding}.weight") { subject.stored_name(&format!("{output}.weight")) } else { None }
+    if parameter == format!("{embedding}.weight") {
+        subject.stored_name(&format!("{output}.weight"))
+    } else {
+        None
+    }
 }
 
 fn stored_shape(subject: &Subject, stored: Option<&str>, id: ModuleId) -> Vec<usize> {
     let meta = stored.and_then(|name| subject.checkpoint.meta(name));
-    meta.map_or_else(|| subject.network().tree().info(id).weight_shape(), |meta| meta.shape.clone())
+    meta.map_or_else(
+        || subject.network().tree().info(id).weight_shape(),
+        |meta| meta.shape.clone(),
+    )
 }
 
 /// The element type of a base parameter in the result.
-fn element_of(subject: &Subject, stored: Option<&str>, parameter: &str, dtype: MergeDType) -> DType {
+fn element_of(
+    subject: &Subject,
+    stored: Option<&str>,
+    parameter: &str,
+    dtype: MergeDType,
+) -> DType {
     let format = match stored.and_then(|name| subject.checkpoint.meta(name)) {
         Some(meta) => meta.format,
         // Fresh heads and what a GGUF holds: as the model's largest tensor, if that is a plain float.
         None => {
-            let frozen = subject.network().base().weight(parameter).and_then(|w| w.as_frozen().map(|f| f.format()));
+            let frozen = subject
+                .network()
+                .base()
+                .weight(parameter)
+                .and_then(|w| w.as_frozen().map(|f| f.format()));
             let fresh = subject.checkpoint.gguf().is_none();
             let largest = subject.checkpoint.metas().values().max_by_key(|m| m.nbytes);
             match (fresh, largest, frozen) {

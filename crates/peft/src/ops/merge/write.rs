@@ -11,30 +11,51 @@ use crate::ops::Subject;
 const PIECE: usize = 1 << 20;
 
 /// Merges one module and writes its parameters; `group` are the tensors that come from it.
-pub(super) fn merged(writer: &mut StreamWriter, subject: &Subject, group: &[&Output]) -> Result<()> {
-    let Some(Source::Merged(id)) = group.first().map(|o| &o.source) else { return Ok(()) };
+pub(super) fn merged(
+    writer: &mut StreamWriter,
+    subject: &Subject,
+    group: &[&Output],
+) -> Result<()> {
+    let Some(Source::Merged(id)) = group.first().map(|o| &o.source) else {
+        return Ok(());
+    };
     let network = subject.network();
     let info = network.tree().info(*id);
     let base = network.base();
     let weight = info.weight.as_ref().and_then(|name| base.weight(name));
-    let bias = info.bias.as_ref().and_then(|name| base.weight(name)).map(vector).transpose()?;
+    let bias = info
+        .bias
+        .as_ref()
+        .and_then(|name| base.weight(name))
+        .map(vector)
+        .transpose()?;
     let result = network.merged(*id, weight, bias.as_ref())?;
     if info.bias.is_none() && result.bias.is_some() {
-        let detail = "an adapter brings a bias, which the base model has no place for: it cannot be merged";
+        let detail =
+            "an adapter brings a bias, which the base model has no place for: it cannot be merged";
         return Err(Error::module(&info.path, detail));
     }
     for output in group {
         let name = &output.entry.name;
-        let (changed, unchanged) =
-            if output.bias { (&result.bias, bias.clone()) } else { (&result.weight, None) };
+        let (changed, unchanged) = if output.bias {
+            (&result.bias, bias.clone())
+        } else {
+            (&result.weight, None)
+        };
         match (changed, unchanged, weight) {
             (Some(values), ..) => {
-                let values = if output.bias { values.clone() } else { stored_layout(values, weight, info.kind)? };
+                let values = if output.bias {
+                    values.clone()
+                } else {
+                    stored_layout(values, weight, info.kind)?
+                };
                 float(writer, output, &values.to_vec()?)?;
             }
             (None, Some(values), _) => float(writer, output, &values.to_vec()?)?,
             (None, None, Some(weight)) => base_weight(writer, output, weight, info.kind)?,
-            (None, None, None) => return Err(Error::module(&info.path, format!("`{name}` has no values"))),
+            (None, None, None) => {
+                return Err(Error::module(&info.path, format!("`{name}` has no values")));
+            }
         }
     }
     if let Some(frozen) = weight.and_then(BaseWeight::as_frozen) {
@@ -50,10 +71,9 @@ pub(super) fn copied(writer: &mut StreamWriter, subject: &Subject, output: &Outp
         Source::Stored(name) => stored(writer, subject, output, name),
         Source::Base(name, id) => {
             let network = subject.network();
-            let weight = network
-                .base()
-                .weight(name)
-                .ok_or_else(|| Error::file(&subject.path, format!("there is no tensor `{name}`")))?;
+            let weight = network.base().weight(name).ok_or_else(|| {
+                Error::file(&subject.path, format!("there is no tensor `{name}`"))
+            })?;
             base_weight(writer, output, weight, network.tree().info(*id).kind)
         }
     }
@@ -63,7 +83,10 @@ pub(super) fn copied(writer: &mut StreamWriter, subject: &Subject, output: &Outp
 fn stored(writer: &mut StreamWriter, subject: &Subject, output: &Output, name: &str) -> Result<()> {
     let checkpoint = &subject.checkpoint;
     let Some(meta) = checkpoint.meta(name) else {
-        return Err(Error::file(&subject.path, format!("there is no tensor `{name}`")));
+        return Err(Error::file(
+            &subject.path,
+            format!("there is no tensor `{name}`"),
+        ));
     };
     if let StoredFormat::Weight(_) = meta.format {
         return frozen(writer, output, &checkpoint.weight(name)?);
@@ -75,7 +98,12 @@ fn stored(writer: &mut StreamWriter, subject: &Subject, output: &Output, name: &
 }
 
 /// A base parameter in the layout Hugging Face stores it in.
-fn base_weight(writer: &mut StreamWriter, output: &Output, weight: &BaseWeight, kind: ModuleKind) -> Result<()> {
+fn base_weight(
+    writer: &mut StreamWriter,
+    output: &Output,
+    weight: &BaseWeight,
+    kind: ModuleKind,
+) -> Result<()> {
     let turned = kind == ModuleKind::Conv1d && !weight.is_transposed() && !output.bias;
     match (weight.as_frozen(), weight.as_dense()) {
         (Some(w), _) if !turned => frozen(writer, output, w),
@@ -132,7 +160,11 @@ fn float(writer: &mut StreamWriter, output: &Output, values: &[f32]) -> Result<(
     check_finite(name, values)?;
     let expected: usize = output.entry.shape.iter().product();
     if values.len() != expected {
-        let detail = format!("tensor `{name}` has {} values for shape {:?}", values.len(), output.entry.shape);
+        let detail = format!(
+            "tensor `{name}` has {} values for shape {:?}",
+            values.len(),
+            output.entry.shape
+        );
         return Err(Error::other(detail));
     }
     for piece in values.chunks(PIECE) {

@@ -1,0 +1,234 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use peft::ops::MergeDType;
+
+/// Fine-tune large pretrained models by training few parameters.
+#[derive(Debug, Parser)]
+#[command(name = "peft", version, about, arg_required_else_help = true, after_help = AFTER)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+    /// Print the result as JSON on stdout
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Say nothing on stderr but errors
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+}
+
+const AFTER: &str = "MODEL is a folder in Hugging Face's layout, a .gguf file, or a hub id (owner/name[@revision]); \
+an adapter is a folder in Hugging Face PEFT's layout or a hub id.\n\
+Exit codes: 0 done, 1 failed, 2 bad usage.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Train as a configuration file says
+    Train(Train),
+    /// Measure loss and accuracy on a dataset
+    Eval(Eval),
+    /// Generate text
+    Generate(Generate),
+    /// Write a model's logits for given token ids
+    Logits(Logits),
+    /// Merge adapters into a full checkpoint
+    Merge(Merge),
+    /// Show a model's modules, and what an adapter changes or would
+    Inspect(Inspect),
+    /// List the methods, or show one
+    Methods(Methods),
+    /// Write a fresh adapter
+    Init(Init),
+}
+
+/// A model with adapters stacked on it.
+#[derive(Args, Debug)]
+pub(crate) struct Subject {
+    /// Model folder, .gguf file or hub id
+    #[arg(long)]
+    pub(crate) model: String,
+    /// Adapter folder or hub id; repeat it to stack several, the first innermost
+    #[arg(long)]
+    pub(crate) adapter: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Train {
+    /// Configuration: .toml, .yaml or .json
+    pub(crate) config: PathBuf,
+    /// Override a key: --set train.steps=100
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Go on from the newest checkpoint in the output folder
+    #[arg(long)]
+    pub(crate) resume: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Eval {
+    #[command(flatten)]
+    pub(crate) subject: Subject,
+    /// Rows: .jsonl or .csv
+    #[arg(long)]
+    pub(crate) data: PathBuf,
+    /// Rows of one forward pass
+    #[arg(long, default_value_t = 8, value_parser = positive)]
+    pub(crate) batch_size: usize,
+    /// Longest row in tokens; longer ones are cut
+    #[arg(long, default_value_t = 512, value_parser = positive)]
+    pub(crate) max_length: usize,
+    /// Only the first rows
+    #[arg(long, value_name = "ROWS", value_parser = positive)]
+    pub(crate) limit: Option<usize>,
+    /// Also choose among the completions the data has (done by itself where they are few)
+    #[arg(long)]
+    pub(crate) choices: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Generate {
+    #[command(flatten)]
+    pub(crate) subject: Subject,
+    /// What to go on from, or what the user says in a chat
+    #[arg(long)]
+    pub(crate) prompt: String,
+    /// Use the chat template, and fail if the model has none (the default is to use it where there is one)
+    #[arg(long, conflicts_with = "raw")]
+    pub(crate) chat: bool,
+    /// Leave the chat template aside
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// What the system says in a chat
+    #[arg(long, conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+    /// Tokens at most
+    #[arg(long, default_value_t = 128, value_parser = positive)]
+    pub(crate) max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher is wilder
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Draw from this many likeliest tokens; 0 is all
+    #[arg(long, default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Make tokens that have occurred less likely; 1 is off
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) repetition_penalty: f32,
+    /// Decides the draws
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// End where this text comes; may be repeated
+    #[arg(long)]
+    pub(crate) stop: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Logits {
+    #[command(flatten)]
+    pub(crate) subject: Subject,
+    /// JSON: {"input_ids": [[..]], "attention_mask": [[..]]?, "task_ids": [..]?}
+    #[arg(long)]
+    pub(crate) input: PathBuf,
+    /// The safetensors file to write
+    #[arg(long)]
+    pub(crate) output: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Merge {
+    /// Model folder, .gguf file or hub id
+    #[arg(long)]
+    pub(crate) model: String,
+    /// Adapter folder or hub id; repeat it to merge several in order
+    #[arg(long, required = true)]
+    pub(crate) adapter: Vec<String>,
+    /// Folder of the new checkpoint
+    #[arg(long)]
+    pub(crate) output: PathBuf,
+    /// Element type: keep, f32, bf16 or f16 (keep: each tensor's own; f32 where a GGUF has it quantised)
+    #[arg(long, default_value = "keep", value_parser = dtype)]
+    pub(crate) dtype: MergeDType,
+    /// Largest file, such as 5GB or 500MiB
+    #[arg(long, default_value = "5GB", value_parser = size)]
+    pub(crate) max_shard_size: u64,
+    /// Replace a checkpoint that is there already
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Inspect {
+    #[command(flatten)]
+    pub(crate) subject: Subject,
+    /// What an adapter of this configuration would change
+    #[arg(long, value_name = "ADAPTER_CONFIG", conflicts_with = "adapter")]
+    pub(crate) config: Option<PathBuf>,
+    /// What these targets match: names, separated by commas, a regular expression, or all-linear
+    #[arg(long, value_name = "TARGETS", conflicts_with_all = ["adapter", "config"])]
+    pub(crate) target_modules: Option<String>,
+    /// Modules to leave alone, written the same way
+    #[arg(long, value_name = "TARGETS", requires = "target_modules")]
+    pub(crate) exclude_modules: Option<String>,
+    /// With --target-modules: count what this method would train there
+    #[arg(long, value_name = "ID", requires = "target_modules")]
+    pub(crate) method: Option<String>,
+    /// Override a field of the configuration: --set r=16
+    #[arg(long, value_name = "FIELD=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Only the modules that are adapted, and the totals
+    #[arg(long)]
+    pub(crate) adapted: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Methods {
+    /// One method in full
+    pub(crate) id: Option<String>,
+    /// Count what each method's example configuration would train on this model
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Init {
+    /// Model folder, .gguf file or hub id
+    #[arg(long)]
+    pub(crate) model: String,
+    /// The adapter's configuration: adapter_config.json, or the same as .toml or .yaml
+    #[arg(long)]
+    pub(crate) config: PathBuf,
+    /// Folder of the new adapter
+    #[arg(long)]
+    pub(crate) output: PathBuf,
+    /// Decides the initial values
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Override a field of the configuration: --set r=16
+    #[arg(long, value_name = "FIELD=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Classes, for task_type SEQ_CLS on a model without a head
+    #[arg(long, value_parser = positive)]
+    pub(crate) num_labels: Option<usize>,
+    /// Replace an adapter that is there already
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("has to be a whole number from 1".to_owned()),
+        Ok(n) => Ok(n),
+    }
+}
+
+fn dtype(text: &str) -> Result<MergeDType, String> {
+    text.parse().map_err(|_| format!("has to be one of {}", MergeDType::NAMES.join(", ")))
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    peft::io::parse_size(text).map_err(|e| e.to_string())
+}

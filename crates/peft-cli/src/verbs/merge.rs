@@ -1,0 +1,46 @@
+//! `peft merge`
+
+use std::time::Instant;
+
+use peft::ops::{self, MergeOptions};
+use serde_json::json;
+
+use crate::args::Merge;
+use crate::failure::Failure;
+use crate::out::{Out, bytes, seconds, shell_word};
+use crate::progress::Progress;
+
+pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
+    let begun = Instant::now();
+    let options =
+        MergeOptions { dtype: args.dtype, max_shard_size: args.max_shard_size, overwrite: args.overwrite };
+    let mut bar: Option<Progress> = None;
+    let report = ops::merge(&args.model, &args.adapter, &args.output, &options, |done, total| {
+        bar.get_or_insert_with(|| Progress::new(out, "tensors", 0, total as u64)).set(done as u64, "");
+    })?;
+    drop(bar);
+    for note in &report.notes {
+        out.note(&format!("note: {note}"));
+    }
+    if report.untied {
+        out.note("note: the embeddings were tied and are not any more: config.json says `tie_word_embeddings: false`");
+    }
+    if out.json {
+        return out.value(&json!({
+            "output": report.folder, "tensors": report.tensors, "changed_modules": report.changed,
+            "bytes": report.bytes, "files": report.files, "untied": report.untied, "notes": report.notes,
+            "seconds": begun.elapsed().as_secs_f64(),
+        }));
+    }
+    out.note(&format!(
+        "merged {} into {}: {} tensors, {} modules changed, {}, {}",
+        args.adapter.join(" + "),
+        report.folder.display(),
+        report.tensors,
+        report.changed,
+        bytes(report.bytes),
+        seconds(begun.elapsed().as_secs_f64()),
+    ));
+    out.note(&format!("next: peft inspect --model {}", shell_word(&report.folder.display().to_string())));
+    Ok(())
+}

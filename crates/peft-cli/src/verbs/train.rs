@@ -1,0 +1,166 @@
+//! `peft train`
+
+use std::path::Path;
+
+use peft::core::entry_for;
+use peft::train::{EvalReport, Observer, StepReport, Summary, TrainConfig, train};
+use serde_json::{Value, json};
+
+use super::eval::{metrics, to_json};
+use super::row;
+use crate::args::Train;
+use crate::failure::Failure;
+use crate::out::{Out, count, seconds, shell_word};
+use crate::progress::Progress;
+
+pub(crate) fn run(args: &Train, out: &Out) -> Result<(), Failure> {
+    let value = crate::config::read(&args.config, &args.set)?;
+    let config = TrainConfig::from_value(&value)
+        .map_err(|e| Failure::Usage(format!("{}: {e}", args.config.display())))?;
+    plan(&config, out)?;
+    let mut watch = Watch { out, bar: None, rows: None, output: config.output.dir.clone() };
+    let summary = train(&config, args.resume, &mut watch)?;
+    drop(watch);
+    if out.json {
+        return out.value(&summary_json(&summary));
+    }
+    report(&config, &summary, out)
+}
+
+/// What is about to happen.
+fn plan(config: &TrainConfig, out: &Out) -> Result<(), Failure> {
+    out.note(&format!("model    {}", config.model.path));
+    let method = match (&config.adapter, config.init_from()?) {
+        (None, _) => "none: every parameter of the model is trained".to_owned(),
+        (Some(fields), from) => {
+            let started = from.map_or(String::new(), |folder| format!(", starting from {folder}"));
+            // Without a type of its own the adapter is that of the folder it starts from.
+            let title = match fields.contains_key("peft_type") {
+                true => entry_for(&Value::Object(fields.clone())).map_err(|e| Failure::Usage(format!("[adapter] {e}")))?.title,
+                false => "as saved",
+            };
+            format!("{title}{started}")
+        }
+    };
+    out.note(&format!("adapter  {method}"));
+    let data = &config.data;
+    let held_out = match (&data.eval, data.eval_split) {
+        (Some(path), _) => format!(", evaluated on {}", path.display()),
+        (None, Some(share)) => format!(", {share} of it held out"),
+        (None, None) => String::new(),
+    };
+    out.note(&format!("data     {}{held_out}", data.train.display()));
+    let t = &config.train;
+    let length = t.steps.map_or_else(|| format!("{} epochs", t.epochs), |n| format!("{n} steps"));
+    out.note(&format!(
+        "train    {length}, batch {} x {}, learning rate {}, seed {}",
+        t.batch_size, t.gradient_accumulation, t.learning_rate, t.seed
+    ));
+    out.note(&format!("output   {}", config.output.dir.display()));
+    Ok(())
+}
+
+fn summary_json(summary: &Summary) -> Value {
+    json!({
+        "output": summary.output, "steps": summary.steps, "trainable": summary.trainable,
+        "first_loss": summary.first_loss, "last_loss": summary.last_loss,
+        "eval_before": summary.eval_before.as_ref().map(to_json),
+        "eval_after": summary.eval_after.as_ref().map(to_json),
+        "elapsed_s": summary.elapsed_s,
+    })
+}
+
+fn report(config: &TrainConfig, summary: &Summary, out: &Out) -> Result<(), Failure> {
+    let loss = match (summary.first_loss, summary.last_loss) {
+        (Some(first), Some(last)) => format!(", loss {first:.4} -> {last:.4}"),
+        _ => String::new(),
+    };
+    out.note(&format!("{} steps in {}{loss}", summary.steps, seconds(summary.elapsed_s)));
+    if let Some(after) = &summary.eval_after {
+        let before = summary.eval_before.as_ref().map(metrics).unwrap_or_default();
+        let mut rows = vec![row(["held out", "before", "after"])];
+        for (name, value) in metrics(after) {
+            let old = before.iter().find(|(n, _)| *n == name).map_or(String::new(), |(_, v)| format!("{v:.4}"));
+            rows.push(vec![name.to_owned(), old, format!("{value:.4}")]);
+        }
+        out.table(&rows)?;
+    }
+    next_commands(config, summary, out);
+    Ok(())
+}
+
+/// What one does with the result, ready to be pasted.
+fn next_commands(config: &TrainConfig, summary: &Summary, out: &Out) {
+    let folder = shell_word(&summary.output.display().to_string());
+    let adapter = config.adapter.is_some();
+    let subject = match adapter {
+        true => format!("--model {} --adapter {folder}", shell_word(&config.model.path)),
+        false => format!("--model {folder}"),
+    };
+    out.note(&format!("results are in {}", summary.output.display()));
+    out.note("next:");
+    if let Some(data) = config.data.eval.as_ref() {
+        out.note(&format!("  peft eval {subject} --data {}", shell_word(&data.display().to_string())));
+    }
+    // A perplexity says that the model predicts text, which a classifier does not.
+    let classifier = summary.eval_after.as_ref().is_some_and(|e| e.perplexity.is_none());
+    if !classifier {
+        out.note(&format!("  peft generate {subject} --prompt 'Once upon a time'"));
+    }
+    if adapter {
+        out.note(&format!("  peft merge {subject} --output {}", shell_word(&format!("{}-merged", summary.output.display()))));
+    }
+}
+
+/// The bar, and lines for what happens beside it.
+struct Watch<'a> {
+    out: &'a Out,
+    bar: Option<Progress>,
+    rows: Option<Progress>,
+    output: std::path::PathBuf,
+}
+
+impl Watch<'_> {
+    fn note(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.note(text),
+            None => self.out.note(text),
+        }
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn start(&mut self, done: u64, total: u64, trainable: usize) {
+        self.note(&format!("{} trainable parameters, {total} steps", count(trainable)));
+        self.bar = Some(Progress::new(self.out, "step", done, total));
+    }
+
+    fn step(&mut self, r: &StepReport) {
+        let penalty = r.penalty.map_or(String::new(), |p| format!(" penalty {p:.4}"));
+        let message = format!("loss {:.4}{penalty} {:.0} tokens/s", r.loss, r.tokens_per_second);
+        if let Some(bar) = &mut self.bar {
+            bar.set(r.step, &message);
+        }
+    }
+
+    fn eval_progress(&mut self, done: usize, total: usize) {
+        let rows = self.rows.get_or_insert_with(|| Progress::new(self.out, "evaluating", 0, total as u64));
+        rows.set(done as u64, "");
+    }
+
+    fn eval(&mut self, step: u64, report: &EvalReport) {
+        self.rows = None;
+        let numbers: Vec<String> = metrics(report).iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        self.note(&format!("step {step}: held out {}", numbers.join(", ")));
+    }
+
+    fn saved(&mut self, path: &Path) {
+        if path != self.output {
+            self.note(&format!("saved {}", path.display()));
+        }
+    }
+
+    fn message(&mut self, text: &str) {
+        self.note(&format!("note: {text}"));
+    }
+}

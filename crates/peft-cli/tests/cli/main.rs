@@ -1,0 +1,8 @@
+//! The command from the outside: every verb on tiny models, every exit code, every kind of bad input.
+
+mod bad_input;
+mod common;
+mod looking;
+mod merging;
+mod training;
+mod usage;

@@ -1,0 +1,203 @@
+//! `merge` and `logits` against what HF PEFT computed.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::common::{adapter, copy_model, gap, goldens, listing, model, peft, read_json, tensors, text, write};
+
+/// Most that the logits of a merged model may differ from HF PEFT's.
+const CLOSE: f32 = 1e-4;
+
+/// Entries of a logits file that a case says to compare: those of real tokens.
+fn visible(values: &(Vec<usize>, Vec<f32>), case: &Value) -> Vec<f32> {
+    let (shape, data) = values;
+    let mask: Option<Vec<bool>> = case["attention_mask"]
+        .as_array()
+        .map(|rows| rows.iter().flat_map(|r| r.as_array().unwrap()).map(|m| m == 1).collect());
+    match (mask, &shape[..]) {
+        (Some(mask), [rows, len, width]) => {
+            let real = mask.len() / rows;
+            let skip = len - real;
+            let seen = |i: usize| i % len < skip || mask[i / len * real + i % len - skip];
+            let rows = data.chunks(*width).enumerate().filter(|(i, _)| seen(*i));
+            rows.flat_map(|(_, row)| row).copied().collect()
+        }
+        _ => data.clone(),
+    }
+}
+
+fn logits(args: &[&str], case: &Path, output: &Path) -> (Vec<usize>, Vec<f32>) {
+    let case = read_json(case);
+    let input = json!({"input_ids": case["input_ids"], "attention_mask": case["attention_mask"]});
+    let file = output.with_extension("input.json");
+    write(&file, &input.to_string());
+    let (file, output_text) = (text(&file), text(output));
+    let mut all = vec!["logits"];
+    all.extend(args);
+    all.extend(["--input", &file, "--output", &output_text]);
+    peft(all).ok();
+    tensors(output).into_values().next().unwrap()
+}
+
+#[test]
+fn every_case_runs_and_merges_as_hf_peft_says() {
+    let temp = tempfile::tempdir().unwrap();
+    let (mut run, mut merged) = (0, 0);
+    let mut wrong = Vec::new();
+    for name in listing(goldens().join("cases")) {
+        let case_file = goldens().join("cases").join(&name).join("case.json");
+        let case = read_json(&case_file);
+        let base = model(case["model"].as_str().unwrap());
+        let expected = tensors(goldens().join("cases").join(&name).join("expected.safetensors"));
+        let want = |kind: &str| {
+            expected.iter().find(|(key, _)| key.starts_with(kind)).map(|(_, values)| visible(values, &case))
+        };
+        let folder = adapter(&name);
+        let out = temp.path().join(format!("{name}.safetensors"));
+        let adapted = logits(&["--model", &base, "--adapter", &folder], &case_file, &out);
+        let off = gap(&visible(&adapted, &case), &want("adapted").unwrap());
+        if off > CLOSE {
+            wrong.push(format!("{name}: adapted, {off}"));
+        }
+        run += 1;
+        if case["merge"] == json!(false) {
+            continue;
+        }
+        let target = temp.path().join(&name);
+        peft(["merge", "--model", &base, "--adapter", &folder, "--output", &text(&target)]).ok();
+        let got = logits(&["--model", &text(&target)], &case_file, &out);
+        // Where HF's own merge is wrong, the merged model has to be what the adapted one was.
+        let reference = want("merged").unwrap_or_else(|| want("adapted").unwrap());
+        let off = gap(&visible(&got, &case), &reference);
+        if off > CLOSE {
+            wrong.push(format!("{name}: merged, {off}"));
+        }
+        let moved = gap(&visible(&got, &case), &want("base").unwrap());
+        if moved < 10.0 * CLOSE {
+            wrong.push(format!("{name}: the merge changed nothing"));
+        }
+        merged += 1;
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(run > 60 && merged > 50, "{run} run, {merged} merged");
+}
+
+#[test]
+fn untying_writes_both_sides_and_says_so() {
+    let temp = tempfile::tempdir().unwrap();
+    for (case, untied) in [("llama-tied-embed", true), ("gemma-lm-head", true), ("llama-tied-save-tied", false), ("llama-tied-qv", false)] {
+        let base = model(read_json(goldens().join("cases").join(case).join("case.json"))["model"].as_str().unwrap());
+        let target = temp.path().join(case);
+        let report =
+            peft(["merge", "--json", "--model", &base, "--adapter", &adapter(case), "--output", &text(&target)]).json();
+        assert_eq!(report["untied"], untied, "{case}");
+        assert_eq!(read_json(target.join("config.json"))["tie_word_embeddings"], !untied, "{case}");
+        assert_eq!(tensors(target.join("model.safetensors")).contains_key("lm_head.weight"), untied, "{case}");
+    }
+}
+
+#[test]
+fn types_shards_and_side_files() {
+    let temp = tempfile::tempdir().unwrap();
+    let base = copy_model("llama", &temp.path().join("base"));
+    write(temp.path().join("base/tokenizer_config.json"), "{\"kept\": true}");
+    let run = |name: &str, more: &[&str]| {
+        let target = temp.path().join(name);
+        let mut args = vec!["merge".to_owned(), "--json".into(), "--model".into(), base.clone()];
+        args.extend(["--adapter".to_owned(), adapter("llama-qv"), "--output".into(), text(&target)]);
+        args.extend(more.iter().map(|&m| m.to_owned()));
+        (peft(args), target)
+    };
+    let (whole, whole_at) = run("whole", &[]);
+    let whole = whole.json();
+    assert_eq!(whole["changed_modules"], 6);
+    assert_eq!(read_json(whole_at.join("tokenizer_config.json"))["kept"], true);
+    let f32s = tensors(whole_at.join("model.safetensors"));
+    assert_eq!(whole["bytes"], f32s.values().map(|(_, v)| v.len() * 4).sum::<usize>());
+
+    let (half, half_at) = run("half", &["--dtype", "bf16", "--max-shard-size", "20KB"]);
+    let half = half.json();
+    assert_eq!(half["bytes"].as_u64().unwrap() * 2, whole["bytes"].as_u64().unwrap());
+    assert_eq!(read_json(half_at.join("config.json"))["torch_dtype"], "bfloat16");
+    let shards = listing(&half_at).into_iter().filter(|n| n.starts_with("model-000")).count();
+    assert!(shards > 2, "{:?}", listing(&half_at));
+    let index = read_json(half_at.join("model.safetensors.index.json"));
+    assert_eq!(index["weight_map"].as_object().unwrap().len(), f32s.len());
+    let checkpoint = peft::io::Checkpoint::open(&half_at).unwrap();
+    for (name, (shape, values)) in &f32s {
+        let (got_shape, got) = checkpoint.f32(name).unwrap();
+        assert_eq!(&got_shape, shape);
+        for (a, b) in got.iter().zip(values) {
+            // bf16 keeps eight bits.
+            assert!((a - b).abs() <= b.abs() / 256.0 + 1e-38, "{name}: {a} for {b}");
+        }
+    }
+
+    let (again, _) = run("whole", &[]);
+    again.fails(1, &["already holds a checkpoint"]);
+    run("whole", &["--overwrite"]).0.ok();
+    assert_eq!(tensors(whole_at.join("model.safetensors")), f32s);
+}
+
+#[test]
+fn a_head_that_the_base_lacks_is_written() {
+    let temp = tempfile::tempdir().unwrap();
+    let base = temp.path().join("base");
+    // MiniLM's way: a base model saved without its class's prefix and without a head.
+    std::fs::create_dir_all(&base).unwrap();
+    let mut config = read_json(Path::new(&model("bert-cls")).join("config.json"));
+    config["architectures"] = json!(["BertModel"]);
+    config.as_object_mut().unwrap().retain(|key, _| key != "id2label" && key != "label2id");
+    write(base.join("config.json"), &config.to_string());
+    let bare = tensors(Path::new(&model("bert-cls")).join("model.safetensors"))
+        .into_iter()
+        .filter_map(|(name, values)| Some((name.strip_prefix("bert.")?.to_owned(), values)))
+        .collect();
+    peft::io::write_tensors(&base.join("model.safetensors"), &bare, &Default::default()).unwrap();
+    let target = temp.path().join("out");
+    peft(["merge", "--model", &text(&base), "--adapter", &adapter("bert-cls-qv"), "--output", &text(&target)]).ok();
+    let written = read_json(target.join("config.json"));
+    assert_eq!(written["architectures"], json!(["BertForSequenceClassification"]));
+    assert_eq!(written["id2label"].as_object().unwrap().len(), 3);
+    assert!(tensors(target.join("model.safetensors")).contains_key("bert.encoder.layer.0.output.dense.weight"));
+    let case = goldens().join("cases/bert-cls-qv");
+    let got = logits(&["--model", &text(&target)], &case.join("case.json"), &temp.path().join("l.safetensors"));
+    let want = &tensors(case.join("expected.safetensors"))["merged_logits"];
+    assert!(gap(&got.1, &want.1) < CLOSE);
+}
+
+#[test]
+fn stacked_adapters_merge_as_they_run() {
+    let temp = tempfile::tempdir().unwrap();
+    let (base, first, second) = (model("llama"), adapter("llama-qv"), adapter("llama-rslora"));
+    let case = goldens().join("cases/llama-qv/case.json");
+    let out = temp.path().join("l.safetensors");
+    let both = ["--model", &base, "--adapter", &first, "--adapter", &second];
+    let stacked = logits(&both, &case, &out);
+    let alone = logits(&both[..4], &case, &out);
+    assert!(gap(&stacked.1, &alone.1) > 1e-2, "the second adapter does nothing");
+    let target = text(temp.path().join("m"));
+    peft(["merge"].into_iter().chain(both).chain(["--output", &target])).ok();
+    let merged = logits(&["--model", &target], &case, &out);
+    assert!(gap(&merged.1, &stacked.1) < CLOSE);
+}
+
+#[test]
+fn an_unknown_architecture_merges_by_names() {
+    let temp = tempfile::tempdir().unwrap();
+    let base = copy_model("llama", &temp.path().join("base"));
+    let mut config = read_json(temp.path().join("base/config.json"));
+    config["model_type"] = json!("brand-new");
+    write(temp.path().join("base/config.json"), &config.to_string());
+    let merge = |base: &str, to: &str| {
+        let target = temp.path().join(to);
+        peft(["merge", "--model", base, "--adapter", &adapter("llama-all-linear"), "--output", &text(&target)]).ok();
+        tensors(target.join("model.safetensors"))
+    };
+    let (by_names, by_tree) = (merge(&base, "a"), merge(&model("llama"), "b"));
+    assert_eq!(by_names, by_tree);
+    let inspected = peft(["inspect", "--json", "--model", &base]).json();
+    assert_eq!(inspected["runnable"], false);
+    peft(["logits", "--model", &base, "--input", "x", "--output", "y"]).fails(1, &["x"]);
+}

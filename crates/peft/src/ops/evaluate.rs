@@ -1,0 +1,62 @@
+//! Measuring a model with adapters on a file of rows.
+
+use std::path::Path;
+
+use peft_core::Result;
+use peft_models::{LoadOptions, Task};
+use peft_train::config::{DataFormat, DataSection};
+use peft_train::{EvalOptions, EvalReport, LabelNames, Observer, RawData, encode_for, task_for};
+
+use super::adapters::read_adapter;
+use super::open::{config_json, open, task_of_adapters};
+
+/// What to measure on.
+#[derive(Clone, Copy, Debug)]
+pub struct EvaluateOptions {
+    /// Longest row in tokens.
+    pub max_length: usize,
+    /// Only the first rows.
+    pub limit: Option<usize>,
+    /// Batches and choices.
+    pub eval: EvalOptions,
+}
+
+/// Loss, perplexity and accuracy of a model with adapters on it. Classes are named as the adapter's `labels.json` or
+/// the model's `config.json` says, or else as the data does.
+///
+/// # Errors
+/// If model, adapters or data cannot be read or do not fit each other; a bad row is named by its line.
+pub fn evaluate(
+    model: &str,
+    adapters: &[String],
+    data: &Path,
+    options: &EvaluateOptions,
+    observer: &mut dyn Observer,
+) -> Result<EvalReport> {
+    let mut raw = RawData::read(data, DataFormat::Auto)?;
+    if let Some(limit) = options.limit {
+        raw.rows.truncate(limit);
+    }
+    let files = adapters.iter().map(|spec| read_adapter(spec)).collect::<Result<Vec<_>>>()?;
+    let config = config_json(&peft_io::resolve_model(model)?);
+    let mut known = None;
+    for file in files.iter().rev() {
+        known = known.or(LabelNames::read(&file.folder)?);
+    }
+    let classifier = |c: &&peft_core::serde_json::Value| {
+        c["architectures"][0].as_str().is_some_and(|name| name.ends_with("ForSequenceClassification"))
+    };
+    let known = known.or_else(|| config.as_ref().filter(classifier).and_then(LabelNames::from_config));
+    let trained_for = task_of_adapters(&files, config.as_ref())?;
+    let num_labels = match trained_for {
+        Some(Task::SequenceClassification { num_labels }) => Some(num_labels),
+        _ => known.as_ref().map(LabelNames::len),
+    };
+    let (task, labels) = task_for(&raw, known, num_labels)?;
+    let load = LoadOptions { task: Some(task), ..LoadOptions::default() };
+    let (model, _) = open(model, adapters, &load)?;
+    let section = DataSection { max_length: options.max_length, ..DataSection::default() };
+    let dataset = encode_for(&model, &raw, labels.as_ref(), &section)?;
+    dataset.notes.iter().for_each(|note| observer.message(note));
+    peft_train::evaluate(&model, &dataset, &options.eval, observer)
+}
