@@ -1,5 +1,7 @@
 //! What a law is about: one registered method on one device, and a drawn model, batch and configuration.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 use serde_json::{Value, json};
@@ -21,14 +23,31 @@ pub struct Case {
     pub seq: usize,
     /// Seed of adapter, noise and tokens.
     pub seed: u64,
-    /// Values for the numbers of the example configuration, by field.
+    /// Values for the numbers of the configuration, by field.
     pub numbers: Vec<(&'static str, u64)>,
+    /// What is asked for besides the method.
+    pub besides: Besides,
+}
+
+/// Fields any configuration may have: the core sees to them for every method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Besides {
+    /// None.
+    Nothing,
+    /// `bias: "all"`
+    Biases,
+    /// `modules_to_save`: the head and the last norm.
+    Modules,
+    /// `trainable_token_indices`: two of the tokens that occur.
+    Tokens,
 }
 
 /// A method on a device in a drawn situation.
 pub struct Subject<'a> {
     /// The method.
     pub entry: &'static MethodEntry,
+    /// Its example, or one of the other configurations in `variants.json`.
+    pub config: &'a Value,
     /// The device.
     pub device: &'a Device,
     /// The situation.
@@ -109,71 +128,77 @@ fn cases() -> impl Strategy<Value = Case> {
         .iter()
         .map(|&(name, low, high)| (low..=high).prop_map(move |n| (name, n)))
         .collect();
-    (sizes(), 1usize..=3, 2usize..=5, any::<u64>(), numbers).prop_map(
-        |(spec, batch, seq, seed, numbers)| Case {
-            spec,
-            batch,
-            seq,
-            seed,
-            numbers,
-        },
-    )
+    let besides = prop_oneof![
+        3 => Just(Besides::Nothing),
+        1 => Just(Besides::Biases),
+        1 => Just(Besides::Modules),
+        1 => Just(Besides::Tokens),
+    ];
+    let drawn = (sizes(), 1usize..=3, 2usize..=5, any::<u64>(), numbers, besides);
+    drawn.prop_map(|(spec, batch, seq, seed, numbers, besides)| Case {
+        spec,
+        batch,
+        seq,
+        seed,
+        numbers,
+        besides,
+    })
 }
 
-/// Runs a law on every method and device, on `count` drawn situations each (`PROPTEST_CASES` sets another number), and
-/// fails with the smallest situation that breaks it for each.
+/// Every method's example configuration, and others in which a method has more to it, by `peft_type`.
+fn configs() -> Vec<(&'static MethodEntry, Value)> {
+    let variants: BTreeMap<String, Vec<Value>> =
+        serde_json::from_str(include_str!("../variants.json")).expect("variants.json maps a peft_type to configurations");
+    let mut all: Vec<_> =
+        peft::methods().into_iter().map(|e| (e, example(e).unwrap_or_else(|why| panic!("{}: {why}", e.id)))).collect();
+    for (peft_type, configs) in variants {
+        for mut config in configs {
+            config["peft_type"] = json!(peft_type);
+            let entry = peft::core::entry_for(&config).unwrap_or_else(|e| panic!("variants.json: {e}"));
+            all.push((entry, config));
+        }
+    }
+    all
+}
+
+/// Runs a law on every method, configuration and device, on `count` drawn situations each (`PROPTEST_CASES` sets
+/// another number), and fails with the smallest situation found that breaks it for each.
 ///
 /// # Panics
 /// If the law is broken, or the registry is empty.
 pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
-    let entries = peft::methods();
-    assert!(!entries.is_empty(), "no method is registered");
-    let count = std::env::var("PROPTEST_CASES")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(count);
+    let configs = configs();
+    assert!(!configs.is_empty(), "no method is registered");
+    let count = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(count);
     let mut failures = Vec::new();
-    for (at, entry) in entries.into_iter().enumerate() {
+    for (at, (entry, config)) in configs.iter().enumerate() {
         for (name, device) in [("cpu", Device::cpu()), ("reference", Device::reference())] {
-            let config = Config {
-                cases: count,
-                failure_persistence: None,
-                max_shrink_iters: 60,
-                ..Config::default()
-            };
-            // The same situations every time, others for each method.
-            let seed = RngKey::new(at as u64)
-                .fork(entry.id)
-                .0
-                .to_le_bytes()
-                .repeat(4);
-            let mut runner =
-                TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+            let options = Config { cases: count, failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
+            // The same situations every time, others for each configuration.
+            let seed = RngKey::new(at as u64).fork(entry.id).0.to_le_bytes().repeat(4);
+            let mut runner = TestRunner::new_with_rng(options, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
             let outcome = runner.run(&cases(), |case| {
-                law(&Subject {
-                    entry,
-                    device: &device,
-                    case: &case,
-                })
-                .map_err(TestCaseError::fail)
+                law(&Subject { entry, config, device: &device, case: &case }).map_err(TestCaseError::fail)
             });
             match outcome {
                 Ok(()) => {}
-                Err(TestError::Fail(reason, case)) => {
-                    failures.push(format!("{} on {name}: {reason}\n    {case:?}", entry.id))
-                }
-                Err(TestError::Abort(reason)) => {
-                    failures.push(format!("{} on {name}: {reason}", entry.id))
-                }
+                Err(TestError::Fail(reason, case)) => failures.push(format!("{config} on {name}: {reason}\n    {case:?}")),
+                Err(TestError::Abort(reason)) => failures.push(format!("{config} on {name}: {reason}")),
             }
         }
     }
-    assert!(
-        failures.is_empty(),
-        "{} broken:\n{}",
-        failures.len(),
-        failures.join("\n")
-    );
+    assert!(failures.is_empty(), "{} broken:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// The example configuration of a method.
+///
+/// # Errors
+/// If it is no JSON object.
+pub fn example(entry: &MethodEntry) -> Result<Value, String> {
+    let mut config: Value = told("the example configuration", serde_json::from_str(entry.example))?;
+    let object = config.as_object_mut().ok_or("the example configuration is no object")?;
+    object.insert("peft_type".to_owned(), json!(entry.peft_type));
+    Ok(config)
 }
 
 /// An error as a sentence.
@@ -194,42 +219,40 @@ pub fn refused<T, E: std::fmt::Display>(what: &str, name: &str, result: Result<T
 }
 
 impl Subject<'_> {
-    /// The example configuration of a method.
+    /// The configuration with what was drawn in it: numbers where the method takes them, and what is asked for besides.
     ///
     /// # Errors
-    /// If it is no JSON object.
-    pub fn example_of(entry: &MethodEntry) -> Result<Value, String> {
-        let mut config: Value = told(
-            "the example configuration",
-            serde_json::from_str(entry.example),
-        )?;
-        let object = config
-            .as_object_mut()
-            .ok_or("the example configuration is no object")?;
-        object.insert("peft_type".to_owned(), json!(entry.peft_type));
-        Ok(config)
-    }
-
-    /// The method's example with the drawn numbers in it, where it takes them.
-    ///
-    /// # Errors
-    /// If the example itself does not attach.
+    /// If the configuration as it was given does not attach.
     pub fn config(&self) -> Result<Value, String> {
-        let example = Self::example_of(self.entry)?;
-        let mut drawn = example.clone();
+        let mut with = self.config.clone();
+        match self.case.besides {
+            Besides::Nothing => {}
+            Besides::Biases => with["bias"] = json!("all"),
+            Besides::Modules => with["modules_to_save"] = json!(["lm_head", "model.norm"]),
+            Besides::Tokens => with["trainable_token_indices"] = json!(self.two_tokens()),
+        }
+        let mut drawn = with.clone();
         for (name, number) in &self.case.numbers {
-            if example[*name].is_u64() {
+            if with[*name].is_u64() {
                 drawn[*name] = json!(number);
             }
         }
-        match self.toy()?.network.attach("probe", &drawn, 0) {
-            Ok(()) => Ok(drawn),
-            Err(_) => told(
-                "the example configuration",
-                self.toy()?.network.attach("probe", &example, 0),
-            )
-            .map(|()| example),
+        // A method may refuse a number, or what is asked for besides where it trains that itself; never its example.
+        for config in [drawn, with] {
+            if self.toy()?.network.attach("probe", &config, 0).is_ok() {
+                return Ok(config);
+            }
         }
+        told("the configuration", self.toy()?.network.attach("probe", self.config, 0)).map(|()| self.config.clone())
+    }
+
+    /// Two tokens that occur, the later in the vocabulary first; one where there is no other.
+    fn two_tokens(&self) -> Vec<u32> {
+        let mut ids = self.ids().ids;
+        ids.sort_unstable_by(|a, b| b.cmp(a));
+        ids.dedup();
+        ids.truncate(2);
+        ids
     }
 
     /// The model without adapters.

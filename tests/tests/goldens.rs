@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use peft::core::{Pass, Tensor};
+use peft::core::{Device, Pass, RngKey, Tensor};
 use peft::io::read_json;
-use peft::models::{LoadOptions, Model, Task};
+use peft::models::{Batch, Labels, LoadOptions, Model, Task};
 use peft::train::{Observer, TrainConfig, train};
 use peft_tests::compare::{Check, close as close_all, same_bits, size};
 use peft_tests::golden::{self, Case, batch, close, every, expected, json, logits, root, tensors};
@@ -252,7 +252,7 @@ fn padding_changes_nothing() {
         for row in 0..padded.batch {
             let cells = row * padded.seq..(row + 1) * padded.seq;
             let ids: Vec<u32> = cells.clone().filter(|&i| mask[i]).map(|i| padded.ids[i]).collect();
-            let alone = peft::models::Batch::single(ids);
+            let alone = Batch::single(ids);
             let got = told("logits", peft::tensor::no_grad(|| model.logits(&alone, &Pass::eval())))?;
             let want = row_of(&all, row, alone.seq)?;
             golden::close(&format!("row {row} alone"), &alone, &got, &want, 2e-5)?;
@@ -265,4 +265,80 @@ fn padding_changes_nothing() {
 fn row_of(all: &Tensor, row: usize, seq: usize) -> Result<Tensor, String> {
     let one = told("row", all.narrow(0, row, 1))?;
     if one.rank() == 3 { told("row", one.narrow(1, 0, seq)) } else { Ok(one) }
+}
+
+/// Labels for a batch of tokens: itself, or classes; None where the model has no loss.
+fn labels(model: &Model, batch: &Batch) -> Option<Labels> {
+    match model.task() {
+        Task::CausalLm => Some(Labels::Tokens(batch.ids.iter().map(|&id| i64::from(id)).collect())),
+        Task::SequenceClassification { num_labels } => Some(Labels::Classes((0..batch.batch).map(|i| (i % num_labels) as u32).collect())),
+        Task::Features => None,
+    }
+}
+
+/// Recomputing layers in the backward pass gives the same loss and gradients.
+#[test]
+fn checkpointing_changes_nothing() {
+    every("models", |name, folder| {
+        let mut model = load(name)?;
+        let config = value!({"peft_type": "LORA", "r": 2, "target_modules": "all-linear", "lora_dropout": 0.2, "init_lora_weights": false});
+        told("attach", told("network", model.network_mut())?.attach("a", &config, 1))?;
+        let inputs = json(&folder.join("inputs.json"))?;
+        let batch = batch(inputs.get("right").ok_or("no padded input")?)?;
+        let Some(labels) = labels(&model, &batch) else { return Ok(()) };
+        let run = |checkpoint: bool| {
+            let pass = Pass { checkpoint, ..Pass::train(RngKey::new(3)) };
+            let loss = told("loss", model.loss(&batch, &labels, &pass))?.loss;
+            Ok::<_, String>((loss.detach(), told("backward", loss.backward())?))
+        };
+        let ((plain, plain_grads), (again, again_grads)) = (run(false)?, run(true)?);
+        close_all("loss", &again, &plain, 1e-6)?;
+        for param in model.network().parameters() {
+            let value = param.tensor();
+            let (Some(got), Some(want)) = (again_grads.get(&value), plain_grads.get(&value)) else {
+                return Err(format!("{} got no gradient", param.key()));
+            };
+            close_all(param.key(), got, want, 1e-5)?;
+        }
+        Ok(())
+    });
+}
+
+/// Full-parameter training: every parameter of every model gets a gradient, and it is the slope of the loss, in f64.
+#[test]
+fn gradients_of_real_models() {
+    every("models", |name, folder| {
+        let options = LoadOptions { device: Device::reference(), ..LoadOptions::default() };
+        let mut model = told("load", Model::load(&root().join("models").join(name), &options))?;
+        told("train_base", told("network", model.network_mut())?.train_base())?;
+        let inputs = json(&folder.join("inputs.json"))?;
+        let batch = batch(inputs.get("right").ok_or("no padded input")?)?;
+        let Some(labels) = labels(&model, &batch) else { return Ok(()) };
+        let loss = || told("loss", model.loss(&batch, &labels, &Pass::eval())).map(|l| l.loss);
+        let grads = told("backward", loss()?.backward())?;
+        for (at, param) in model.network().parameters().iter().enumerate() {
+            let leaf = param.tensor();
+            let Some(grad) = grads.get(&leaf) else { return Err(format!("{} got no gradient", param.key())) };
+            let (grad, values) = (told("gradient", grad.to_f64())?, told("values", leaf.to_f64())?);
+            let largest = (0..grad.len()).max_by(|&i, &j| grad[i].abs().total_cmp(&grad[j].abs())).unwrap_or(0);
+            let other = RngKey::new(at as u64).below(0, grad.len() as u64) as usize;
+            for i in [largest, other] {
+                let side = |by: f64| {
+                    let mut moved = values.clone();
+                    moved[i] += by;
+                    let moved = Tensor::from_f64(moved, param.shape(), &Device::reference()).map_err(Into::into);
+                    told("set", moved.and_then(|v| param.set(v)))?;
+                    told("loss", peft::tensor::no_grad(loss)?.to_f64()).map(|v| v[0])
+                };
+                let slope = (side(1e-5)? - side(-1e-5)?) / 2e-5;
+                // Central differences in f64: 1e-10 of rounding and about as much of curvature.
+                if (slope - grad[i]).abs() > 1e-7 * (1.0 + slope.abs()) {
+                    return Err(format!("{}[{i}]: the gradient is {}, the slope {slope}", param.key(), grad[i]));
+                }
+            }
+            let back = Tensor::from_f64(values, param.shape(), &Device::reference()).map_err(Into::into);
+            told("set", back.and_then(|v| param.set(v)))?;
+        }
+        Ok(())
+    });
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use peft::core::{Family, Grads, Network, Param, Pass, RngKey, Tensor, TrainCx, entry_for};
 use peft_tests::compare::{Check, bits, close, differ, same_bits, size, stored_bits};
-use peft_tests::subject::{Subject, every_method, refused, told};
+use peft_tests::subject::{Subject, every_method, example, refused, told};
 use peft_tests::toy::Toy;
 use serde_json::{Value, json};
 
@@ -33,7 +33,9 @@ fn config_round_trip() {
             ));
         }
         for (field, value) in config.as_object().into_iter().flatten() {
-            if first[field] != *value {
+            // Saved as the paths it meant, as HF does.
+            let expanded = value == "all-linear" && first[field].is_array();
+            if first[field] != *value && !expanded {
                 return Err(format!("{field} was {value}, saved as {}", first[field]));
             }
         }
@@ -60,17 +62,12 @@ fn config_round_trip() {
 #[test]
 fn identity_at_initialisation_where_promised() {
     every_method(6, |s| {
-        let (base, fresh) = (s.toy()?, s.fresh("a")?);
-        if s.entry.identity_at_init {
-            close(
-                "a fresh adapter",
-                &s.run(&fresh)?,
-                &s.run(&base)?,
-                s.tolerance(),
-            )
-        } else {
-            Ok(())
+        if !s.entry.identity_at_init {
+            return Ok(());
         }
+        // Initial values are rounded to f32, on every device.
+        let tolerance = s.tolerance().max(2e-6);
+        close("a fresh adapter", &s.run(&s.fresh("a")?)?, &s.run(&s.toy()?)?, tolerance)
     });
 }
 
@@ -357,6 +354,8 @@ fn training_leaves_the_base_alone() {
         let stored = base_bits(&toy.network)?;
         let base = s.run(&s.toy()?)?;
         let before: Vec<_> = values(&toy.network)?;
+        let pass = Pass::train(RngKey::new(s.case.seed));
+        same_bits("the same step's loss again", &s.loss(&toy, &pass)?, &s.loss(&toy, &pass)?)?;
         descend(s, &toy, 3)?;
         if values(&toy.network)? == before {
             return Err("training moved no parameter".to_owned());
@@ -465,13 +464,14 @@ fn disabling_gives_the_base() {
     });
 }
 
-/// Beside every other method in the registry, and beside another of its kind, an adapter stays what it is.
+/// Beside another of its kind and beside others from the registry, an adapter stays what it is.
 #[test]
 fn two_adapters_side_by_side() {
     every_method(2, |s| {
         let mut configs = vec![s.config()?];
-        for other in peft::methods().into_iter().filter(|e| e.id != s.entry.id) {
-            configs.push(Subject::example_of(other)?);
+        let others: Vec<_> = peft::methods().into_iter().filter(|e| e.id != s.entry.id).collect();
+        for at in RngKey::new(s.case.seed).permutation(others.len()).into_iter().take(3) {
+            configs.push(example(others[at])?);
         }
         configs.iter().try_for_each(|config| {
             beside(s, config).map_err(|e| format!("beside {}: {e}", config["peft_type"]))
@@ -520,11 +520,7 @@ fn the_same_on_every_device() {
             return Ok(());
         }
         let device = peft::core::Device::reference();
-        let truth = Subject {
-            entry: s.entry,
-            device: &device,
-            case: s.case,
-        };
+        let truth = Subject { device: &device, ..*s };
         let (here, there) = (s.moved("a")?, truth.moved("a")?);
         let here_out = s.run(&here)?;
         let there_out = told("to_device", truth.run(&there)?.to_device(s.device))?;

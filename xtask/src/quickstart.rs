@@ -35,22 +35,47 @@ pub(crate) fn run(root: &Path, data_only: bool) -> Result<()> {
         return Ok(());
     }
     let config = format!("{EXAMPLE}/pretrain.toml");
-    process::run(root, env!("CARGO"), &["run", "--release", "-p", "peft-cli", "--", "train", &config])?;
-    halve(&root.join(WORK).join("trained"), &root.join(EXAMPLE).join("base"))
+    process::run(
+        root,
+        env!("CARGO"),
+        &["run", "--release", "-p", "peft-cli", "--", "train", &config],
+    )?;
+    halve(
+        &root.join(WORK).join("trained"),
+        &root.join(EXAMPLE).join("base"),
+    )
 }
 
 /// Everything that the training reads.
 fn prepare(root: &Path, corpus: &corpus::Corpus) -> Result<()> {
     let example = root.join(EXAMPLE);
-    workspace::write(&example.join("train.jsonl"), &corpus::as_prompts(&corpus.train))?;
-    workspace::write(&example.join("eval.jsonl"), &corpus::as_prompts(&corpus.eval))?;
+    workspace::write(
+        &example.join("train.jsonl"),
+        &corpus::as_prompts(&corpus.train),
+    )?;
+    workspace::write(
+        &example.join("eval.jsonl"),
+        &corpus::as_prompts(&corpus.eval),
+    )?;
     let work = root.join(WORK);
     workspace::write(&work.join("text.jsonl"), &corpus::as_texts(&corpus.text))?;
-    workspace::write(&work.join("text-eval.jsonl"), &corpus::as_texts(&corpus.text_eval))?;
+    workspace::write(
+        &work.join("text-eval.jsonl"),
+        &corpus::as_texts(&corpus.text_eval),
+    )?;
     let fresh = work.join("init");
-    workspace::write(&fresh.join("config.json"), &format!("{:#}\n", model_config()))?;
-    workspace::write(&fresh.join("tokenizer.json"), &tokenizer::train(&corpus.text, VOCABULARY)?)?;
-    workspace::write(&fresh.join("tokenizer_config.json"), &format!("{:#}\n", tokenizer::config()))?;
+    workspace::write(
+        &fresh.join("config.json"),
+        &format!("{:#}\n", model_config()),
+    )?;
+    workspace::write(
+        &fresh.join("tokenizer.json"),
+        &tokenizer::train(&corpus.text, VOCABULARY)?,
+    )?;
+    workspace::write(
+        &fresh.join("tokenizer_config.json"),
+        &format!("{:#}\n", tokenizer::config()),
+    )?;
     eprintln!(
         "{} rows to train on, {} to evaluate on; {} texts for the base, {} held out",
         corpus.train.len(),
@@ -95,12 +120,24 @@ fn halve(from: &Path, to: &Path) -> Result<()> {
     let entries = checkpoint
         .metas()
         .iter()
-        .map(|(name, meta)| PlanEntry { name: name.clone(), shape: meta.shape.clone(), dtype: DType::BF16 })
+        .map(|(name, meta)| PlanEntry {
+            name: name.clone(),
+            shape: meta.shape.clone(),
+            dtype: DType::BF16,
+        })
         .collect();
-    let mut writer = StreamWriter::create(to, &ShardPlan::new(entries, u64::MAX)?, &BTreeMap::new(), true)?;
+    let mut writer = StreamWriter::create(
+        to,
+        &ShardPlan::new(entries, u64::MAX)?,
+        &BTreeMap::new(),
+        true,
+    )?;
     for name in checkpoint.names() {
         let (_, values) = checkpoint.f32(name)?;
-        let bytes: Vec<u8> = values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|&v| half::bf16::from_f32(v).to_le_bytes())
+            .collect();
         writer.write(name, &bytes)?;
     }
     let mut config: Value = serde_json::from_str(&workspace::read(&from.join("config.json"))?)?;
@@ -109,5 +146,7 @@ fn halve(from: &Path, to: &Path) -> Result<()> {
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         writer.add_file(name, workspace::read(&from.join(name))?.as_bytes())?;
     }
-    writer.finish().with_context(|| format!("writing {}", to.display()))
+    writer
+        .finish()
+        .with_context(|| format!("writing {}", to.display()))
 }

@@ -7,10 +7,12 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use peft::MethodEntry;
 
-/// The workspace's root.
+/// The workspace's root: above the manifest that `cargo run` runs, or that this was built from.
 pub(crate) fn root() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.parent().unwrap_or(here).to_path_buf()
+    let here =
+        std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let here = PathBuf::from(here);
+    here.parent().map(Path::to_path_buf).unwrap_or(here)
 }
 
 /// Files that git holds or would hold, relative to the root, sorted, with `/` between parts.

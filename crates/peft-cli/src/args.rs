@@ -226,7 +226,8 @@ fn positive(text: &str) -> Result<usize, String> {
 }
 
 fn dtype(text: &str) -> Result<MergeDType, String> {
-    text.parse().map_err(|_| format!("has to be one of {}", MergeDType::NAMES.join(", ")))
+    text.parse()
+        .map_err(|_| format!("has to be one of {}", MergeDType::NAMES.join(", ")))
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -12,8 +12,14 @@ use crate::failure::Failure;
 /// A file that is not there fails (1); one that does not parse, or an override that makes no sense, is bad usage (2).
 pub(crate) fn read(path: &Path, sets: &[String]) -> Result<Value, Failure> {
     let text = peft::io::read_text(path)?;
-    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-    let wrong = |e: &dyn std::fmt::Display| Failure::Usage(format!("{}: {}", path.display(), e.to_string().trim_end()));
+    let ending = path
+        .extension()
+        .and_then(|e| e.to_str())
+        .unwrap_or_default()
+        .to_ascii_lowercase();
+    let wrong = |e: &dyn std::fmt::Display| {
+        Failure::Usage(format!("{}: {}", path.display(), e.to_string().trim_end()))
+    };
     let mut value: Value = match ending.as_str() {
         "toml" => toml::from_str(&text).map_err(|e| wrong(&e))?,
         "yaml" | "yml" => serde_norway::from_str(&text).map_err(|e| wrong(&e))?,

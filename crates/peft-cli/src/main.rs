@@ -25,10 +25,20 @@ fn main() -> ExitCode {
     log_to_stderr(cli.quiet);
     // A panic is a bug of ours, whatever the input was; its place is all a user could report.
     std::panic::set_hook(Box::new(|info| {
-        let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        let text = info.payload().downcast_ref::<&str>().map(|s| (*s).to_owned());
-        let text = text.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
-        out::to_stderr(&format!("error: internal error{place}: {text}; this is a bug, please report it"));
+        let place = info
+            .location()
+            .map(|l| format!(" at {}:{}", l.file(), l.line()))
+            .unwrap_or_default();
+        let text = info
+            .payload()
+            .downcast_ref::<&str>()
+            .map(|s| (*s).to_owned());
+        let text = text
+            .or_else(|| info.payload().downcast_ref::<String>().cloned())
+            .unwrap_or_default();
+        out::to_stderr(&format!(
+            "error: internal error{place}: {text}; this is a bug, please report it"
+        ));
     }));
     match catch_unwind(AssertUnwindSafe(|| run(cli))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
@@ -58,7 +68,12 @@ fn run(cli: Cli) -> Result<(), Failure> {
 
 /// Warnings of the libraries; `PEFT_LOG` takes a filter such as `debug` or `peft_models=info`.
 fn log_to_stderr(quiet: bool) {
-    let default = if quiet { "error" } else { "warn" };
+    // That a head starts from random values is no news in training, and `ops::open` says where it matters.
+    let default = if quiet {
+        "error"
+    } else {
+        "warn,peft_models::source=error"
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("PEFT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     tracing_subscriber::fmt()

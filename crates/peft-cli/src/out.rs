@@ -36,7 +36,10 @@ impl Out {
     /// Text on stdout, as it is.
     pub(crate) fn text(&self, text: &str) -> Result<(), Failure> {
         let mut stdout = std::io::stdout().lock();
-        match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        match stdout
+            .write_all(text.as_bytes())
+            .and_then(|()| stdout.flush())
+        {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == ErrorKind::BrokenPipe => Err(Failure::Closed),
             Err(e) => Err(Error::other(format!("cannot write to stdout: {e}")).into()),
@@ -57,12 +60,30 @@ pub(crate) fn to_stderr(text: &str) {
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let cell = |row: &'_ Vec<String>, c: usize| row.get(c).cloned().unwrap_or_default();
-    let width = |c: usize| rows.iter().map(|row| cell(row, c).chars().count()).max().unwrap_or(0);
-    let is_number = |text: &str| !text.is_empty() && text.chars().all(|ch| ch.is_ascii_digit() || ",.%-".contains(ch));
+    let width = |c: usize| {
+        rows.iter()
+            .map(|row| cell(row, c).chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let is_number = |text: &str| {
+        !text.is_empty()
+            && text
+                .chars()
+                .all(|ch| ch.is_ascii_digit() || ",.%-".contains(ch))
+    };
     let shape: Vec<(usize, bool)> = (0..columns)
         .map(|c| {
-            let body: Vec<String> = rows.iter().skip(1).map(|row| cell(row, c)).filter(|t| !t.is_empty()).collect();
-            (width(c), !body.is_empty() && body.iter().all(|t| is_number(t)))
+            let body: Vec<String> = rows
+                .iter()
+                .skip(1)
+                .map(|row| cell(row, c))
+                .filter(|t| !t.is_empty())
+                .collect();
+            (
+                width(c),
+                !body.is_empty() && body.iter().all(|t| is_number(t)),
+            )
         })
         .collect();
     let mut text = String::new();
@@ -71,7 +92,11 @@ fn table(rows: &[Vec<String>]) -> String {
         for (c, &(width, right)) in shape.iter().enumerate() {
             let cell = cell(row, c);
             let pad = " ".repeat(width - cell.chars().count());
-            line.push_str(&if right { format!("{pad}{cell}") } else { format!("{cell}{pad}") });
+            line.push_str(&if right {
+                format!("{pad}{cell}")
+            } else {
+                format!("{cell}{pad}")
+            });
             line.push_str("  ");
         }
         text.push_str(line.trim_end());
@@ -102,7 +127,11 @@ pub(crate) fn bytes(n: u64) -> String {
         value /= 1000.0;
         unit += 1;
     }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
 }
 
 /// `1h 02m`, `3m 20s`, `4.2 s`
@@ -118,7 +147,11 @@ pub(crate) fn seconds(s: f64) -> String {
 /// A word of a shell command, quoted where it has to be.
 pub(crate) fn shell_word(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_./@:=+-,".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 #[cfg(test)]
@@ -127,9 +160,18 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        assert_eq!([0, 999, 1000, 1_234_567].map(count), ["0", "999", "1,000", "1,234,567"]);
-        assert_eq!([999, 1000, 538_061_000].map(bytes), ["999 B", "1.0 KB", "538.1 MB"]);
-        assert_eq!([4.25, 200.0, 3720.0].map(seconds), ["4.2 s", "3m 20s", "1h 02m"]);
+        assert_eq!(
+            [0, 999, 1000, 1_234_567].map(count),
+            ["0", "999", "1,000", "1,234,567"]
+        );
+        assert_eq!(
+            [999, 1000, 538_061_000].map(bytes),
+            ["999 B", "1.0 KB", "538.1 MB"]
+        );
+        assert_eq!(
+            [4.25, 200.0, 3720.0].map(seconds),
+            ["4.2 s", "3m 20s", "1h 02m"]
+        );
     }
 
     #[test]

@@ -27,14 +27,25 @@ impl Progress {
     pub(crate) fn new(out: &Out, label: &str, first: u64, total: u64) -> Self {
         let bar = visible(out).then(|| {
             let style = "{prefix} [{bar:30}] {pos}/{len} {msg} eta {eta}";
-            let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
-            let bar = ProgressBar::new(total).with_style(style.progress_chars("=> ")).with_prefix(label.to_owned());
+            let style = ProgressStyle::with_template(style)
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = ProgressBar::new(total)
+                .with_style(style.progress_chars("=> "))
+                .with_prefix(label.to_owned());
             bar.set_position(first);
             bar.reset_eta();
             bar
         });
         let now = Instant::now();
-        Self { out: *out, bar, label: label.to_owned(), total, begun: now, said: now, first }
+        Self {
+            out: *out,
+            bar,
+            label: label.to_owned(),
+            total,
+            begun: now,
+            said: now,
+            first,
+        }
     }
 
     /// Work whose length is not known.
@@ -45,7 +56,15 @@ impl Progress {
             bar
         });
         let now = Instant::now();
-        Self { out: *out, bar, label: label.to_owned(), total: 0, begun: now, said: now, first: 0 }
+        Self {
+            out: *out,
+            bar,
+            label: label.to_owned(),
+            total: 0,
+            begun: now,
+            said: now,
+            first: 0,
+        }
     }
 
     /// `done` units are done.
@@ -58,11 +77,23 @@ impl Progress {
         let due = self.said.elapsed() >= EVERY || (done == self.total && self.said != self.begun);
         if due {
             self.said = Instant::now();
-            let speed = (done - self.first.min(done)) as f64 / self.begun.elapsed().as_secs_f64().max(1e-9);
+            let speed =
+                (done - self.first.min(done)) as f64 / self.begun.elapsed().as_secs_f64().max(1e-9);
             let left = self.total.saturating_sub(done) as f64 / speed.max(1e-9);
-            let message = if message.is_empty() { String::new() } else { format!(", {message}") };
-            let left = if done < self.total { format!(", {} left", seconds(left)) } else { String::new() };
-            self.out.note(&format!("{} {done}/{}{message}{left}", self.label, self.total));
+            let message = if message.is_empty() {
+                String::new()
+            } else {
+                format!(", {message}")
+            };
+            let left = if done < self.total {
+                format!(", {} left", seconds(left))
+            } else {
+                String::new()
+            };
+            self.out.note(&format!(
+                "{} {done}/{}{message}{left}",
+                self.label, self.total
+            ));
         }
     }
 

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::source::io;
 
+const NORMAL: i64 = 1;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
@@ -31,11 +32,23 @@ pub(crate) fn tokenizer_json(gguf: &Gguf) -> Result<Value> {
         .and_then(MetaValue::as_array)
     {
         Some(array) => (0..array.len())
-            .map(|i| array.get(i).and_then(|v| v.as_i64()).unwrap_or(1))
+            .map(|i| array.get(i).and_then(|v| v.as_i64()).unwrap_or(NORMAL))
             .collect(),
         None => Vec::new(),
     };
-    let kind = |id: usize| types.get(id).copied().unwrap_or(1);
+    let ends: Vec<usize> = ["bos", "eos", "padding"]
+        .iter()
+        .filter_map(|name| {
+            gguf.get(&format!("tokenizer.ggml.{name}_token_id"))?
+                .as_u64()
+        })
+        .filter_map(|id| usize::try_from(id).ok())
+        .collect();
+    let kind = |id: usize| match types.get(id) {
+        _ if ends.contains(&id) => CONTROL,
+        Some(&kind) => kind,
+        None => NORMAL,
+    };
     let special = |name: &str| {
         let id = gguf
             .get(&format!("tokenizer.ggml.{name}_token_id"))

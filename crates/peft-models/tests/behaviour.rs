@@ -1,17 +1,15 @@
-//! What models promise beyond single numbers: caching, recomputing, losses, names of checkpoints, GGUF, errors.
+//! What models promise beyond single numbers: caching, recomputing, losses, names of checkpoints, errors.
 
 use std::path::{Path, PathBuf};
 
 use peft_core::serde_json::{Value, json};
 use peft_core::{Pass, RngKey};
-use peft_io::{Checkpoint, GgufBuilder, MetaArray, MetaValue};
-use peft_models::{
-    Batch, GenerateOptions, IGNORE, Labels, LoadOptions, Model, ModelConfig, Task,
-};
-use peft_tensor::WeightFormat;
+use peft_models::{Batch, GenerateOptions, IGNORE, Labels, LoadOptions, Model, ModelConfig, Task};
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/models").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/goldens/models")
+        .join(name)
 }
 
 fn load(name: &str) -> Model {
@@ -20,7 +18,15 @@ fn load(name: &str) -> Model {
 
 fn classify(name: &str, num_labels: usize, seed: u64) -> Model {
     let task = Some(Task::SequenceClassification { num_labels });
-    Model::load(&golden(name), &LoadOptions { task, seed, ..LoadOptions::default() }).unwrap()
+    Model::load(
+        &golden(name),
+        &LoadOptions {
+            task,
+            seed,
+            ..LoadOptions::default()
+        },
+    )
+    .unwrap()
 }
 
 /// A small configuration with every kind of layer that differs between architectures.
@@ -42,33 +48,61 @@ fn tiny(model_type: &str) -> ModelConfig {
 }
 
 fn fresh(model_type: &str, seed: u64) -> Model {
-    Model::from_config(&tiny(model_type), &LoadOptions { seed, ..LoadOptions::default() }).unwrap()
+    Model::from_config(
+        &tiny(model_type),
+        &LoadOptions {
+            seed,
+            ..LoadOptions::default()
+        },
+    )
+    .unwrap()
 }
 
 fn ids(seed: u64, n: usize, vocab: u64) -> Vec<u32> {
-    (0..n as u64).map(|i| RngKey::new(seed).below(i, vocab) as u32).collect()
+    (0..n as u64)
+        .map(|i| RngKey::new(seed).below(i, vocab) as u32)
+        .collect()
 }
 
 fn worst(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
 }
 
-const CAUSAL: [&str; 8] = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2"];
+const CAUSAL: [&str; 8] = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2",
+];
 
 #[test]
 fn cached_generation_is_the_plain_forward_pass() {
     for (seed, name) in CAUSAL.iter().enumerate() {
         let model = fresh(name, seed as u64);
         let prompt = ids(seed as u64, 5, 53);
-        let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
-        let (tokens, _) = model.generate_ids(&prompt, &options, &mut |_| Ok(true)).unwrap();
+        let options = GenerateOptions {
+            max_new_tokens: 12,
+            ..GenerateOptions::default()
+        };
+        let (tokens, _) = model
+            .generate_ids(&prompt, &options, &mut |_| Ok(true))
+            .unwrap();
         let mut all = prompt;
         for &token in &tokens {
-            let logits = model.logits(&Batch::single(all.clone()), &Pass::eval()).unwrap();
-            let last = logits.narrow(1, all.len() - 1, 1).unwrap().to_vec().unwrap();
+            let logits = model
+                .logits(&Batch::single(all.clone()), &Pass::eval())
+                .unwrap();
+            let last = logits
+                .narrow(1, all.len() - 1, 1)
+                .unwrap()
+                .to_vec()
+                .unwrap();
             let best = last.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            assert!(last[token as usize] >= best - 1e-4, "{name}: {token} after {all:?}");
+            assert!(
+                last[token as usize] >= best - 1e-4,
+                "{name}: {token} after {all:?}"
+            );
             all.push(token);
         }
         assert_eq!(tokens.len(), 12, "{name}");
@@ -79,33 +113,65 @@ fn cached_generation_is_the_plain_forward_pass() {
 fn sampling_is_a_function_of_the_seed() {
     let model = fresh("llama", 1);
     let draw = |seed: u64| {
-        let options = GenerateOptions { max_new_tokens: 20, temperature: 1.0, seed, ..GenerateOptions::default() };
-        model.generate_ids(&[1, 2, 3], &options, &mut |_| Ok(true)).unwrap().0
+        let options = GenerateOptions {
+            max_new_tokens: 20,
+            temperature: 1.0,
+            seed,
+            ..GenerateOptions::default()
+        };
+        model
+            .generate_ids(&[1, 2, 3], &options, &mut |_| Ok(true))
+            .unwrap()
+            .0
     };
     assert_eq!(draw(5), draw(5));
     assert_ne!(draw(5), draw(6));
-    let options = GenerateOptions { max_new_tokens: 20, ..GenerateOptions::default() };
+    let options = GenerateOptions {
+        max_new_tokens: 20,
+        ..GenerateOptions::default()
+    };
     let mut given = 0;
     let stopped = model.generate_ids(&[1], &options, &mut |_| {
         given += 1;
         Ok(given < 3)
     });
     assert_eq!(stopped.unwrap().0.len(), 3);
-    let hot = GenerateOptions { temperature: f32::NAN, ..options };
-    assert!(model.generate_ids(&[1], &hot, &mut |_| Ok(true)).unwrap_err().to_string().contains("temperature"));
+    let hot = GenerateOptions {
+        temperature: f32::NAN,
+        ..options
+    };
+    assert!(
+        model
+            .generate_ids(&[1], &hot, &mut |_| Ok(true))
+            .unwrap_err()
+            .to_string()
+            .contains("temperature")
+    );
 }
 
 #[test]
 fn gradients_do_not_depend_on_checkpointing() {
-    for (seed, name) in ["llama", "gemma2", "phi3", "qwen3", "gpt2"].iter().enumerate() {
+    for (seed, name) in ["llama", "gemma2", "phi3", "qwen3", "gpt2"]
+        .iter()
+        .enumerate()
+    {
         let mut model = fresh(name, 7 + seed as u64);
         model.network_mut().unwrap().train_base().unwrap();
         let tokens = ids(3, 2 * 9, 53);
         let labels = tokens.iter().map(|&t| i64::from(t)).collect();
-        let batch = Batch { ids: tokens, batch: 2, seq: 9, mask: None, task_ids: None };
+        let batch = Batch {
+            ids: tokens,
+            batch: 2,
+            seq: 9,
+            mask: None,
+            task_ids: None,
+        };
         let labels = Labels::Tokens(labels);
         let run = |checkpoint: bool| {
-            let pass = Pass { checkpoint, ..Pass::train(RngKey::new(0)) };
+            let pass = Pass {
+                checkpoint,
+                ..Pass::train(RngKey::new(0))
+            };
             let out = model.loss(&batch, &labels, &pass).unwrap();
             let value = out.loss.item().unwrap();
             (value, out.loss.backward().unwrap())
@@ -116,7 +182,9 @@ fn gradients_do_not_depend_on_checkpointing() {
         assert!(!parameters.is_empty());
         for p in parameters {
             let leaf = p.tensor();
-            let (Some(a), Some(b)) = (a.get(&leaf), b.get(&leaf)) else { panic!("{name}: no gradient for {}", p.key()) };
+            let (Some(a), Some(b)) = (a.get(&leaf), b.get(&leaf)) else {
+                panic!("{name}: no gradient for {}", p.key())
+            };
             let (a, b) = (a.to_vec().unwrap(), b.to_vec().unwrap());
             assert!(worst(&a, &b) < 1e-5, "{name} {}", p.key());
             // A key bias shifts a row's scores alike, which the softmax does not see; unused positions get nothing.
@@ -134,8 +202,18 @@ fn the_loss_is_the_mean_over_labelled_tokens_after_the_shift() {
     let mut labels: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
     labels[2] = IGNORE;
     labels[s..2 * s].fill(IGNORE);
-    let batch = Batch { ids: tokens, batch: b, seq: s, mask: None, task_ids: None };
-    let logits = model.logits(&batch, &Pass::eval()).unwrap().to_vec().unwrap();
+    let batch = Batch {
+        ids: tokens,
+        batch: b,
+        seq: s,
+        mask: None,
+        task_ids: None,
+    };
+    let logits = model
+        .logits(&batch, &Pass::eval())
+        .unwrap()
+        .to_vec()
+        .unwrap();
     let (mut sum, mut count, mut correct) = (0.0f64, 0, 0);
     for row in 0..b {
         for at in 1..s {
@@ -144,22 +222,34 @@ fn the_loss_is_the_mean_over_labelled_tokens_after_the_shift() {
                 continue;
             }
             let place = (row * s + at - 1) * 79;
-            let values: Vec<f64> = logits[place..place + 79].iter().map(|&v| f64::from(v)).collect();
+            let values: Vec<f64> = logits[place..place + 79]
+                .iter()
+                .map(|&v| f64::from(v))
+                .collect();
             let total: f64 = values.iter().map(|v| v.exp()).sum();
             sum += total.ln() - values[label as usize];
             correct += usize::from(values.iter().all(|&v| v <= values[label as usize]));
             count += 1;
         }
     }
-    let out = model.loss(&batch, &Labels::Tokens(labels.clone()), &Pass::eval()).unwrap();
+    let out = model
+        .loss(&batch, &Labels::Tokens(labels.clone()), &Pass::eval())
+        .unwrap();
     assert_eq!((out.count, out.correct), (count, correct));
-    assert!((out.sum - sum).abs() < 1e-3 && (f64::from(out.loss.item().unwrap()) - sum / count as f64).abs() < 1e-4);
-    let scored = model.score(&batch, &Labels::Tokens(labels), &Pass::eval()).unwrap();
+    assert!(
+        (out.sum - sum).abs() < 1e-3
+            && (f64::from(out.loss.item().unwrap()) - sum / count as f64).abs() < 1e-4
+    );
+    let scored = model
+        .score(&batch, &Labels::Tokens(labels), &Pass::eval())
+        .unwrap();
     assert_eq!(scored.len(), count);
     let total: f64 = scored.iter().map(|s| f64::from(-s.log_prob)).sum();
     assert!((total - sum).abs() < 1e-3);
     assert!(scored.iter().all(|s| s.position > 0 && s.row != 1));
-    let none = model.loss(&batch, &Labels::Tokens(vec![IGNORE; b * s]), &Pass::eval()).unwrap();
+    let none = model
+        .loss(&batch, &Labels::Tokens(vec![IGNORE; b * s]), &Pass::eval())
+        .unwrap();
     assert_eq!((none.count, none.loss.item().unwrap()), (0, 0.0));
 }
 
@@ -168,12 +258,26 @@ fn a_long_batch_is_scored_in_pieces_that_add_up() {
     let model = fresh("llama", 2);
     let tokens = ids(1, 10 * 60, 53);
     let labels: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
-    let whole = Batch { ids: tokens.clone(), batch: 10, seq: 60, mask: None, task_ids: None };
-    let all = model.loss(&whole, &Labels::Tokens(labels.clone()), &Pass::eval()).unwrap();
+    let whole = Batch {
+        ids: tokens.clone(),
+        batch: 10,
+        seq: 60,
+        mask: None,
+        task_ids: None,
+    };
+    let all = model
+        .loss(&whole, &Labels::Tokens(labels.clone()), &Pass::eval())
+        .unwrap();
     assert_eq!(all.count, 590);
     let mut sum = 0.0;
     for (row, labels) in tokens.chunks(60).zip(labels.chunks(60)) {
-        let part = model.loss(&Batch::single(row.to_vec()), &Labels::Tokens(labels.to_vec()), &Pass::eval()).unwrap();
+        let part = model
+            .loss(
+                &Batch::single(row.to_vec()),
+                &Labels::Tokens(labels.to_vec()),
+                &Pass::eval(),
+            )
+            .unwrap();
         sum += part.sum;
     }
     assert!((all.sum - sum).abs() < 1e-2, "{} {sum}", all.sum);
@@ -181,24 +285,56 @@ fn a_long_batch_is_scored_in_pieces_that_add_up() {
 
 #[test]
 fn an_encoder_without_a_head_gets_one_by_seed() {
-    let (a, again, b) = (classify("bert", 4, 1), classify("bert", 4, 1), classify("bert", 4, 2));
+    let (a, again, b) = (
+        classify("bert", 4, 1),
+        classify("bert", 4, 1),
+        classify("bert", 4, 2),
+    );
     let batch = Batch::padded(&[ids(1, 6, 93), ids(2, 9, 93)], 0);
     let logits = |m: &Model| m.logits(&batch, &Pass::eval()).unwrap().to_vec().unwrap();
     assert_eq!(logits(&a).len(), 8);
     assert_eq!(logits(&a), logits(&again));
     assert_ne!(logits(&a), logits(&b));
-    assert!(a.network().tree().get("bert.encoder.layer.1.attention.self.query").is_some());
+    assert!(
+        a.network()
+            .tree()
+            .get("bert.encoder.layer.1.attention.self.query")
+            .is_some()
+    );
     assert_eq!(a.network().tree().facts().task_heads, ["classifier"]);
     // The encoder under it is the stored one.
     let hidden = a.forward(&batch, &Pass::eval()).unwrap().to_vec().unwrap();
-    assert_eq!(hidden, load("bert").logits(&batch, &Pass::eval()).unwrap().to_vec().unwrap());
+    assert_eq!(
+        hidden,
+        load("bert")
+            .logits(&batch, &Pass::eval())
+            .unwrap()
+            .to_vec()
+            .unwrap()
+    );
     // And the other way round: the classifier's file as a bare encoder.
-    let features = LoadOptions { task: Some(Task::Features), ..LoadOptions::default() };
+    let features = LoadOptions {
+        task: Some(Task::Features),
+        ..LoadOptions::default()
+    };
     let bare = Model::load(&golden("bert-cls"), &features).unwrap();
-    assert!(bare.network().tree().get("encoder.layer.0.output.dense").is_some());
-    assert_eq!(bare.forward(&batch, &Pass::eval()).unwrap().shape(), [2, 9, 24]);
-    let other = LoadOptions { task: Some(Task::SequenceClassification { num_labels: 5 }), ..LoadOptions::default() };
-    let error = Model::load(&golden("bert-cls"), &other).unwrap_err().to_string();
+    assert!(
+        bare.network()
+            .tree()
+            .get("encoder.layer.0.output.dense")
+            .is_some()
+    );
+    assert_eq!(
+        bare.forward(&batch, &Pass::eval()).unwrap().shape(),
+        [2, 9, 24]
+    );
+    let other = LoadOptions {
+        task: Some(Task::SequenceClassification { num_labels: 5 }),
+        ..LoadOptions::default()
+    };
+    let error = Model::load(&golden("bert-cls"), &other)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("classifier.weight"), "{error}");
 }
 
@@ -207,174 +343,70 @@ fn a_decoder_reads_the_label_from_the_last_token_that_is_no_padding() {
     for name in ["llama", "gpt2"] {
         let model = classify(name, 3, 5);
         let (short, long) = (ids(4, 4, 60), ids(5, 8, 60));
-        let alone = model.logits(&Batch::single(short.clone()), &Pass::eval()).unwrap().to_vec().unwrap();
+        let alone = model
+            .logits(&Batch::single(short.clone()), &Pass::eval())
+            .unwrap()
+            .to_vec()
+            .unwrap();
         let padded = Batch::padded(&[short.clone(), long.clone()], 0);
         assert!(padded.mask.is_some());
-        let both = model.logits(&padded, &Pass::eval()).unwrap().to_vec().unwrap();
+        let both = model
+            .logits(&padded, &Pass::eval())
+            .unwrap()
+            .to_vec()
+            .unwrap();
         assert!(worst(&both[..3], &alone) < 1e-5, "{name}");
         let labels = Labels::Classes(vec![2, 0]);
         let out = model.loss(&padded, &labels, &Pass::eval()).unwrap();
         assert_eq!(out.count, 2);
-        assert!(model.loss(&padded, &Labels::Classes(vec![0, 3]), &Pass::eval()).is_err());
-        assert!(model.loss(&padded, &Labels::Tokens(vec![0; 16]), &Pass::eval()).is_err());
+        assert!(
+            model
+                .loss(&padded, &Labels::Classes(vec![0, 3]), &Pass::eval())
+                .is_err()
+        );
+        assert!(
+            model
+                .loss(&padded, &Labels::Tokens(vec![0; 16]), &Pass::eval())
+                .is_err()
+        );
     }
 }
 
 #[test]
 fn junctions_attention_and_heads_are_in_the_tree() {
-    let paths = |model: &Model| -> Vec<String> { model.network().tree().iter().map(|(_, m)| m.path.clone()).collect() };
+    let paths = |model: &Model| -> Vec<String> {
+        model
+            .network()
+            .tree()
+            .iter()
+            .map(|(_, m)| m.path.clone())
+            .collect()
+    };
     let llama = paths(&load("llama"));
-    for path in ["model.layers.2.attention_adapters", "model.layers.0.output_adapters", "model.layers.1.self_attn", "lm_head"] {
+    for path in [
+        "model.layers.2.attention_adapters",
+        "model.layers.0.output_adapters",
+        "model.layers.1.self_attn",
+        "lm_head",
+    ] {
         assert!(llama.iter().any(|p| p == path), "{path}");
     }
     let bert = paths(&load("bert-cls"));
-    for path in ["bert.encoder.layer.0.attention.output", "bert.encoder.layer.1.output", "bert.pooler", "classifier"] {
+    for path in [
+        "bert.encoder.layer.0.attention.output",
+        "bert.encoder.layer.1.output",
+        "bert.pooler",
+        "classifier",
+    ] {
         assert!(bert.iter().any(|p| p == path), "{path}");
     }
-    assert!(paths(&load("gpt2")).iter().any(|p| p == "transformer.h.0.attn.c_attn"));
+    assert!(
+        paths(&load("gpt2"))
+            .iter()
+            .any(|p| p == "transformer.h.0.attn.c_attn")
+    );
     let facts = load("llama-tied").network().tree().facts().clone();
     assert!(facts.tied && facts.output_embedding.as_deref() == Some("lm_head"));
-}
-
-/// A checkpoint written as llama.cpp would, from an HF folder.
-fn as_gguf(name: &str, architecture: &str, to: &Path) {
-    let config = peft_io::read_json(&golden(name).join("config.json")).unwrap();
-    let checkpoint = Checkpoint::open(&golden(name)).unwrap();
-    let number = |key: &str| config[key].as_u64().unwrap() as u32;
-    let meta = |b: GgufBuilder, key: &str, v: u32| b.meta(&format!("{architecture}.{key}"), MetaValue::U32(v));
-    let mut b = GgufBuilder::new().meta("general.architecture", MetaValue::String(architecture.into()));
-    for (key, field) in [
-        ("block_count", "num_hidden_layers"),
-        ("embedding_length", "hidden_size"),
-        ("feed_forward_length", "intermediate_size"),
-        ("attention.head_count", "num_attention_heads"),
-        ("attention.head_count_kv", "num_key_value_heads"),
-        ("context_length", "max_position_embeddings"),
-    ] {
-        b = meta(b, key, number(field));
-    }
-    let head_dim = config["head_dim"].as_u64().map_or(number("hidden_size") / number("num_attention_heads"), |d| d as u32);
-    b = meta(b, "attention.key_length", head_dim);
-    let eps = config["rms_norm_eps"].as_f64().unwrap() as f32;
-    b = b.meta(&format!("{architecture}.attention.layer_norm_rms_epsilon"), MetaValue::F32(eps));
-    let theta = config["rope_parameters"]["rope_theta"].as_f64().or(config["rope_theta"].as_f64()).unwrap() as f32;
-    b = b.meta(&format!("{architecture}.rope.freq_base"), MetaValue::F32(theta));
-    for name in checkpoint.names() {
-        let (shape, mut values) = checkpoint.f32(name).unwrap();
-        let tied = config["tie_word_embeddings"] == true;
-        let mut stored = match name {
-            "model.embed_tokens.weight" => "token_embd.weight".to_owned(),
-            "model.norm.weight" => "output_norm.weight".to_owned(),
-            "lm_head.weight" if tied => continue,
-            "lm_head.weight" => "output.weight".to_owned(),
-            _ => name.replace("model.layers.", "blk."),
-        };
-        for (hf, cpp) in [
-            ("self_attn.q_proj", "attn_q"),
-            ("self_attn.k_proj", "attn_k"),
-            ("self_attn.v_proj", "attn_v"),
-            ("self_attn.o_proj", "attn_output"),
-            ("self_attn.q_norm", "attn_q_norm"),
-            ("self_attn.k_norm", "attn_k_norm"),
-            ("mlp.gate_proj", "ffn_gate"),
-            ("mlp.up_proj", "ffn_up"),
-            ("mlp.down_proj", "ffn_down"),
-            ("input_layernorm", "attn_norm"),
-            ("post_attention_layernorm", "ffn_norm"),
-        ] {
-            stored = stored.replace(hf, cpp);
-        }
-        let heads = match name {
-            n if n.contains("q_proj") => number("num_attention_heads") as usize,
-            n if n.contains("k_proj") => number("num_key_value_heads") as usize,
-            _ => 0,
-        };
-        if architecture == "llama" && heads > 0 {
-            // reshape(heads, 2, half, cols).swapaxes(1, 2)
-            let cols = values.len() / shape[0];
-            let half = shape[0] / heads / 2;
-            let mut out = Vec::with_capacity(values.len());
-            for head in 0..heads {
-                for at in 0..half {
-                    for part in 0..2 {
-                        let row = (head * 2 + part) * half + at;
-                        out.extend_from_slice(&values[row * cols..(row + 1) * cols]);
-                    }
-                }
-            }
-            values = out;
-        }
-        if architecture == "gemma" && name.contains("norm") {
-            values.iter_mut().for_each(|v| *v += 1.0);
-        }
-        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        b = b.tensor(&stored, &shape, WeightFormat::F32, bytes);
-    }
-    b.write(to).unwrap();
-}
-
-#[test]
-fn gguf_gives_the_same_model() {
-    let folder = tempfile::tempdir().unwrap();
-    let arch = [("llama", "llama"), ("llama-tied", "llama"), ("llama-rope-linear", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("gemma", "gemma")];
-    for (name, architecture) in arch {
-        let path = folder.path().join(format!("{name}.gguf"));
-        as_gguf(name, architecture, &path);
-        if name == "llama-rope-linear" {
-            // Its scaling is not written; that its biases are found and turned is what counts.
-            let model = Model::load(&path, &LoadOptions::default()).unwrap();
-            let hf = load(name);
-            let bias = |m: &Model| m.network().param("model.layers.1.self_attn.k_proj.bias").unwrap().to_vec().unwrap();
-            assert_eq!(bias(&model), bias(&hf));
-            continue;
-        }
-        let model = Model::load(&path, &LoadOptions::default()).unwrap();
-        let batch = Batch::single(ids(9, 8, 60));
-        let a = model.logits(&batch, &Pass::eval()).unwrap().to_vec().unwrap();
-        let b = load(name).logits(&batch, &Pass::eval()).unwrap().to_vec().unwrap();
-        assert!(worst(&a, &b) < 2e-5, "{name}: {}", worst(&a, &b));
-        assert_eq!(model.network().tree().facts().tied, name == "llama-tied" || name == "gemma");
-        assert!(model.tokenizer().unwrap_err().to_string().contains("tokenizer.ggml.model"));
-    }
-}
-
-#[test]
-fn gguf_byte_level_tokenizer() {
-    let strings = |list: &[&str]| MetaValue::Array(MetaArray::String(list.iter().map(|&s| s.to_owned()).collect()));
-    let mut tokens: Vec<String> = vec!["<|end|>".into(), "<|user|>".into()];
-    tokens.extend("abcdefghijklmnopqrstuvwxyz0123456789".chars().map(String::from));
-    tokens.extend(["\u{120}", "\u{10A}", "\u{120}a", "ab", "\u{C3}", "\u{A4}", "12"].map(str::to_owned));
-    let mut types = vec![1; tokens.len()];
-    (types[0], types[1]) = (3, 3);
-    let build = |pre: &str| {
-        let refs: Vec<&str> = tokens.iter().map(String::as_str).collect();
-        let builder = GgufBuilder::new()
-            .meta("general.architecture", MetaValue::String("llama".into()))
-            .meta("tokenizer.ggml.model", MetaValue::String("gpt2".into()))
-            .meta("tokenizer.ggml.pre", MetaValue::String(pre.into()))
-            .meta("tokenizer.ggml.tokens", strings(&refs))
-            .meta("tokenizer.ggml.token_type", MetaValue::Array(MetaArray::I32(types.clone())))
-            .meta("tokenizer.ggml.merges", strings(&["\u{120} a", "a b", "1 2"]))
-            .meta("tokenizer.ggml.eos_token_id", MetaValue::U32(0))
-            .meta("tokenizer.ggml.bos_token_id", MetaValue::U32(1))
-            .meta("tokenizer.chat_template", MetaValue::String("{{ bos_token }}{{ messages[0].content }}".into()));
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("t.gguf");
-        builder.tensor("x", &[1], WeightFormat::F32, vec![0; 4]).write(&path).unwrap();
-        let checkpoint = Checkpoint::open(&path).unwrap();
-        peft_models::Tokenizer::from_gguf(checkpoint.gguf().unwrap())
-    };
-    let tokenizer = build("smollm").unwrap();
-    let text = |ids: &[u32]| ids.iter().map(|&i| tokens[i as usize].clone()).collect::<Vec<_>>();
-    let ids = tokenizer.encode("ab a12\u{E4}<|end|>c").unwrap();
-    assert_eq!(text(&ids), ["ab", "\u{120}a", "1", "2", "\u{C3}", "\u{A4}", "<|end|>", "c"]);
-    assert_eq!(tokenizer.decode(&ids).unwrap(), "ab a12\u{E4}c");
-    assert_eq!(tokenizer.eos(), [0]);
-    let split = build("gpt-2").unwrap().encode("a12").unwrap();
-    assert_eq!(text(&split), ["a", "12"]);
-    assert_eq!(tokenizer.chat_prompt(&[json!({"role": "user", "content": "hi"})]).unwrap(), "<|user|>hi");
-    let error = build("mystery").unwrap_err().to_string();
-    assert!(error.contains("mystery") && error.contains("smollm"), "{error}");
 }
 
 #[test]
@@ -395,16 +427,27 @@ fn configurations_say_what_is_wrong() {
         ("num_attention_heads", json!(0), "num_attention_heads"),
         ("num_key_value_heads", json!(0), "num_key_value_heads"),
         ("num_key_value_heads", json!(3), "does not divide"),
-        ("num_hidden_layers", json!(1_000_000_000_u64), "num_hidden_layers"),
+        (
+            "num_hidden_layers",
+            json!(1_000_000_000_u64),
+            "num_hidden_layers",
+        ),
         ("vocab_size", json!(-1), "vocab_size"),
         ("head_dim", json!(3), "rotated"),
         ("hidden_act", json!("mish"), "silu"),
         ("rope_parameters", json!({"rope_type": "spiral"}), "llama3"),
         ("rope_parameters", json!({"rope_type": "linear"}), "factor"),
-        ("rope_scaling", json!({"type": "llama3", "factor": 8.0}), "low_freq_factor"),
+        (
+            "rope_scaling",
+            json!({"type": "llama3", "factor": 8.0}),
+            "low_freq_factor",
+        ),
         ("rope_theta", json!(0.0), "rope_theta"),
     ] {
-        let error = with(field, value.clone()).err().unwrap_or_else(|| panic!("{field} = {value}")).to_string();
+        let error = with(field, value.clone())
+            .err()
+            .unwrap_or_else(|| panic!("{field} = {value}"))
+            .to_string();
         assert!(error.contains(says), "{field} = {value}: {error}");
     }
     assert!(ModelConfig::from_json(&json!([1])).is_err());
@@ -420,21 +463,48 @@ fn batches_say_what_is_wrong() {
     refused(Batch::single(vec![]), "no tokens");
     refused(Batch::single(vec![53]), "beyond the vocabulary");
     refused(Batch::single(vec![1; 65]), "64 positions");
-    refused(Batch { seq: 3, ..Batch::single(vec![1, 2]) }, "ids for");
-    refused(Batch { mask: Some(vec![true]), ..Batch::single(vec![1, 2]) }, "attention_mask");
-    refused(Batch { task_ids: Some(vec![0, 0]), ..Batch::single(vec![1, 2]) }, "task_ids");
+    refused(
+        Batch {
+            seq: 3,
+            ..Batch::single(vec![1, 2])
+        },
+        "ids for",
+    );
+    refused(
+        Batch {
+            mask: Some(vec![true]),
+            ..Batch::single(vec![1, 2])
+        },
+        "attention_mask",
+    );
+    refused(
+        Batch {
+            task_ids: Some(vec![0, 0]),
+            ..Batch::single(vec![1, 2])
+        },
+        "task_ids",
+    );
 }
 
 #[test]
 fn every_weight_that_does_not_fit_is_listed_at_once() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::copy(golden("llama").join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    std::fs::copy(
+        golden("llama").join("model.safetensors"),
+        folder.path().join("model.safetensors"),
+    )
+    .unwrap();
     let mut config = peft_io::read_json(&golden("llama").join("config.json")).unwrap();
     config["num_hidden_layers"] = json!(4);
     config["intermediate_size"] = json!(45);
     peft_io::write_json(&folder.path().join("config.json"), &config).unwrap();
-    let error = Model::load(folder.path(), &LoadOptions::default()).unwrap_err().to_string();
-    for name in ["model.layers.3.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"] {
+    let error = Model::load(folder.path(), &LoadOptions::default())
+        .unwrap_err()
+        .to_string();
+    for name in [
+        "model.layers.3.self_attn.q_proj.weight",
+        "model.layers.0.mlp.down_proj.weight",
+    ] {
         assert!(error.contains(name), "{error}");
     }
 }
@@ -442,7 +512,11 @@ fn every_weight_that_does_not_fit_is_listed_at_once() {
 #[test]
 fn embeddings_that_differ_are_not_tied_whatever_the_configuration_says() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::copy(golden("llama").join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    std::fs::copy(
+        golden("llama").join("model.safetensors"),
+        folder.path().join("model.safetensors"),
+    )
+    .unwrap();
     let mut config = peft_io::read_json(&golden("llama").join("config.json")).unwrap();
     config["tie_word_embeddings"] = json!(true);
     peft_io::write_json(&folder.path().join("config.json"), &config).unwrap();
@@ -457,20 +531,40 @@ fn embeddings_that_differ_are_not_tied_whatever_the_configuration_says() {
 #[test]
 fn fresh_models_start_as_hugging_faces() {
     let a = fresh("gpt2", 3);
-    let dense = |m: &Model, name: &str| m.network().base().weight(name).unwrap().to_dense().unwrap().to_vec().unwrap();
+    let dense = |m: &Model, name: &str| {
+        m.network()
+            .base()
+            .weight(name)
+            .unwrap()
+            .to_dense()
+            .unwrap()
+            .to_vec()
+            .unwrap()
+    };
     let std = |v: &[f32]| (v.iter().map(|x| f64::from(x * x)).sum::<f64>() / v.len() as f64).sqrt();
     assert!((std(&dense(&a, "transformer.h.0.attn.c_attn.weight")) - 0.2).abs() < 0.03);
     // 0.2 / sqrt(2 layers * 2)
     assert!((std(&dense(&a, "transformer.h.1.mlp.c_proj.weight")) - 0.1).abs() < 0.02);
-    assert!(dense(&a, "transformer.ln_f.weight").iter().all(|&v| v == 1.0));
+    assert!(
+        dense(&a, "transformer.ln_f.weight")
+            .iter()
+            .all(|&v| v == 1.0)
+    );
     assert!(dense(&a, "transformer.ln_f.bias").iter().all(|&v| v == 0.0));
-    assert!(dense(&fresh("gemma", 3), "model.norm.weight").iter().all(|&v| v == 0.0));
+    assert!(
+        dense(&fresh("gemma", 3), "model.norm.weight")
+            .iter()
+            .all(|&v| v == 0.0)
+    );
     let (b, c) = (fresh("gpt2", 3), fresh("gpt2", 4));
     let name = "transformer.wte.weight";
     assert_eq!(dense(&a, name), dense(&b, name));
     assert_ne!(dense(&a, name), dense(&c, name));
     let bert = Model::from_config(&tiny("bert"), &LoadOptions::default()).unwrap();
     assert_eq!(bert.task(), Task::Features);
-    let causal = LoadOptions { task: Some(Task::CausalLm), ..LoadOptions::default() };
+    let causal = LoadOptions {
+        task: Some(Task::CausalLm),
+        ..LoadOptions::default()
+    };
     assert!(Model::from_config(&tiny("bert"), &causal).is_err());
 }

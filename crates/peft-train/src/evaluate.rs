@@ -27,7 +27,10 @@ pub struct EvalOptions {
 
 impl Default for EvalOptions {
     fn default() -> Self {
-        Self { batch_size: 8, choices: None }
+        Self {
+            batch_size: 8,
+            choices: None,
+        }
     }
 }
 
@@ -67,7 +70,11 @@ impl EvalReport {
             ("eval_completion_accuracy", self.completion_accuracy),
             ("eval_choice_accuracy", self.choice_accuracy),
         ];
-        line.extend(fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))));
+        line.extend(
+            fields
+                .into_iter()
+                .filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))),
+        );
         Value::Object(line)
     }
 }
@@ -84,29 +91,47 @@ struct RowScore {
 ///
 /// # Errors
 /// When the rows do not fit the model, the loss is not finite, or choices are asked for where there are none.
-pub fn evaluate(model: &Model, data: &Dataset, options: &EvalOptions, observer: &mut dyn Observer) -> Result<EvalReport> {
+pub fn evaluate(
+    model: &Model,
+    data: &Dataset,
+    options: &EvalOptions,
+    observer: &mut dyn Observer,
+) -> Result<EvalReport> {
     let begun = Instant::now();
     let choices = choices(data, options.choices)?;
     let rows = data.examples.len();
     let own: Vec<&Example> = data.examples.iter().collect();
     let total = rows * choices.len().max(1);
-    let scores = score(model, data, &own, options, &mut |done| observer.eval_progress(done, total))?;
+    let scores = score(model, data, &own, options, &mut |done| {
+        observer.eval_progress(done, total)
+    })?;
 
     let count: usize = scores.iter().map(|s| s.count).sum();
     let correct: usize = scores.iter().map(|s| s.correct).sum();
     let loss = -scores.iter().map(|s| s.log_prob).sum::<f64>() / count.max(1) as f64;
     if !loss.is_finite() {
         let bad: Vec<String> = lines(&own, |i| !scores[i].log_prob.is_finite());
-        return Err(Error::other(format!("the evaluation's loss is {loss}, from {} line {}", data.path.display(), bad.join(", "))));
+        return Err(Error::other(format!(
+            "the evaluation's loss is {loss}, from {} line {}",
+            data.path.display(),
+            bad.join(", ")
+        )));
     }
     let causal = own.iter().any(|e| matches!(e.goal, Goal::Tokens { .. }));
-    let complete: Vec<&RowScore> =
-        own.iter().zip(&scores).filter(|(e, s)| border(e).is_some() && s.count > 0).map(|(_, s)| s).collect();
+    let complete: Vec<&RowScore> = own
+        .iter()
+        .zip(&scores)
+        .filter(|(e, s)| border(e).is_some() && s.count > 0)
+        .map(|(_, s)| s)
+        .collect();
     let whole = complete.iter().filter(|s| s.correct == s.count).count();
     let share = |part: usize, of: usize| part as f64 / of.max(1) as f64;
     let choice_accuracy = match choices.is_empty() {
         true => None,
-        false => Some(share(choose(model, data, &scores, &choices, options, observer)?, rows)),
+        false => Some(share(
+            choose(model, data, &scores, &choices, options, observer)?,
+            rows,
+        )),
     };
     Ok(EvalReport {
         rows,
@@ -136,7 +161,9 @@ fn score(
         let batch: Vec<&Example> = rows.iter().map(|&i| examples[i]).collect();
         let Collated { batch, labels, .. } = collate(&batch, data.pad);
         for scored in model.score(&batch, &labels, &Pass::eval())? {
-            let Some(score) = rows.get(scored.row).and_then(|&i| scores.get_mut(i)) else { continue };
+            let Some(score) = rows.get(scored.row).and_then(|&i| scores.get_mut(i)) else {
+                continue;
+            };
             score.log_prob += f64::from(scored.log_prob);
             score.count += 1;
             score.correct += usize::from(scored.predicted == scored.label);
@@ -157,15 +184,25 @@ fn choices(data: &Dataset, wanted: Option<bool>) -> Result<Vec<Vec<u32>>> {
     for example in &data.examples {
         let Some(border) = border(example) else {
             return match wanted {
-                Some(_) => Err(Error::config(field, "needs rows that all have a prompt and a completion")),
+                Some(_) => Err(Error::config(
+                    field,
+                    "needs rows that all have a prompt and a completion",
+                )),
                 None => Ok(Vec::new()),
             };
         };
         distinct.insert(&example.ids[border..]);
-        let most = if wanted.is_some() { MOST_CHOICES } else { FEW_CHOICES };
+        let most = if wanted.is_some() {
+            MOST_CHOICES
+        } else {
+            FEW_CHOICES
+        };
         if distinct.len() > most {
             return match wanted {
-                Some(_) => Err(Error::config(field, format!("there are more than {most} different completions"))),
+                Some(_) => Err(Error::config(
+                    field,
+                    format!("there are more than {most} different completions"),
+                )),
                 None => Ok(Vec::new()),
             };
         }
@@ -196,10 +233,14 @@ fn choose(
             .examples
             .iter()
             .enumerate()
-            .filter_map(|(i, e)| with_completion(e, choice, data.max_length).map(|other| (i, other)))
+            .filter_map(|(i, e)| {
+                with_completion(e, choice, data.max_length).map(|other| (i, other))
+            })
             .unzip();
         let others: Vec<&Example> = others.iter().collect();
-        let scores = score(model, data, &others, options, &mut |n| observer.eval_progress(done + n, total))?;
+        let scores = score(model, data, &others, options, &mut |n| {
+            observer.eval_progress(done + n, total)
+        })?;
         done += others.len();
         for (i, score) in places.into_iter().zip(scores) {
             best[i] &= own[i].log_prob > score.log_prob;
@@ -215,10 +256,20 @@ fn with_completion(example: &Example, completion: &[u32], max_length: usize) -> 
     if example.ids[border..] == *completion {
         return None;
     }
-    let start = (border + completion.len()).saturating_sub(max_length).min(border.saturating_sub(1));
+    let start = (border + completion.len())
+        .saturating_sub(max_length)
+        .min(border.saturating_sub(1));
     let ids = [&example.ids[start..border], completion].concat();
     let labels = crate::data::learned_from(&ids, border - start);
-    Some(Example { mask: None, goal: Goal::Tokens { labels, prompt: Some(border - start) }, ids, line: example.line })
+    Some(Example {
+        mask: None,
+        goal: Goal::Tokens {
+            labels,
+            prompt: Some(border - start),
+        },
+        ids,
+        line: example.line,
+    })
 }
 
 fn border(example: &Example) -> Option<usize> {
@@ -230,5 +281,11 @@ fn border(example: &Example) -> Option<usize> {
 
 /// Line numbers of some rows, at most ten.
 fn lines(examples: &[&Example], bad: impl Fn(usize) -> bool) -> Vec<String> {
-    examples.iter().enumerate().filter(|(i, _)| bad(*i)).take(10).map(|(_, e)| e.line.to_string()).collect()
+    examples
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| bad(*i))
+        .take(10)
+        .map(|(_, e)| e.line.to_string())
+        .collect()
 }

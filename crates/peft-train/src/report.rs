@@ -51,7 +51,10 @@ impl StepReport {
             map.insert("penalty".to_owned(), json!(penalty));
         }
         if let Some(map) = line.as_object_mut() {
-            map.insert("tokens_per_second".to_owned(), json!(self.tokens_per_second));
+            map.insert(
+                "tokens_per_second".to_owned(),
+                json!(self.tokens_per_second),
+            );
             map.insert("elapsed_s".to_owned(), json!(self.elapsed_s));
         }
         line

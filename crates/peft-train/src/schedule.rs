@@ -11,7 +11,8 @@ pub enum Schedule {
     Linear,
     /// Half a cosine wave to 0 at the last step.
     Cosine,
-    /// Stays (`constant_with_warmup` in transformers).
+    /// Stays: `constant_with_warmup` in transformers, whose `constant` takes no notice of a warm-up.
+    #[serde(alias = "constant_with_warmup")]
     Constant,
 }
 
@@ -39,10 +40,51 @@ mod tests {
 
     /// Factors of `transformers.get_scheduler(name, optimizer, warmup, total)` (5.23.0) at a base rate of 1,
     /// printed with 17 digits by `scheduler.get_last_lr()` before each optimiser step.
-    const LINEAR_3_OF_10: [f64; 10] = [0.0, 0.3333333333333333, 0.6666666666666666, 1.0, 0.8571428571428571, 0.7142857142857143, 0.5714285714285714, 0.42857142857142855, 0.2857142857142857, 0.14285714285714285];
-    const COSINE_3_OF_10: [f64; 10] = [0.0, 0.3333333333333333, 0.6666666666666666, 1.0, 0.9504844339512095, 0.8117449009293668, 0.6112604669781572, 0.38873953302184283, 0.18825509907063326, 0.04951556604879048];
-    const CONSTANT_3_OF_10: [f64; 10] = [0.0, 0.3333333333333333, 0.6666666666666666, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
-    const COSINE_0_OF_7: [f64; 7] = [1.0, 0.9504844339512095, 0.8117449009293668, 0.6112604669781572, 0.38873953302184283, 0.18825509907063326, 0.04951556604879048];
+    const LINEAR_3_OF_10: [f64; 10] = [
+        0.0,
+        0.3333333333333333,
+        0.6666666666666666,
+        1.0,
+        0.8571428571428571,
+        0.7142857142857143,
+        0.5714285714285714,
+        0.42857142857142855,
+        0.2857142857142857,
+        0.14285714285714285,
+    ];
+    const COSINE_3_OF_10: [f64; 10] = [
+        0.0,
+        0.3333333333333333,
+        0.6666666666666666,
+        1.0,
+        0.9504844339512095,
+        0.8117449009293668,
+        0.6112604669781572,
+        0.38873953302184283,
+        0.18825509907063326,
+        0.04951556604879048,
+    ];
+    const CONSTANT_3_OF_10: [f64; 10] = [
+        0.0,
+        0.3333333333333333,
+        0.6666666666666666,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    ];
+    const COSINE_0_OF_7: [f64; 7] = [
+        1.0,
+        0.9504844339512095,
+        0.8117449009293668,
+        0.6112604669781572,
+        0.38873953302184283,
+        0.18825509907063326,
+        0.04951556604879048,
+    ];
     const LINEAR_5_OF_5: [f64; 5] = [0.0, 0.2, 0.4, 0.6, 0.8];
 
     #[test]
@@ -57,7 +99,10 @@ mod tests {
         for (schedule, warmup, table) in cases {
             for (step, &want) in table.iter().enumerate() {
                 let got = schedule.factor(step as u64, warmup, table.len() as u64);
-                assert!((got - want).abs() < 1e-15, "{schedule:?} {warmup} at {step}: {got} for {want}");
+                assert!(
+                    (got - want).abs() < 1e-15,
+                    "{schedule:?} {warmup} at {step}: {got} for {want}"
+                );
             }
         }
     }

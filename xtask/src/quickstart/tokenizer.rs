@@ -15,14 +15,20 @@ const END: &str = "<|endoftext|>";
 /// Learns a vocabulary; gives the tokenizer as JSON.
 pub(super) fn train(texts: &[String], vocabulary: usize) -> Result<String> {
     let words = ByteLevel::new(false, false, true);
-    let mut tokenizer = TokenizerBuilder::<BPE, NormalizerWrapper, ByteLevel, PostProcessorWrapper, ByteLevelDecoder>::new()
-        .with_model(BPE::default())
-        .with_normalizer(None)
-        .with_pre_tokenizer(Some(words))
-        .with_post_processor(None)
-        .with_decoder(Some(words))
-        .build()
-        .map_err(|e| anyhow!("the tokenizer: {e}"))?;
+    let mut tokenizer = TokenizerBuilder::<
+        BPE,
+        NormalizerWrapper,
+        ByteLevel,
+        PostProcessorWrapper,
+        ByteLevelDecoder,
+    >::new()
+    .with_model(BPE::default())
+    .with_normalizer(None)
+    .with_pre_tokenizer(Some(words))
+    .with_post_processor(None)
+    .with_decoder(Some(words))
+    .build()
+    .map_err(|e| anyhow!("the tokenizer: {e}"))?;
     let mut trainer = BpeTrainerBuilder::new()
         .vocab_size(vocabulary)
         .min_frequency(2)
@@ -30,8 +36,12 @@ pub(super) fn train(texts: &[String], vocabulary: usize) -> Result<String> {
         .special_tokens(vec![AddedToken::from(END, true)])
         .show_progress(false)
         .build();
-    tokenizer.train(&mut trainer, texts.iter()).map_err(|e| anyhow!("training the tokenizer: {e}"))?;
-    let text = tokenizer.to_string(false).map_err(|e| anyhow!("the tokenizer: {e}"))?;
+    tokenizer
+        .train(&mut trainer, texts.iter())
+        .map_err(|e| anyhow!("training the tokenizer: {e}"))?;
+    let text = tokenizer
+        .to_string(false)
+        .map_err(|e| anyhow!("the tokenizer: {e}"))?;
     Ok(format!("{text}\n"))
 }
 

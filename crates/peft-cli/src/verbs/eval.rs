@@ -14,17 +14,34 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
     let options = EvaluateOptions {
         max_length: args.max_length,
         limit: args.limit,
-        eval: EvalOptions { batch_size: args.batch_size, choices: args.choices.then_some(true) },
+        eval: EvalOptions {
+            batch_size: args.batch_size,
+            choices: args.choices.then_some(true),
+        },
     };
     let mut watch = Watch { out, bar: None };
-    let report = ops::evaluate(&args.subject.model, &args.subject.adapter, &args.data, &options, &mut watch)?;
+    let report = ops::evaluate(
+        &args.subject.model,
+        &args.subject.adapter,
+        &args.data,
+        &options,
+        &mut watch,
+    )?;
     drop(watch);
     if out.json {
         return out.value(&to_json(&report));
     }
-    out.note(&format!("{} rows in {}", count(report.rows), seconds(report.seconds)));
+    out.note(&format!(
+        "{} rows in {}",
+        count(report.rows),
+        seconds(report.seconds)
+    ));
     let mut rows = vec![row(["metric", "value"])];
-    rows.extend(metrics(&report).into_iter().map(|(name, value)| vec![name.to_owned(), format!("{value:.4}")]));
+    rows.extend(
+        metrics(&report)
+            .into_iter()
+            .map(|(name, value)| vec![name.to_owned(), format!("{value:.4}")]),
+    );
     out.table(&rows)
 }
 
@@ -37,7 +54,9 @@ pub(super) fn metrics(report: &EvalReport) -> Vec<(&'static str, f64)> {
         ("completion_accuracy", report.completion_accuracy),
         ("choice_accuracy", report.choice_accuracy),
     ];
-    all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    all.into_iter()
+        .filter_map(|(name, value)| Some((name, value?)))
+        .collect()
 }
 
 /// The same for machines.
@@ -45,7 +64,11 @@ pub(super) fn to_json(report: &EvalReport) -> serde_json::Value {
     let mut map = serde_json::Map::new();
     map.insert("rows".to_owned(), json!(report.rows));
     map.insert("labels".to_owned(), json!(report.count));
-    map.extend(metrics(report).into_iter().map(|(name, value)| (name.to_owned(), json!(value))));
+    map.extend(
+        metrics(report)
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), json!(value))),
+    );
     map.insert("seconds".to_owned(), json!(report.seconds));
     map.into()
 }
@@ -58,7 +81,9 @@ struct Watch<'a> {
 
 impl Observer for Watch<'_> {
     fn eval_progress(&mut self, done: usize, total: usize) {
-        self.bar.get_or_insert_with(|| Progress::new(self.out, "rows", 0, total as u64)).set(done as u64, "");
+        self.bar
+            .get_or_insert_with(|| Progress::new(self.out, "rows", 0, total as u64))
+            .set(done as u64, "");
     }
 
     fn message(&mut self, text: &str) {

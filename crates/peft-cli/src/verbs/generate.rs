@@ -13,7 +13,11 @@ use crate::progress::Progress;
 
 pub(crate) fn run(args: &Generate, out: &Out) -> Result<(), Failure> {
     let waiting = Progress::spinner(out, "loading the model");
-    let (model, _) = ops::open(&args.subject.model, &args.subject.adapter, &LoadOptions::default())?;
+    let (model, _) = ops::open(
+        &args.subject.model,
+        &args.subject.adapter,
+        &LoadOptions::default(),
+    )?;
     let (prompt, special) = prompt(args, &model)?;
     drop(waiting);
     let options = GenerateOptions {
@@ -62,7 +66,12 @@ fn prompt(args: &Generate, model: &Model) -> Result<(String, bool), Failure> {
     if args.raw || !(has_template || args.chat || args.system.is_some()) {
         return Ok((args.prompt.clone(), true));
     }
-    let system = args.system.iter().map(|text| json!({"role": "system", "content": text}));
-    let messages: Vec<_> = system.chain([json!({"role": "user", "content": args.prompt})]).collect();
+    let system = args
+        .system
+        .iter()
+        .map(|text| json!({"role": "system", "content": text}));
+    let messages: Vec<_> = system
+        .chain([json!({"role": "user", "content": args.prompt})])
+        .collect();
     Ok((tokenizer.chat_prompt(&messages)?, false))
 }

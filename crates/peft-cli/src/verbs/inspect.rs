@@ -16,7 +16,10 @@ pub(crate) fn run(args: &Inspect, out: &Out) -> Result<(), Failure> {
     let (subject, matched) = open(args)?;
     let mut found = ops::inspect(&subject);
     if let Some(paths) = matched {
-        found.modules.iter_mut().for_each(|m| m.adapted = paths.contains(&m.path));
+        found
+            .modules
+            .iter_mut()
+            .for_each(|m| m.adapted = paths.contains(&m.path));
     }
     let planned = args.target_modules.is_some() && args.method.is_none();
     if out.json {
@@ -47,8 +50,16 @@ fn open(args: &Inspect) -> Result<(Subject, Option<Vec<String>>), Failure> {
     let planned = [planned(&config)];
     let mut subject = Subject::open(model, &planned, &options)?;
     if args.target_modules.is_some() && args.method.is_none() {
-        let kinds = [ModuleKind::Linear, ModuleKind::Conv1d, ModuleKind::Embedding];
-        let sites = subject.network().tree().matching(&Common::from_config(&config)?, &kinds, None)?;
+        let kinds = [
+            ModuleKind::Linear,
+            ModuleKind::Conv1d,
+            ModuleKind::Embedding,
+        ];
+        let sites =
+            subject
+                .network()
+                .tree()
+                .matching(&Common::from_config(&config)?, &kinds, None)?;
         return Ok((subject, Some(sites.into_iter().map(|s| s.path).collect())));
     }
     subject.network_mut()?.attach("default", &config, 0)?;
@@ -86,17 +97,34 @@ fn from_targets(args: &Inspect, targets: &str) -> Result<Value, Failure> {
 
 /// `all-linear` and regular expressions as text, names as a list.
 fn as_targets(text: &str) -> Value {
-    if text.eq_ignore_ascii_case("all-linear") || text.contains(['*', '+', '(', '[', '|', '\\', '^', '$', '?']) {
+    if text.eq_ignore_ascii_case("all-linear")
+        || text.contains(['*', '+', '(', '[', '|', '\\', '^', '$', '?'])
+    {
         return json!(text);
     }
-    json!(text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect::<Vec<_>>())
+    json!(
+        text.split(',')
+            .map(str::trim)
+            .filter(|name| !name.is_empty())
+            .collect::<Vec<_>>()
+    )
 }
 
 fn print_modules(args: &Inspect, found: &Inspection, out: &Out) -> Result<(), Failure> {
-    let mut rows = vec![row(["module", "kind", "shape", "dtype", "adapted", "trainable"])];
+    let mut rows = vec![row([
+        "module",
+        "kind",
+        "shape",
+        "dtype",
+        "adapted",
+        "trainable",
+    ])];
     for m in found.modules.iter().filter(|m| m.adapted || !args.adapted) {
         let shape = m.shape.as_ref().map_or(String::new(), |s| {
-            s.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ")
+            s.iter()
+                .map(usize::to_string)
+                .collect::<Vec<_>>()
+                .join(" x ")
         });
         let format = match &m.shares {
             Some(other) => format!("= {other}"),
@@ -107,8 +135,16 @@ fn print_modules(args: &Inspect, found: &Inspection, out: &Out) -> Result<(), Fa
             m.kind.name().to_owned(),
             shape,
             format,
-            if m.adapted { "yes".to_owned() } else { String::new() },
-            if m.trainable > 0 { count(m.trainable) } else { String::new() },
+            if m.adapted {
+                "yes".to_owned()
+            } else {
+                String::new()
+            },
+            if m.trainable > 0 {
+                count(m.trainable)
+            } else {
+                String::new()
+            },
         ]);
     }
     out.table(&rows)
@@ -125,18 +161,29 @@ fn print_totals(found: &Inspection, planned: bool, out: &Out) -> Result<(), Fail
         rows.push(vec!["modules adapted".to_owned(), count(adapted)]);
     }
     if found.trainable > 0 {
-        rows.push(vec!["trainable".to_owned(), format!("{} ({:.4} %)", count(found.trainable), found.percent())]);
+        rows.push(vec![
+            "trainable".to_owned(),
+            format!("{} ({:.4} %)", count(found.trainable), found.percent()),
+        ]);
         rows.push(vec!["adapter bytes".to_owned(), bytes(found.adapter_bytes)]);
-        rows.push(vec!["optimizer bytes".to_owned(), bytes(found.optimizer_bytes)]);
+        rows.push(vec![
+            "optimizer bytes".to_owned(),
+            bytes(found.optimizer_bytes),
+        ]);
     }
     if found.virtual_tokens > 0 {
-        rows.push(vec!["virtual tokens".to_owned(), count(found.virtual_tokens)]);
+        rows.push(vec![
+            "virtual tokens".to_owned(),
+            count(found.virtual_tokens),
+        ]);
     }
     out.text("\n")?;
     out.table(&rows)?;
     if planned {
         let first = methods().first().map_or("ID", |entry| entry.id);
-        out.note(&format!("note: add --method ID (such as {first}) to count what it would train there"));
+        out.note(&format!(
+            "note: add --method ID (such as {first}) to count what it would train there"
+        ));
     }
     Ok(())
 }

@@ -12,12 +12,23 @@ use crate::progress::Progress;
 pub(crate) fn run(args: &Logits, out: &Out) -> Result<(), Failure> {
     let input = LogitsInput::read(&args.input)?;
     let waiting = Progress::spinner(out, "running the model");
-    let (model, _) = ops::open(&args.subject.model, &args.subject.adapter, &LoadOptions::default())?;
+    let (model, _) = ops::open(
+        &args.subject.model,
+        &args.subject.adapter,
+        &LoadOptions::default(),
+    )?;
     let report = ops::write_logits(&model, &input, &args.output)?;
     drop(waiting);
     if out.json {
-        return out.value(&json!({ "output": args.output, "tensor": report.name, "shape": report.shape }));
+        return out.value(
+            &json!({ "output": args.output, "tensor": report.name, "shape": report.shape }),
+        );
     }
-    out.note(&format!("{} {:?} written to {}", report.name, report.shape, args.output.display()));
+    out.note(&format!(
+        "{} {:?} written to {}",
+        report.name,
+        report.shape,
+        args.output.display()
+    ));
     Ok(())
 }

@@ -12,12 +12,22 @@ use crate::progress::Progress;
 
 pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
     let begun = Instant::now();
-    let options =
-        MergeOptions { dtype: args.dtype, max_shard_size: args.max_shard_size, overwrite: args.overwrite };
+    let options = MergeOptions {
+        dtype: args.dtype,
+        max_shard_size: args.max_shard_size,
+        overwrite: args.overwrite,
+    };
     let mut bar: Option<Progress> = None;
-    let report = ops::merge(&args.model, &args.adapter, &args.output, &options, |done, total| {
-        bar.get_or_insert_with(|| Progress::new(out, "tensors", 0, total as u64)).set(done as u64, "");
-    })?;
+    let report = ops::merge(
+        &args.model,
+        &args.adapter,
+        &args.output,
+        &options,
+        |done, total| {
+            bar.get_or_insert_with(|| Progress::new(out, "tensors", 0, total as u64))
+                .set(done as u64, "");
+        },
+    )?;
     drop(bar);
     for note in &report.notes {
         out.note(&format!("note: {note}"));
@@ -41,6 +51,9 @@ pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
         bytes(report.bytes),
         seconds(begun.elapsed().as_secs_f64()),
     ));
-    out.note(&format!("next: peft inspect --model {}", shell_word(&report.folder.display().to_string())));
+    out.note(&format!(
+        "next: peft inspect --model {}",
+        shell_word(&report.folder.display().to_string())
+    ));
     Ok(())
 }

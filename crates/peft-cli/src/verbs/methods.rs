@@ -19,7 +19,11 @@ pub(crate) fn run(args: &Methods, out: &Out) -> Result<(), Failure> {
         Some(model) => Some(counts(model, &chosen)?),
         None => None,
     };
-    let all: Vec<Value> = chosen.iter().enumerate().map(|(i, entry)| facts(entry, counts.as_ref().map(|c| &c[i]))).collect();
+    let all: Vec<Value> = chosen
+        .iter()
+        .enumerate()
+        .map(|(i, entry)| facts(entry, counts.as_ref().map(|c| &c[i])))
+        .collect();
     match (&args.id, all.first()) {
         (Some(_), Some(one)) if out.json => out.value(one),
         _ if out.json => out.value(&json!(all)),
@@ -35,11 +39,19 @@ pub(super) fn find(id: &str) -> Result<&'static MethodEntry, Failure> {
         let mut same = all.iter().filter(|e| e.peft_type.eq_ignore_ascii_case(id));
         same.next().filter(|_| same.next().is_none())
     };
-    if let Some(entry) = all.iter().find(|e| e.id.eq_ignore_ascii_case(id)).or_else(by_type) {
+    if let Some(entry) = all
+        .iter()
+        .find(|e| e.id.eq_ignore_ascii_case(id))
+        .or_else(by_type)
+    {
         return Ok(entry);
     }
     let near = nearest(id, all.iter().map(|e| e.id));
-    let hint = if near.is_empty() { "see `peft methods`".to_owned() } else { format!("nearest: {}", near.join(", ")) };
+    let hint = if near.is_empty() {
+        "see `peft methods`".to_owned()
+    } else {
+        format!("nearest: {}", near.join(", "))
+    };
     Err(Failure::Usage(format!("there is no method {id:?}; {hint}")))
 }
 
@@ -94,8 +106,20 @@ fn facts(entry: &MethodEntry, counted: Option<&Result<usize, String>>) -> Value 
     facts
 }
 
-fn table(chosen: &[&MethodEntry], counts: Option<&[Result<usize, String>]>, out: &Out) -> Result<(), Failure> {
-    let mut head = row(["id", "family", "subfamily", "peft_type", "merges", "title", "paper"]);
+fn table(
+    chosen: &[&MethodEntry],
+    counts: Option<&[Result<usize, String>]>,
+    out: &Out,
+) -> Result<(), Failure> {
+    let mut head = row([
+        "id",
+        "family",
+        "subfamily",
+        "peft_type",
+        "merges",
+        "title",
+        "paper",
+    ]);
     if counts.is_some() {
         head.insert(5, "trainable".to_owned());
     }
@@ -128,12 +152,21 @@ fn one_in_full(facts: &Value, out: &Out) -> Result<(), Failure> {
         Value::Bool(true) => "yes".to_owned(),
         Value::Bool(false) => "no".to_owned(),
         Value::String(text) => text.clone(),
-        Value::Number(n) => n.as_u64().map_or_else(|| n.to_string(), |n| count(n as usize)),
+        Value::Number(n) => n
+            .as_u64()
+            .map_or_else(|| n.to_string(), |n| count(n as usize)),
         other => other.to_string(),
     };
-    let fields = facts.as_object().into_iter().flatten().filter(|(key, _)| *key != "example");
+    let fields = facts
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| *key != "example");
     let mut rows = vec![row(["fact", "value"])];
     rows.extend(fields.map(|(key, value)| vec![key.replace('_', " "), word(value)]));
     out.table(&rows)?;
-    out.text(&format!("\nadapter_config.json, the smallest:\n{:#}\n", facts["example"]))
+    out.text(&format!(
+        "\nadapter_config.json, the smallest:\n{:#}\n",
+        facts["example"]
+    ))
 }

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use peft::core::entry_for;
-use peft::train::{EvalReport, Observer, StepReport, Summary, TrainConfig, train};
+use peft::train::data::RowKind;
+use peft::train::{EvalReport, Observer, RawData, StepReport, Summary, TrainConfig, train};
 use serde_json::{Value, json};
 
 use super::eval::{metrics, to_json};
@@ -18,7 +19,12 @@ pub(crate) fn run(args: &Train, out: &Out) -> Result<(), Failure> {
     let config = TrainConfig::from_value(&value)
         .map_err(|e| Failure::Usage(format!("{}: {e}", args.config.display())))?;
     plan(&config, out)?;
-    let mut watch = Watch { out, bar: None, rows: None, output: config.output.dir.clone() };
+    let mut watch = Watch {
+        out,
+        bar: None,
+        rows: None,
+        output: config.output.dir.clone(),
+    };
     let summary = train(&config, args.resume, &mut watch)?;
     drop(watch);
     if out.json {
@@ -36,7 +42,11 @@ fn plan(config: &TrainConfig, out: &Out) -> Result<(), Failure> {
             let started = from.map_or(String::new(), |folder| format!(", starting from {folder}"));
             // Without a type of its own the adapter is that of the folder it starts from.
             let title = match fields.contains_key("peft_type") {
-                true => entry_for(&Value::Object(fields.clone())).map_err(|e| Failure::Usage(format!("[adapter] {e}")))?.title,
+                true => {
+                    entry_for(&Value::Object(fields.clone()))
+                        .map_err(|e| Failure::Usage(format!("[adapter] {e}")))?
+                        .title
+                }
                 false => "as saved",
             };
             format!("{title}{started}")
@@ -51,7 +61,9 @@ fn plan(config: &TrainConfig, out: &Out) -> Result<(), Failure> {
     };
     out.note(&format!("data     {}{held_out}", data.train.display()));
     let t = &config.train;
-    let length = t.steps.map_or_else(|| format!("{} epochs", t.epochs), |n| format!("{n} steps"));
+    let length = t
+        .steps
+        .map_or_else(|| format!("{} epochs", t.epochs), |n| format!("{n} steps"));
     out.note(&format!(
         "train    {length}, batch {} x {}, learning rate {}, seed {}",
         t.batch_size, t.gradient_accumulation, t.learning_rate, t.seed
@@ -75,12 +87,23 @@ fn report(config: &TrainConfig, summary: &Summary, out: &Out) -> Result<(), Fail
         (Some(first), Some(last)) => format!(", loss {first:.4} -> {last:.4}"),
         _ => String::new(),
     };
-    out.note(&format!("{} steps in {}{loss}", summary.steps, seconds(summary.elapsed_s)));
+    out.note(&format!(
+        "{} steps in {}{loss}",
+        summary.steps,
+        seconds(summary.elapsed_s)
+    ));
     if let Some(after) = &summary.eval_after {
-        let before = summary.eval_before.as_ref().map(metrics).unwrap_or_default();
+        let before = summary
+            .eval_before
+            .as_ref()
+            .map(metrics)
+            .unwrap_or_default();
         let mut rows = vec![row(["held out", "before", "after"])];
         for (name, value) in metrics(after) {
-            let old = before.iter().find(|(n, _)| *n == name).map_or(String::new(), |(_, v)| format!("{v:.4}"));
+            let old = before
+                .iter()
+                .find(|(n, _)| *n == name)
+                .map_or(String::new(), |(_, v)| format!("{v:.4}"));
             rows.push(vec![name.to_owned(), old, format!("{value:.4}")]);
         }
         out.table(&rows)?;
@@ -94,22 +117,73 @@ fn next_commands(config: &TrainConfig, summary: &Summary, out: &Out) {
     let folder = shell_word(&summary.output.display().to_string());
     let adapter = config.adapter.is_some();
     let subject = match adapter {
-        true => format!("--model {} --adapter {folder}", shell_word(&config.model.path)),
+        true => format!(
+            "--model {} --adapter {folder}",
+            shell_word(&config.model.path)
+        ),
         false => format!("--model {folder}"),
     };
     out.note(&format!("results are in {}", summary.output.display()));
     out.note("next:");
+    // As this program was called: `peft`, or target/release/peft from `cargo run`.
+    let peft = shell_word(&std::env::args().next().unwrap_or_else(|| "peft".to_owned()));
     if let Some(data) = config.data.eval.as_ref() {
-        out.note(&format!("  peft eval {subject} --data {}", shell_word(&data.display().to_string())));
+        out.note(&format!(
+            "  {peft} eval {subject} --data {}",
+            shell_word(&data.display().to_string())
+        ));
     }
     // A perplexity says that the model predicts text, which a classifier does not.
-    let classifier = summary.eval_after.as_ref().is_some_and(|e| e.perplexity.is_none());
+    let classifier = summary
+        .eval_after
+        .as_ref()
+        .is_some_and(|e| e.perplexity.is_none());
     if !classifier {
-        out.note(&format!("  peft generate {subject} --prompt 'Once upon a time'"));
+        let (prompt, raw) = example_prompt(config);
+        let raw = if raw { " --raw" } else { "" };
+        out.note(&format!(
+            "  {peft} generate {subject}{raw} --prompt {}",
+            shell_word(&prompt)
+        ));
     }
-    if adapter {
-        out.note(&format!("  peft merge {subject} --output {}", shell_word(&format!("{}-merged", summary.output.display()))));
+    if mergeable(config) {
+        out.note(&format!(
+            "  {peft} merge {subject} --output {}",
+            shell_word(&format!("{}-merged", summary.output.display()))
+        ));
     }
+}
+
+/// Whether there is an adapter that a merge can dissolve.
+fn mergeable(config: &TrainConfig) -> bool {
+    let Some(adapter) = &config.adapter else {
+        return false;
+    };
+    let kind = adapter.get("peft_type").and_then(|kind| kind.as_str());
+    // An adapter that was started from another says nothing of its kind: then the merge itself will tell.
+    kind.is_none_or(|kind| {
+        peft::methods()
+            .iter()
+            .any(|m| m.peft_type.eq_ignore_ascii_case(kind) && m.mergeable)
+    })
+}
+
+/// Something to go on from, the data's own where it is short text, and whether it stands without a chat template.
+fn example_prompt(config: &TrainConfig) -> (String, bool) {
+    let path = config.data.eval.as_deref().unwrap_or(&config.data.train);
+    let rows = RawData::read(path, config.data.format)
+        .map(|raw| raw.rows)
+        .unwrap_or_default();
+    let shown = |text: &str| text.len() <= 200 && !text.contains('\r');
+    let found = rows.into_iter().find_map(|row| match row.kind {
+        RowKind::Completion { prompt, .. } if shown(&prompt) => Some((prompt, true)),
+        RowKind::Messages(messages) => {
+            let said = messages.iter().find(|m| m["role"] == "user")?["content"].as_str()?;
+            shown(said).then(|| (said.to_owned(), false))
+        }
+        _ => None,
+    });
+    found.unwrap_or_else(|| ("Once upon a time".to_owned(), true))
 }
 
 /// The bar, and lines for what happens beside it.
@@ -131,26 +205,39 @@ impl Watch<'_> {
 
 impl Observer for Watch<'_> {
     fn start(&mut self, done: u64, total: u64, trainable: usize) {
-        self.note(&format!("{} trainable parameters, {total} steps", count(trainable)));
+        self.note(&format!(
+            "{} trainable parameters, {total} steps",
+            count(trainable)
+        ));
         self.bar = Some(Progress::new(self.out, "step", done, total));
     }
 
     fn step(&mut self, r: &StepReport) {
-        let penalty = r.penalty.map_or(String::new(), |p| format!(" penalty {p:.4}"));
-        let message = format!("loss {:.4}{penalty} {:.0} tokens/s", r.loss, r.tokens_per_second);
+        let penalty = r
+            .penalty
+            .map_or(String::new(), |p| format!(" penalty {p:.4}"));
+        let message = format!(
+            "loss {:.4}{penalty} {:.0} tokens/s",
+            r.loss, r.tokens_per_second
+        );
         if let Some(bar) = &mut self.bar {
             bar.set(r.step, &message);
         }
     }
 
     fn eval_progress(&mut self, done: usize, total: usize) {
-        let rows = self.rows.get_or_insert_with(|| Progress::new(self.out, "evaluating", 0, total as u64));
+        let rows = self
+            .rows
+            .get_or_insert_with(|| Progress::new(self.out, "evaluating", 0, total as u64));
         rows.set(done as u64, "");
     }
 
     fn eval(&mut self, step: u64, report: &EvalReport) {
         self.rows = None;
-        let numbers: Vec<String> = metrics(report).iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        let numbers: Vec<String> = metrics(report)
+            .iter()
+            .map(|(name, value)| format!("{name} {value:.4}"))
+            .collect();
         self.note(&format!("step {step}: held out {}", numbers.join(", ")));
     }
 

@@ -11,7 +11,16 @@ use crate::common::{adapter, copy_model, listing, model, peft, read_json, tensor
 fn merge_fails(model: &str, adapter: &str, words: &[&str]) {
     let temp = tempfile::tempdir().unwrap();
     let target = temp.path().join("out");
-    peft(["merge", "--model", model, "--adapter", adapter, "--output", &text(&target)]).fails(1, words);
+    peft([
+        "merge",
+        "--model",
+        model,
+        "--adapter",
+        adapter,
+        "--output",
+        &text(&target),
+    ])
+    .fails(1, words);
     assert_eq!(listing(&temp), [""; 0], "something was left");
 }
 
@@ -34,10 +43,18 @@ fn truncated_weights() {
         merge_fails(&base, &adapter("llama-qv"), &["model.safetensors"]);
         peft(["inspect", "--model", &base]).fails(1, &["model.safetensors"]);
     }
-    std::fs::write(&file, [u64::MAX.to_le_bytes().as_slice(), &whole[8..]].concat()).unwrap();
+    std::fs::write(
+        &file,
+        [u64::MAX.to_le_bytes().as_slice(), &whole[8..]].concat(),
+    )
+    .unwrap();
     merge_fails(&base, &adapter("llama-qv"), &["model.safetensors"]);
     let gguf = temp.path().join("model.gguf");
-    for bytes in [b"GGUF".as_slice(), b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x7f", b"nothing of the kind"] {
+    for bytes in [
+        b"GGUF".as_slice(),
+        b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x7f",
+        b"nothing of the kind",
+    ] {
         std::fs::write(&gguf, bytes).unwrap();
         merge_fails(&text(&gguf), &adapter("llama-qv"), &["model.gguf"]);
     }
@@ -51,22 +68,45 @@ fn weights_of_another_shape_or_not_numbers() {
     let original = tensors(&file);
 
     let mut changed = original.clone();
-    changed.insert("model.layers.1.mlp.up_proj.weight".into(), (vec![3, 5], vec![0.5; 15]));
+    changed.insert(
+        "model.layers.1.mlp.up_proj.weight".into(),
+        (vec![3, 5], vec![0.5; 15]),
+    );
     changed.remove("model.layers.2.self_attn.o_proj.weight");
     peft::io::write_tensors(&file, &changed, &Default::default()).unwrap();
-    let both = ["model.layers.1.mlp.up_proj.weight", "[3, 5]", "model.layers.2.self_attn.o_proj.weight"];
+    let both = [
+        "model.layers.1.mlp.up_proj.weight",
+        "[3, 5]",
+        "model.layers.2.self_attn.o_proj.weight",
+    ];
     merge_fails(&base, &adapter("llama-qv"), &both);
 
     // One in a module that the adapter changes, one in a module that is copied.
-    for name in ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"] {
+    for name in [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+    ] {
         let mut changed = original.clone();
         changed.get_mut(name).unwrap().1[7] = f32::NAN;
         peft::io::write_tensors(&file, &changed, &Default::default()).unwrap();
-        merge_fails(&base, &adapter("llama-qv"), &[name.trim_end_matches(".weight")]);
+        merge_fails(
+            &base,
+            &adapter("llama-qv"),
+            &[name.trim_end_matches(".weight")],
+        );
         let input = temp.path().join("i.json");
         write(&input, r#"{"input_ids": [[1, 2, 3]]}"#);
         let out = temp.path().join("l.safetensors");
-        peft(["logits", "--model", &base, "--input", &text(&input), "--output", &text(&out)]).fails(1, &["NaN"]);
+        peft([
+            "logits",
+            "--model",
+            &base,
+            "--input",
+            &text(&input),
+            "--output",
+            &text(&out),
+        ])
+        .fails(1, &["NaN"]);
         assert!(!out.exists());
     }
 }
@@ -75,18 +115,33 @@ fn weights_of_another_shape_or_not_numbers() {
 fn adapters_that_do_not_fit() {
     let temp = tempfile::tempdir().unwrap();
     // Another model's: all that does not fit is in one error.
-    merge_fails(&model("qwen2"), &adapter("llama-all-linear"), &["llama-all-linear", "wrong shape"]);
-    merge_fails(&model("gpt2"), &adapter("llama-qv"), &["q_proj", "target_modules"]);
+    merge_fails(
+        &model("qwen2"),
+        &adapter("llama-all-linear"),
+        &["llama-all-linear", "wrong shape"],
+    );
+    merge_fails(
+        &model("gpt2"),
+        &adapter("llama-qv"),
+        &["llama-qv", "v_proj", "target_modules"],
+    );
 
     let folder = copy_adapter("llama-qv", temp.path());
     let weights = temp.path().join("adapter_model.safetensors");
     let original = tensors(&weights);
     let key = original.keys().next().unwrap().clone();
     let mut changed = original.clone();
-    changed.insert("base_model.model.nobody.lora_A.weight".into(), changed[&key].clone());
+    changed.insert(
+        "base_model.model.nobody.lora_A.weight".into(),
+        changed[&key].clone(),
+    );
     changed.remove(&key);
     peft::io::write_tensors(&weights, &changed, &Default::default()).unwrap();
-    merge_fails(&model("llama"), &folder, &["missing (1)", &key, "unexpected (1)", "nobody"]);
+    merge_fails(
+        &model("llama"),
+        &folder,
+        &["missing (1)", &key, "unexpected (1)", "nobody"],
+    );
 
     let mut changed = original.clone();
     changed.get_mut(&key).unwrap().1[0] = f32::INFINITY;
@@ -96,10 +151,18 @@ fn adapters_that_do_not_fit() {
     peft::io::write_tensors(&weights, &original, &Default::default()).unwrap();
     let config = temp.path().join("adapter_config.json");
     for (field, value, words) in [
-        ("target_modules", json!(["q_porj", "v_proj"]), ["q_porj", "q_proj"]),
+        (
+            "target_modules",
+            json!(["q_porj", "v_proj"]),
+            ["q_porj", "q_proj"],
+        ),
         ("peft_type", json!("LORRA"), ["LORRA", "LORA"]),
         ("r", json!("eight"), ["`r`", "eight"]),
-        ("modules_to_save", json!(["lm_haed"]), ["lm_haed", "lm_head"]),
+        (
+            "modules_to_save",
+            json!(["lm_haed"]),
+            ["lm_haed", "lm_head"],
+        ),
     ] {
         let mut changed = read_json(Path::new(&adapter("llama-qv")).join("adapter_config.json"));
         changed[field] = value;
@@ -114,15 +177,36 @@ fn adapters_that_do_not_fit() {
 
 #[test]
 fn what_cannot_be_merged_is_named() {
-    merge_fails(&model("llama"), &adapter("llama-prompt"), &["virtual tokens"]);
+    merge_fails(
+        &model("llama"),
+        &adapter("llama-prompt"),
+        &["virtual tokens"],
+    );
     merge_fails(&model("gpt2"), &adapter("gpt2-prefix"), &["virtual tokens"]);
-    merge_fails(&model("llama"), &adapter("llama-lora-bias"), &["model.layers.0", "bias"]);
-    merge_fails(&adapter("llama-qv"), &adapter("llama-qv"), &["holds an adapter"]);
+    merge_fails(
+        &model("llama"),
+        &adapter("llama-lora-bias"),
+        &["model.layers.0", "bias"],
+    );
+    merge_fails(
+        &adapter("llama-qv"),
+        &adapter("llama-qv"),
+        &["holds an adapter"],
+    );
     merge_fails(&model("llama"), &model("llama"), &["model"]);
     let temp = tempfile::tempdir().unwrap();
     let base = copy_model("llama", temp.path());
     let before = listing(temp.path());
-    let onto = ["merge", "--model", &base, "--adapter", &adapter("llama-qv"), "--output", &base, "--overwrite"];
+    let onto = [
+        "merge",
+        "--model",
+        &base,
+        "--adapter",
+        &adapter("llama-qv"),
+        "--output",
+        &base,
+        "--overwrite",
+    ];
     peft(onto).fails(1, &["folder of the base model"]);
     assert_eq!(listing(temp.path()), before);
 }
@@ -137,16 +221,39 @@ fn inputs_of_logits() {
         ("[]", vec!["i.json", "input_ids"]),
         ("{}", vec!["input_ids", "required"]),
         (r#"{"input_ids": []}"#, vec!["input_ids", "no tokens"]),
-        (r#"{"input_ids": [[1, 2], [3]]}"#, vec!["input_ids", "row 1", "1", "2"]),
+        (
+            r#"{"input_ids": [[1, 2], [3]]}"#,
+            vec!["input_ids", "row 1", "1", "2"],
+        ),
         (r#"{"input_ids": [[1, -2]]}"#, vec!["input_ids", "-2"]),
         (r#"{"input_ids": [[1, 67]]}"#, vec!["input_ids", "67"]),
-        (r#"{"input_ids": [[1, 2]], "attention_mask": [[1]]}"#, vec!["attention_mask", "1 x 1"]),
-        (r#"{"input_ids": [[1, 2]], "attention_mask": [[1, 2]]}"#, vec!["attention_mask", "2"]),
-        (r#"{"input_ids": [[1, 2]], "task_ids": [0, 1]}"#, vec!["task_ids", "2 entries"]),
-        (r#"{"input_ids": [[1, 2]], "input_mask": []}"#, vec!["input_mask", "attention_mask"]),
+        (
+            r#"{"input_ids": [[1, 2]], "attention_mask": [[1]]}"#,
+            vec!["attention_mask", "1 x 1"],
+        ),
+        (
+            r#"{"input_ids": [[1, 2]], "attention_mask": [[1, 2]]}"#,
+            vec!["attention_mask", "2"],
+        ),
+        (
+            r#"{"input_ids": [[1, 2]], "task_ids": [0, 1]}"#,
+            vec!["task_ids", "2 entries"],
+        ),
+        (
+            r#"{"input_ids": [[1, 2]], "input_mask": []}"#,
+            vec!["input_mask", "attention_mask"],
+        ),
     ] {
         write(&input, content);
-        let run = peft(["logits", "--model", &model("llama"), "--input", &text(&input), "--output", &text(&output)]);
+        let run = peft([
+            "logits",
+            "--model",
+            &model("llama"),
+            "--input",
+            &text(&input),
+            "--output",
+            &text(&output),
+        ]);
         run.fails(1, &words);
         assert!(!output.exists(), "{content}");
     }

@@ -31,12 +31,20 @@ impl Run {
     /// The one error of a run that failed with `code`; every word of `words` has to be in it, nothing on stdout.
     #[track_caller]
     pub(crate) fn fails(self, code: i32, words: &[&str]) -> String {
-        assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code, code,
+            "stdout: {}\nstderr: {}",
+            self.stdout, self.stderr
+        );
         assert_eq!(self.stdout, "");
         assert_eq!(self.stderr.matches("error:").count(), 1, "{}", self.stderr);
         assert!(!self.stderr.contains("internal error"), "{}", self.stderr);
         for word in words {
-            assert!(self.stderr.contains(word), "{word:?} is not in: {}", self.stderr);
+            assert!(
+                self.stderr.contains(word),
+                "{word:?} is not in: {}",
+                self.stderr
+            );
         }
         self.stderr
     }
@@ -90,7 +98,11 @@ pub(crate) fn tensors(path: impl AsRef<Path>) -> NamedTensors {
 /// Names in a folder, sorted; none if it is not there.
 pub(crate) fn listing(folder: impl AsRef<Path>) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(folder)
-        .map(|entries| entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect())
+        .map(|entries| {
+            entries
+                .map(|e| e.unwrap().file_name().into_string().unwrap())
+                .collect()
+        })
         .unwrap_or_default();
     names.sort();
     names
@@ -108,8 +120,11 @@ pub(crate) fn copy_model(name: &str, to: &Path) -> String {
 /// A copy of a tiny model with a tokenizer of words `w0`, `w1`, ... and a chat template.
 pub(crate) fn talking_model(name: &str, to: &Path) -> String {
     let folder = copy_model(name, to);
-    let size = read_json(to.join("config.json"))["vocab_size"].as_u64().unwrap();
-    let vocab: serde_json::Map<String, Value> = (0..size).map(|i| (format!("w{i}"), json!(i))).collect();
+    let size = read_json(to.join("config.json"))["vocab_size"]
+        .as_u64()
+        .unwrap();
+    let vocab: serde_json::Map<String, Value> =
+        (0..size).map(|i| (format!("w{i}"), json!(i))).collect();
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
@@ -126,5 +141,8 @@ pub(crate) fn talking_model(name: &str, to: &Path) -> String {
 #[track_caller]
 pub(crate) fn gap(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+    a.iter()
+        .zip(b)
+        .map(|(x, y)| (x - y).abs())
+        .fold(0.0, f32::max)
 }

@@ -4,17 +4,22 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::common::{adapter, copy_model, gap, goldens, listing, model, peft, read_json, tensors, text, write};
+use crate::common::{
+    adapter, copy_model, gap, goldens, listing, model, peft, read_json, tensors, text, write,
+};
 
 /// Most that the logits of a merged model may differ from HF PEFT's.
 const CLOSE: f32 = 1e-4;
 
 /// Entries of a logits file that a case says to compare: those of real tokens.
-fn visible(values: &(Vec<usize>, Vec<f32>), case: &Value) -> Vec<f32> {
+fn visible(values: &Values, case: &Value) -> Vec<f32> {
     let (shape, data) = values;
-    let mask: Option<Vec<bool>> = case["attention_mask"]
-        .as_array()
-        .map(|rows| rows.iter().flat_map(|r| r.as_array().unwrap()).map(|m| m == 1).collect());
+    let mask: Option<Vec<bool>> = case["attention_mask"].as_array().map(|rows| {
+        rows.iter()
+            .flat_map(|r| r.as_array().unwrap())
+            .map(|m| m == 1)
+            .collect()
+    });
     match (mask, &shape[..]) {
         (Some(mask), [rows, len, width]) => {
             let real = mask.len() / rows;
@@ -27,7 +32,10 @@ fn visible(values: &(Vec<usize>, Vec<f32>), case: &Value) -> Vec<f32> {
     }
 }
 
-fn logits(args: &[&str], case: &Path, output: &Path) -> (Vec<usize>, Vec<f32>) {
+type Values = (Vec<usize>, Vec<f32>);
+
+/// Runs a case's input; what stderr said if that fails.
+fn logits(args: &[&str], case: &Path, output: &Path) -> Result<Values, String> {
     let case = read_json(case);
     let input = json!({"input_ids": case["input_ids"], "attention_mask": case["attention_mask"]});
     let file = output.with_extension("input.json");
@@ -36,8 +44,11 @@ fn logits(args: &[&str], case: &Path, output: &Path) -> (Vec<usize>, Vec<f32>) {
     let mut all = vec!["logits"];
     all.extend(args);
     all.extend(["--input", &file, "--output", &output_text]);
-    peft(all).ok();
-    tensors(output).into_values().next().unwrap()
+    let run = peft(all);
+    if run.code != 0 {
+        return Err(run.stderr);
+    }
+    Ok(tensors(output).into_values().next().unwrap())
 }
 
 #[test]
@@ -49,13 +60,27 @@ fn every_case_runs_and_merges_as_hf_peft_says() {
         let case_file = goldens().join("cases").join(&name).join("case.json");
         let case = read_json(&case_file);
         let base = model(case["model"].as_str().unwrap());
-        let expected = tensors(goldens().join("cases").join(&name).join("expected.safetensors"));
+        let expected = tensors(
+            goldens()
+                .join("cases")
+                .join(&name)
+                .join("expected.safetensors"),
+        );
         let want = |kind: &str| {
-            expected.iter().find(|(key, _)| key.starts_with(kind)).map(|(_, values)| visible(values, &case))
+            expected
+                .iter()
+                .find(|(key, _)| key.starts_with(kind))
+                .map(|(_, values)| visible(values, &case))
         };
         let folder = adapter(&name);
         let out = temp.path().join(format!("{name}.safetensors"));
-        let adapted = logits(&["--model", &base, "--adapter", &folder], &case_file, &out);
+        let adapted = match logits(&["--model", &base, "--adapter", &folder], &case_file, &out) {
+            Ok(adapted) => adapted,
+            Err(said) => {
+                wrong.push(format!("{name}: {said}"));
+                continue;
+            }
+        };
         let off = gap(&visible(&adapted, &case), &want("adapted").unwrap());
         if off > CLOSE {
             wrong.push(format!("{name}: adapted, {off}"));
@@ -65,8 +90,21 @@ fn every_case_runs_and_merges_as_hf_peft_says() {
             continue;
         }
         let target = temp.path().join(&name);
-        peft(["merge", "--model", &base, "--adapter", &folder, "--output", &text(&target)]).ok();
-        let got = logits(&["--model", &text(&target)], &case_file, &out);
+        let args = [
+            "merge",
+            "--model",
+            &base,
+            "--adapter",
+            &folder,
+            "--output",
+            &text(&target),
+        ];
+        let merge = peft(args);
+        if merge.code != 0 {
+            wrong.push(format!("{name}: merge: {}", merge.stderr));
+            continue;
+        }
+        let got = logits(&["--model", &text(&target)], &case_file, &out).unwrap();
         // Where HF's own merge is wrong, the merged model has to be what the adapted one was.
         let reference = want("merged").unwrap_or_else(|| want("adapted").unwrap());
         let off = gap(&visible(&got, &case), &reference);
@@ -86,14 +124,40 @@ fn every_case_runs_and_merges_as_hf_peft_says() {
 #[test]
 fn untying_writes_both_sides_and_says_so() {
     let temp = tempfile::tempdir().unwrap();
-    for (case, untied) in [("llama-tied-embed", true), ("gemma-lm-head", true), ("llama-tied-save-tied", false), ("llama-tied-qv", false)] {
-        let base = model(read_json(goldens().join("cases").join(case).join("case.json"))["model"].as_str().unwrap());
+    for (case, untied) in [
+        ("llama-tied-embed", true),
+        ("gemma-lm-head", true),
+        ("llama-tied-save-tied", false),
+        ("llama-tied-qv", false),
+    ] {
+        let base = model(
+            read_json(goldens().join("cases").join(case).join("case.json"))["model"]
+                .as_str()
+                .unwrap(),
+        );
         let target = temp.path().join(case);
-        let report =
-            peft(["merge", "--json", "--model", &base, "--adapter", &adapter(case), "--output", &text(&target)]).json();
+        let report = peft([
+            "merge",
+            "--json",
+            "--model",
+            &base,
+            "--adapter",
+            &adapter(case),
+            "--output",
+            &text(&target),
+        ])
+        .json();
         assert_eq!(report["untied"], untied, "{case}");
-        assert_eq!(read_json(target.join("config.json"))["tie_word_embeddings"], !untied, "{case}");
-        assert_eq!(tensors(target.join("model.safetensors")).contains_key("lm_head.weight"), untied, "{case}");
+        assert_eq!(
+            read_json(target.join("config.json"))["tie_word_embeddings"],
+            !untied,
+            "{case}"
+        );
+        assert_eq!(
+            tensors(target.join("model.safetensors")).contains_key("lm_head.weight"),
+            untied,
+            "{case}"
+        );
     }
 }
 
@@ -101,26 +165,54 @@ fn untying_writes_both_sides_and_says_so() {
 fn types_shards_and_side_files() {
     let temp = tempfile::tempdir().unwrap();
     let base = copy_model("llama", &temp.path().join("base"));
-    write(temp.path().join("base/tokenizer_config.json"), "{\"kept\": true}");
+    write(
+        temp.path().join("base/tokenizer_config.json"),
+        "{\"kept\": true}",
+    );
     let run = |name: &str, more: &[&str]| {
         let target = temp.path().join(name);
-        let mut args = vec!["merge".to_owned(), "--json".into(), "--model".into(), base.clone()];
-        args.extend(["--adapter".to_owned(), adapter("llama-qv"), "--output".into(), text(&target)]);
+        let mut args = vec![
+            "merge".to_owned(),
+            "--json".into(),
+            "--model".into(),
+            base.clone(),
+        ];
+        args.extend([
+            "--adapter".to_owned(),
+            adapter("llama-qv"),
+            "--output".into(),
+            text(&target),
+        ]);
         args.extend(more.iter().map(|&m| m.to_owned()));
         (peft(args), target)
     };
     let (whole, whole_at) = run("whole", &[]);
     let whole = whole.json();
     assert_eq!(whole["changed_modules"], 6);
-    assert_eq!(read_json(whole_at.join("tokenizer_config.json"))["kept"], true);
+    assert_eq!(
+        read_json(whole_at.join("tokenizer_config.json"))["kept"],
+        true
+    );
     let f32s = tensors(whole_at.join("model.safetensors"));
-    assert_eq!(whole["bytes"], f32s.values().map(|(_, v)| v.len() * 4).sum::<usize>());
+    assert_eq!(
+        whole["bytes"],
+        f32s.values().map(|(_, v)| v.len() * 4).sum::<usize>()
+    );
 
     let (half, half_at) = run("half", &["--dtype", "bf16", "--max-shard-size", "20KB"]);
     let half = half.json();
-    assert_eq!(half["bytes"].as_u64().unwrap() * 2, whole["bytes"].as_u64().unwrap());
-    assert_eq!(read_json(half_at.join("config.json"))["torch_dtype"], "bfloat16");
-    let shards = listing(&half_at).into_iter().filter(|n| n.starts_with("model-000")).count();
+    assert_eq!(
+        half["bytes"].as_u64().unwrap() * 2,
+        whole["bytes"].as_u64().unwrap()
+    );
+    assert_eq!(
+        read_json(half_at.join("config.json"))["torch_dtype"],
+        "bfloat16"
+    );
+    let shards = listing(&half_at)
+        .into_iter()
+        .filter(|n| n.starts_with("model-000"))
+        .count();
     assert!(shards > 2, "{:?}", listing(&half_at));
     let index = read_json(half_at.join("model.safetensors.index.json"));
     assert_eq!(index["weight_map"].as_object().unwrap().len(), f32s.len());
@@ -130,7 +222,10 @@ fn types_shards_and_side_files() {
         assert_eq!(&got_shape, shape);
         for (a, b) in got.iter().zip(values) {
             // bf16 keeps eight bits.
-            assert!((a - b).abs() <= b.abs() / 256.0 + 1e-38, "{name}: {a} for {b}");
+            assert!(
+                (a - b).abs() <= b.abs() / 256.0 + 1e-38,
+                "{name}: {a} for {b}"
+            );
         }
     }
 
@@ -148,7 +243,10 @@ fn a_head_that_the_base_lacks_is_written() {
     std::fs::create_dir_all(&base).unwrap();
     let mut config = read_json(Path::new(&model("bert-cls")).join("config.json"));
     config["architectures"] = json!(["BertModel"]);
-    config.as_object_mut().unwrap().retain(|key, _| key != "id2label" && key != "label2id");
+    config
+        .as_object_mut()
+        .unwrap()
+        .retain(|key, _| key != "id2label" && key != "label2id");
     write(base.join("config.json"), &config.to_string());
     let bare = tensors(Path::new(&model("bert-cls")).join("model.safetensors"))
         .into_iter()
@@ -156,13 +254,33 @@ fn a_head_that_the_base_lacks_is_written() {
         .collect();
     peft::io::write_tensors(&base.join("model.safetensors"), &bare, &Default::default()).unwrap();
     let target = temp.path().join("out");
-    peft(["merge", "--model", &text(&base), "--adapter", &adapter("bert-cls-qv"), "--output", &text(&target)]).ok();
+    peft([
+        "merge",
+        "--model",
+        &text(&base),
+        "--adapter",
+        &adapter("bert-cls-qv"),
+        "--output",
+        &text(&target),
+    ])
+    .ok();
     let written = read_json(target.join("config.json"));
-    assert_eq!(written["architectures"], json!(["BertForSequenceClassification"]));
+    assert_eq!(
+        written["architectures"],
+        json!(["BertForSequenceClassification"])
+    );
     assert_eq!(written["id2label"].as_object().unwrap().len(), 3);
-    assert!(tensors(target.join("model.safetensors")).contains_key("bert.encoder.layer.0.output.dense.weight"));
+    assert!(
+        tensors(target.join("model.safetensors"))
+            .contains_key("bert.encoder.layer.0.output.dense.weight")
+    );
     let case = goldens().join("cases/bert-cls-qv");
-    let got = logits(&["--model", &text(&target)], &case.join("case.json"), &temp.path().join("l.safetensors"));
+    let got = logits(
+        &["--model", &text(&target)],
+        &case.join("case.json"),
+        &temp.path().join("l.safetensors"),
+    )
+    .unwrap();
     let want = &tensors(case.join("expected.safetensors"))["merged_logits"];
     assert!(gap(&got.1, &want.1) < CLOSE);
 }
@@ -174,12 +292,21 @@ fn stacked_adapters_merge_as_they_run() {
     let case = goldens().join("cases/llama-qv/case.json");
     let out = temp.path().join("l.safetensors");
     let both = ["--model", &base, "--adapter", &first, "--adapter", &second];
-    let stacked = logits(&both, &case, &out);
-    let alone = logits(&both[..4], &case, &out);
-    assert!(gap(&stacked.1, &alone.1) > 1e-2, "the second adapter does nothing");
+    let stacked = logits(&both, &case, &out).unwrap();
+    let alone = logits(&both[..4], &case, &out).unwrap();
+    assert!(
+        gap(&stacked.1, &alone.1) > 1e-2,
+        "the second adapter does nothing"
+    );
     let target = text(temp.path().join("m"));
-    peft(["merge"].into_iter().chain(both).chain(["--output", &target])).ok();
-    let merged = logits(&["--model", &target], &case, &out);
+    peft(
+        ["merge"]
+            .into_iter()
+            .chain(both)
+            .chain(["--output", &target]),
+    )
+    .ok();
+    let merged = logits(&["--model", &target], &case, &out).unwrap();
     assert!(gap(&merged.1, &stacked.1) < CLOSE);
 }
 
@@ -192,7 +319,16 @@ fn an_unknown_architecture_merges_by_names() {
     write(temp.path().join("base/config.json"), &config.to_string());
     let merge = |base: &str, to: &str| {
         let target = temp.path().join(to);
-        peft(["merge", "--model", base, "--adapter", &adapter("llama-all-linear"), "--output", &text(&target)]).ok();
+        peft([
+            "merge",
+            "--model",
+            base,
+            "--adapter",
+            &adapter("llama-all-linear"),
+            "--output",
+            &text(&target),
+        ])
+        .ok();
         tensors(target.join("model.safetensors"))
     };
     let (by_names, by_tree) = (merge(&base, "a"), merge(&model("llama"), "b"));

@@ -10,7 +10,7 @@ use crate::common::{listing, peft, read_json, talking_model, tensors, text, writ
 fn setting(folder: &Path) -> Value {
     let model = talking_model("llama", &folder.join("model"));
     let rows = |range: std::ops::Range<usize>| -> String {
-        let row = |i: usize| json!({"prompt": format!("w{} w{} ", 3 + i % 9, 20 + i % 7), "completion": if i % 2 == 0 { "w40" } else { "w41" }});
+        let row = |i: usize| json!({"prompt": format!("w{} w{} ", 3 + i % 9, 20 + i % 7), "completion": if i.is_multiple_of(2) { "w40" } else { "w41" }});
         range.map(|i| format!("{}\n", row(i))).collect()
     };
     write(folder.join("train.jsonl"), &rows(0..32));
@@ -31,13 +31,32 @@ fn train_eval_generate_merge() {
     let file = temp.path().join("train.json");
     write(&file, &config.to_string());
     let run = peft(["train", &text(&file)]).ok();
-    for word in ["trainable parameters", "next:", "peft eval", "peft generate", "peft merge"] {
+    for word in [
+        "trainable parameters",
+        "next:",
+        "peft eval",
+        "peft generate",
+        "peft merge",
+    ] {
         assert!(run.stderr.contains(word), "{word}: {}", run.stderr);
     }
-    assert!(run.stdout.contains("before") && run.stdout.contains("loss"), "{}", run.stdout);
+    assert!(
+        run.stdout.contains("before") && run.stdout.contains("loss"),
+        "{}",
+        run.stdout
+    );
     let out = temp.path().join("out");
-    for name in ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "checkpoints"] {
-        assert!(listing(&out).contains(&name.to_owned()), "{:?}", listing(&out));
+    for name in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "checkpoints",
+    ] {
+        assert!(
+            listing(&out).contains(&name.to_owned()),
+            "{:?}",
+            listing(&out)
+        );
     }
     assert!(read_json(out.join("adapter_config.json"))["base_model_name_or_path"].is_string());
     // What is there is not lost by accident.
@@ -46,16 +65,31 @@ fn train_eval_generate_merge() {
     let model = text(temp.path().join("model"));
     let eval = |more: &[&str]| {
         let data = text(temp.path().join("eval.jsonl"));
-        peft(["eval", "--json", "--model", &model, "--data", &data].into_iter().chain(more.iter().copied())).json()
+        peft(
+            ["eval", "--json", "--model", &model, "--data", &data]
+                .into_iter()
+                .chain(more.iter().copied()),
+        )
+        .json()
     };
     let (before, after) = (eval(&[]), eval(&["--adapter", &text(&out)]));
     assert_eq!(before["rows"], 12);
-    assert!(after["loss"].as_f64() < before["loss"].as_f64(), "{before} {after}");
+    assert!(
+        after["loss"].as_f64() < before["loss"].as_f64(),
+        "{before} {after}"
+    );
     assert_eq!(eval(&["--limit", "5"])["rows"], 5);
 
-    let next: Vec<&str> = run.stderr.lines().filter_map(|l| l.trim().strip_prefix("peft ")).collect();
+    let next: Vec<&str> = run
+        .stderr
+        .lines()
+        .filter_map(|l| Some(l.split_once("peft ")?.1))
+        .collect();
     for line in next {
-        let words: Vec<String> = line.split(' ').map(|w| w.trim_matches('\'').to_owned()).collect();
+        let words: Vec<String> = line
+            .split(' ')
+            .map(|w| w.trim_matches('\'').to_owned())
+            .collect();
         if words[0] == "merge" {
             peft(&words).ok();
         }
@@ -80,14 +114,37 @@ fn resuming_and_overrides() {
     // A run that was stopped after its first checkpoint.
     let part = temp.path().join("part");
     std::fs::create_dir_all(part.join("checkpoints")).unwrap();
-    copy_tree(&Path::new(&whole).join("checkpoints/step-5"), &part.join("checkpoints/step-5"));
-    std::fs::copy(Path::new(&whole).join("metrics.jsonl"), part.join("metrics.jsonl")).unwrap();
-    let resumed = peft(["train", &file, "--resume", "--json", "--set", &format!("output.dir={}", text(&part))]).json();
+    copy_tree(
+        &Path::new(&whole).join("checkpoints/step-5"),
+        &part.join("checkpoints/step-5"),
+    );
+    std::fs::copy(
+        Path::new(&whole).join("metrics.jsonl"),
+        part.join("metrics.jsonl"),
+    )
+    .unwrap();
+    let resumed = peft([
+        "train",
+        &file,
+        "--resume",
+        "--json",
+        "--set",
+        &format!("output.dir={}", text(&part)),
+    ])
+    .json();
     assert_eq!(resumed["steps"], 12);
     let at = |folder: &Path| std::fs::read(folder.join("adapter_model.safetensors")).unwrap();
     assert_eq!(at(Path::new(&whole)), at(&part));
-    peft(["train", &file, "--resume", "--set", "train.learning_rate=0.5", "--set", &format!("output.dir={whole}")])
-        .fails(1, &["train.learning_rate"]);
+    peft([
+        "train",
+        &file,
+        "--resume",
+        "--set",
+        "train.learning_rate=0.5",
+        "--set",
+        &format!("output.dir={whole}"),
+    ])
+    .fails(1, &["train.learning_rate"]);
 }
 
 fn copy_tree(from: &Path, to: &Path) {
@@ -105,7 +162,11 @@ fn a_bad_row_is_named_before_anything_is_written() {
     write(&file, &config.to_string());
     let data = temp.path().join("train.jsonl");
     let good = std::fs::read_to_string(&data).unwrap();
-    for bad in ["{\"prompt\": \"w1\"}", "not json", "{\"prompt\": 3, \"completion\": \"w1\"}"] {
+    for bad in [
+        "{\"prompt\": \"w1\"}",
+        "not json",
+        "{\"prompt\": 3, \"completion\": \"w1\"}",
+    ] {
         write(&data, &format!("{good}{bad}\n"));
         peft(["train", &text(&file)]).fails(1, &["train.jsonl:33"]);
         assert!(!temp.path().join("out").exists());
@@ -130,7 +191,16 @@ fn generation_follows_its_options() {
     let temp = tempfile::tempdir().unwrap();
     let model = talking_model("llama", &temp.path().join("m"));
     let generate = |more: &[&str]| {
-        let args = ["generate", "--json", "--model", &model, "--prompt", "w5 w6", "--max-new-tokens", "6"];
+        let args = [
+            "generate",
+            "--json",
+            "--model",
+            &model,
+            "--prompt",
+            "w5 w6",
+            "--max-new-tokens",
+            "6",
+        ];
         peft(args.into_iter().chain(more.iter().copied())).json()
     };
     let raw = generate(&["--raw"]);
@@ -140,16 +210,43 @@ fn generation_follows_its_options() {
     assert_eq!(chat["prompt_tokens"], 4);
     assert_eq!(chat, without_times(generate(&["--chat"]), &chat));
     assert_eq!(generate(&["--system", "w7"])["prompt_tokens"], 6);
-    assert_eq!(raw["tokens"], generate(&["--raw", "--seed", "9"])["tokens"], "greedy does not draw");
-    let draw = |seed: &str| generate(&["--raw", "--temperature", "5", "--seed", seed])["tokens"].clone();
+    assert_eq!(
+        raw["tokens"],
+        generate(&["--raw", "--seed", "9"])["tokens"],
+        "greedy does not draw"
+    );
+    let draw =
+        |seed: &str| generate(&["--raw", "--temperature", "5", "--seed", seed])["tokens"].clone();
     assert_eq!(draw("1"), draw("1"));
     assert_ne!(draw("1"), draw("2"));
-    assert_eq!(generate(&["--raw", "--temperature", "5", "--top-k", "1"])["tokens"], raw["tokens"]);
+    assert_eq!(
+        generate(&["--raw", "--temperature", "5", "--top-k", "1"])["tokens"],
+        raw["tokens"]
+    );
 
-    let printed = peft(["generate", "--model", &model, "--prompt", "w5 w6", "--raw", "--max-new-tokens", "6"]).ok();
-    assert_eq!(printed.stdout.trim_end(), raw["text"].as_str().unwrap().trim_end());
-    peft(["generate", "--model", &model, "--prompt", "x", "--top-p", "7"]).fails(1, &["top_p"]);
-    peft(["generate", "--model", &model, "--prompt", "x", "--raw", "--chat"]).fails(2, &["--raw"]);
+    let printed = peft([
+        "generate",
+        "--model",
+        &model,
+        "--prompt",
+        "w5 w6",
+        "--raw",
+        "--max-new-tokens",
+        "6",
+    ])
+    .ok();
+    assert_eq!(
+        printed.stdout.trim_end(),
+        raw["text"].as_str().unwrap().trim_end()
+    );
+    peft([
+        "generate", "--model", &model, "--prompt", "x", "--top-p", "7",
+    ])
+    .fails(1, &["top_p"]);
+    peft([
+        "generate", "--model", &model, "--prompt", "x", "--raw", "--chat",
+    ])
+    .fails(2, &["--raw"]);
     std::fs::remove_file(temp.path().join("m/tokenizer_config.json")).unwrap();
     peft(["generate", "--model", &model, "--prompt", "x", "--chat"]).fails(1, &["chat template"]);
     std::fs::remove_file(temp.path().join("m/tokenizer.json")).unwrap();
@@ -175,7 +272,76 @@ fn full_training_writes_a_model() {
     assert!(!run.stderr.contains("peft merge"));
     let out = temp.path().join("out");
     let trained = tensors(out.join("model.safetensors"));
-    assert_eq!(trained.len(), tensors(temp.path().join("model/model.safetensors")).len());
+    assert_eq!(
+        trained.len(),
+        tensors(temp.path().join("model/model.safetensors")).len()
+    );
     let data = text(temp.path().join("eval.jsonl"));
     peft(["eval", "--model", &text(&out), "--data", &data]).ok();
+}
+
+#[test]
+fn a_classifier_trains_evaluates_and_merges() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = talking_model("bert-cls", &temp.path().join("model"));
+    let row = |i: usize| {
+        let label = ["bad", "good", "mixed"][i % 3];
+        json!({"text": format!("w{} w{} w{}", 5 + i % 3, 20 + i % 7, 30 + i % 5), "label": label})
+    };
+    let rows =
+        |range: std::ops::Range<usize>| range.map(|i| format!("{}\n", row(i))).collect::<String>();
+    let (train, held_out) = (
+        temp.path().join("train.jsonl"),
+        temp.path().join("eval.jsonl"),
+    );
+    write(&train, &rows(0..40));
+    write(&held_out, &rows(100..120));
+    let out = text(temp.path().join("out"));
+    let config = json!({
+        "model": {"path": model},
+        "adapter": {"peft_type": "LORA", "r": 4, "target_modules": ["query", "value"]},
+        "data": {"train": text(&train), "eval": text(&held_out)},
+        "train": {"steps": 40, "batch_size": 8, "learning_rate": 0.02},
+        "output": {"dir": out},
+    });
+    let file = temp.path().join("t.json");
+    write(&file, &config.to_string());
+    let run = peft(["train", &text(&file)]).ok();
+    assert!(!run.stderr.contains("peft generate"), "{}", run.stderr);
+    let trained = peft([
+        "eval",
+        "--json",
+        "--model",
+        &model,
+        "--adapter",
+        &out,
+        "--data",
+        &text(&held_out),
+    ])
+    .json();
+    assert!(trained["accuracy"].as_f64().unwrap() > 0.9, "{trained}");
+    let merged = text(temp.path().join("merged"));
+    peft([
+        "merge",
+        "--model",
+        &model,
+        "--adapter",
+        &out,
+        "--output",
+        &merged,
+    ])
+    .ok();
+    let names = read_json(Path::new(&merged).join("config.json"))["id2label"].clone();
+    assert_eq!(names, json!({"0": "bad", "1": "good", "2": "mixed"}));
+    let again = peft([
+        "eval",
+        "--json",
+        "--model",
+        &merged,
+        "--data",
+        &text(&held_out),
+    ])
+    .json();
+    let gap = again["loss"].as_f64().unwrap() - trained["loss"].as_f64().unwrap();
+    assert!(gap.abs() < 1e-5, "{again} {trained}");
 }

@@ -11,9 +11,21 @@ impl TrainConfig {
     /// The first field that is missing, out of range, contradicts another, or asks for what is not built in.
     pub fn check(&self) -> Result<()> {
         self.check_offered()?;
-        required("model.path", self.model.path.is_empty(), "a model folder, a .gguf file or a hub id")?;
-        required("data.train", self.data.train.as_os_str().is_empty(), "a .jsonl or .csv file")?;
-        required("output.dir", self.output.dir.as_os_str().is_empty(), "the folder for the results")?;
+        required(
+            "model.path",
+            self.model.path.is_empty(),
+            "a model folder, a .gguf file or a hub id",
+        )?;
+        required(
+            "data.train",
+            self.data.train.as_os_str().is_empty(),
+            "a .jsonl or .csv file",
+        )?;
+        required(
+            "output.dir",
+            self.output.dir.as_os_str().is_empty(),
+            "the folder for the results",
+        )?;
         self.init_from()?;
         if self.model.num_labels == Some(0) {
             return Err(Error::config("model.num_labels", "has to be at least 1"));
@@ -26,18 +38,39 @@ impl TrainConfig {
         const LATER: &str = "is not in this build yet";
         match self.device.as_str() {
             "cpu" | "auto" => {}
-            "wgpu" => return Err(Error::config("device", format!("\"wgpu\" {LATER}; use \"cpu\""))),
-            other => return Err(Error::config("device", format!("{other:?} is not one of cpu, wgpu, auto"))),
+            "wgpu" => {
+                return Err(Error::config(
+                    "device",
+                    format!("\"wgpu\" {LATER}; use \"cpu\""),
+                ));
+            }
+            other => {
+                return Err(Error::config(
+                    "device",
+                    format!("{other:?} is not one of cpu, wgpu, auto"),
+                ));
+            }
         }
         match self.precision.as_str() {
             "f32" => {}
-            "bf16" => return Err(Error::config("precision", format!("\"bf16\" {LATER}; use \"f32\""))),
-            other => return Err(Error::config("precision", format!("{other:?} is not one of f32, bf16"))),
+            "bf16" => {
+                return Err(Error::config(
+                    "precision",
+                    format!("\"bf16\" {LATER}; use \"f32\""),
+                ));
+            }
+            other => {
+                return Err(Error::config(
+                    "precision",
+                    format!("{other:?} is not one of f32, bf16"),
+                ));
+            }
         }
         match &self.model.quantize {
             None => Ok(()),
             Some(format) => {
-                let detail = format!("{format:?} {LATER}; leave it out (GGUF files keep their own format)");
+                let detail =
+                    format!("{format:?} {LATER}; leave it out (GGUF files keep their own format)");
                 Err(Error::config("model.quantize", detail))
             }
         }
@@ -46,14 +79,23 @@ impl TrainConfig {
     fn check_data(&self) -> Result<()> {
         let data = &self.data;
         if data.max_length < 2 {
-            return Err(Error::config("data.max_length", format!("has to be at least 2, not {}", data.max_length)));
+            return Err(Error::config(
+                "data.max_length",
+                format!("has to be at least 2, not {}", data.max_length),
+            ));
         }
-        let Some(split) = data.eval_split else { return Ok(()) };
+        let Some(split) = data.eval_split else {
+            return Ok(());
+        };
         if data.eval.is_some() {
-            return Err(Error::config("data.eval_split", "`data.eval` is set too; give one of them"));
+            return Err(Error::config(
+                "data.eval_split",
+                "`data.eval` is set too; give one of them",
+            ));
         }
         if !(split.is_finite() && split > 0.0 && (split < 1.0 || split.fract() == 0.0)) {
-            let detail = format!("has to be a share between 0 and 1 or a whole number of rows, not {split}");
+            let detail =
+                format!("has to be a share between 0 and 1 or a whole number of rows, not {split}");
             return Err(Error::config("data.eval_split", detail));
         }
         Ok(())
@@ -63,9 +105,15 @@ impl TrainConfig {
         let train = &self.train;
         for (field, value) in [
             ("train.batch_size", train.batch_size as u64),
-            ("train.gradient_accumulation", train.gradient_accumulation as u64),
+            (
+                "train.gradient_accumulation",
+                train.gradient_accumulation as u64,
+            ),
             ("train.steps", train.steps.unwrap_or(1)),
-            ("train.eval_batch_size", train.eval_batch_size.unwrap_or(1) as u64),
+            (
+                "train.eval_batch_size",
+                train.eval_batch_size.unwrap_or(1) as u64,
+            ),
             ("train.keep_checkpoints", train.keep_checkpoints as u64),
         ] {
             if value == 0 {
@@ -83,14 +131,30 @@ impl TrainConfig {
         }
         for (i, rule) in train.lr_multipliers.iter().enumerate() {
             let field = format!("train.lr_multipliers[{i}]");
-            required(&format!("{field}.pattern"), rule.pattern.is_empty(), "a regular expression on parameter keys")?;
+            required(
+                &format!("{field}.pattern"),
+                rule.pattern.is_empty(),
+                "a regular expression on parameter keys",
+            )?;
             if rule.multiplier.is_some() && rule.learning_rate.is_some() {
-                return Err(Error::config(field, "give `multiplier` or `learning_rate`, not both"));
+                return Err(Error::config(
+                    field,
+                    "give `multiplier` or `learning_rate`, not both",
+                ));
             }
-            if rule.multiplier.is_none() && rule.learning_rate.is_none() && rule.weight_decay.is_none() {
-                return Err(Error::config(field, "needs `multiplier`, `learning_rate` or `weight_decay`"));
+            if rule.multiplier.is_none()
+                && rule.learning_rate.is_none()
+                && rule.weight_decay.is_none()
+            {
+                return Err(Error::config(
+                    field,
+                    "needs `multiplier`, `learning_rate` or `weight_decay`",
+                ));
             }
-            for value in [rule.multiplier, rule.learning_rate, rule.weight_decay].into_iter().flatten() {
+            for value in [rule.multiplier, rule.learning_rate, rule.weight_decay]
+                .into_iter()
+                .flatten()
+            {
                 within(&field, value, 0.0, f64::MAX)?;
             }
         }
@@ -99,7 +163,11 @@ impl TrainConfig {
 }
 
 fn required(field: &str, missing: bool, what: &str) -> Result<()> {
-    if missing { Err(Error::config(field, format!("is required: {what}"))) } else { Ok(()) }
+    if missing {
+        Err(Error::config(field, format!("is required: {what}")))
+    } else {
+        Ok(())
+    }
 }
 
 fn within(field: &str, value: f64, low: f64, high: f64) -> Result<()> {
@@ -112,5 +180,8 @@ fn within(field: &str, value: f64, low: f64, high: f64) -> Result<()> {
         (low, high) if high < 1.0 => format!("at least {low} and less than 1"),
         (low, high) => format!("between {low} and {high}"),
     };
-    Err(Error::config(field, format!("has to be {range}, not {value}")))
+    Err(Error::config(
+        field,
+        format!("has to be {range}, not {value}"),
+    ))
 }

@@ -11,17 +11,28 @@ use super::{DataSection, LrRule, ModelSection, OutputSection, TrainConfig, Train
 const ALIASES: &[(&str, &str, &str)] = &[
     ("train", "max_steps", "steps"),
     ("train", "lr", "learning_rate"),
-    ("train", "gradient_accumulation_steps", "gradient_accumulation"),
+    (
+        "train",
+        "gradient_accumulation_steps",
+        "gradient_accumulation",
+    ),
 ];
 
 /// Puts keys written under another name under their own.
 pub(super) fn rename_aliases(value: &mut Value) -> Result<()> {
     for &(section, alias, key) in ALIASES {
-        let Some(Value::Object(table)) = value.get_mut(section) else { continue };
-        let Some(given) = table.shift_remove(alias) else { continue };
+        let Some(Value::Object(table)) = value.get_mut(section) else {
+            continue;
+        };
+        let Some(given) = table.shift_remove(alias) else {
+            continue;
+        };
         if table.insert(key.to_owned(), given).is_some() {
             let field = format!("{section}.{alias}");
-            return Err(Error::config(field, format!("is another name of `{section}.{key}`, which is set too")));
+            return Err(Error::config(
+                field,
+                format!("is another name of `{section}.{key}`, which is set too"),
+            ));
         }
     }
     Ok(())
@@ -34,7 +45,10 @@ pub(super) fn rename_aliases(value: &mut Value) -> Result<()> {
 /// The first unknown key, with the nearest names; a section that is not a table.
 pub fn validate_keys(value: &Value) -> Result<()> {
     let Value::Object(given) = value else {
-        return Err(Error::config("configuration", format!("expected a table of sections, got {}", kind(value))));
+        return Err(Error::config(
+            "configuration",
+            format!("expected a table of sections, got {}", kind(value)),
+        ));
     };
     let known = known();
     let names = dotted(&known);
@@ -45,7 +59,10 @@ pub fn validate_keys(value: &Value) -> Result<()> {
             Some(_) => {}
         }
     }
-    let rules = value.get("train").and_then(|t| t.get("lr_multipliers")).and_then(Value::as_array);
+    let rules = value
+        .get("train")
+        .and_then(|t| t.get("lr_multipliers"))
+        .and_then(Value::as_array);
     for (i, rule) in rules.into_iter().flatten().enumerate() {
         let field = format!("train.lr_multipliers[{i}]");
         let fields = as_object(LrRule::default());
@@ -55,9 +72,17 @@ pub fn validate_keys(value: &Value) -> Result<()> {
     Ok(())
 }
 
-fn check_section(name: &str, value: &Value, fields: &Map<String, Value>, names: &[String]) -> Result<()> {
+fn check_section(
+    name: &str,
+    value: &Value,
+    fields: &Map<String, Value>,
+    names: &[String],
+) -> Result<()> {
     let Value::Object(given) = value else {
-        return Err(Error::config(name, format!("expected a table, got {}", kind(value))));
+        return Err(Error::config(
+            name,
+            format!("expected a table, got {}", kind(value)),
+        ));
     };
     match given.keys().find(|key| !fields.contains_key(*key)) {
         Some(key) => Err(unknown(&format!("{name}.{key}"), names)),
@@ -68,13 +93,25 @@ fn check_section(name: &str, value: &Value, fields: &Map<String, Value>, names: 
 fn unknown(field: &str, names: &[String]) -> Error {
     let last = field.rsplit('.').next().unwrap_or(field);
     // A known key in the wrong section is found by its last part, a misspelt one by the whole name.
-    let mut close: Vec<String> =
-        names.iter().filter(|name| name.rsplit('.').next() == Some(last)).cloned().collect();
+    let mut close: Vec<String> = names
+        .iter()
+        .filter(|name| name.rsplit('.').next() == Some(last))
+        .cloned()
+        .collect();
     close.extend(nearest(field, names.iter().map(String::as_str)));
     let mut seen = Vec::new();
-    close.retain(|name| !seen.contains(name) && { seen.push(name.clone()); true });
+    close.retain(|name| {
+        !seen.contains(name) && {
+            seen.push(name.clone());
+            true
+        }
+    });
     close.truncate(3);
-    let hint = if close.is_empty() { String::new() } else { format!("; nearest: {}", close.join(", ")) };
+    let hint = if close.is_empty() {
+        String::new()
+    } else {
+        format!("; nearest: {}", close.join(", "))
+    };
     Error::config(field, format!("there is no such key{hint}"))
 }
 
@@ -125,7 +162,9 @@ pub(super) fn blame(value: &Value, error: &serde_json::Error) -> Error {
 fn first_bad<T: DeserializeOwned>(section: &Value) -> Option<(String, String)> {
     section.as_object()?.iter().find_map(|(key, value)| {
         let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
-        serde_json::from_value::<T>(alone).err().map(|e| (key.clone(), e.to_string()))
+        serde_json::from_value::<T>(alone)
+            .err()
+            .map(|e| (key.clone(), e.to_string()))
     })
 }
 
@@ -135,7 +174,11 @@ pub(super) fn compare(at: &str, a: &Value, b: &Value, found: &mut Vec<String>) {
         (Value::Object(x), Value::Object(y)) => {
             let only_y = y.keys().filter(|key| !x.contains_key(*key));
             for key in x.keys().chain(only_y) {
-                let name = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+                let name = if at.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{at}.{key}")
+                };
                 let side = |map: &Map<String, Value>| map.get(key).cloned().unwrap_or_default();
                 compare(&name, &side(x), &side(y), found);
             }

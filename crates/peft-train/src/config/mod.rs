@@ -261,7 +261,8 @@ impl TrainConfig {
         let mut value = value.clone();
         keys::rename_aliases(&mut value)?;
         validate_keys(&value)?;
-        let config: Self = serde_json::from_value(value.clone()).map_err(|e| keys::blame(&value, &e))?;
+        let config: Self =
+            serde_json::from_value(value.clone()).map_err(|e| keys::blame(&value, &e))?;
         config.check()?;
         Ok(config)
     }
@@ -280,19 +281,32 @@ impl TrainConfig {
         match self.adapter.as_ref().and_then(|a| a.get("init_from")) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(path)) if !path.is_empty() => Ok(Some(path)),
-            Some(other) => Err(Error::config("adapter.init_from", format!("expected a folder, got {other}"))),
+            Some(other) => Err(Error::config(
+                "adapter.init_from",
+                format!("expected a folder, got {other}"),
+            )),
         }
     }
 
     /// Dotted names of the fields that make `self` another run than `other`. What only says where and how
     /// often results are written does not count.
     pub fn differences(&self, other: &Self) -> Vec<String> {
-        const FREE: &[&str] = &["output", "train.eval_every", "train.eval_before", "train.save_every", "train.keep_checkpoints"];
+        const FREE: &[&str] = &[
+            "output",
+            "train.eval_every",
+            "train.eval_before",
+            "train.save_every",
+            "train.keep_checkpoints",
+        ];
         // The configuration is plain data, which always has a JSON form.
         let json = |config: &Self| serde_json::to_value(config).unwrap_or_default();
         let mut found = Vec::new();
         keys::compare("", &json(self), &json(other), &mut found);
-        found.retain(|name| !FREE.iter().any(|free| name == free || name.starts_with(&format!("{free}."))));
+        found.retain(|name| {
+            !FREE
+                .iter()
+                .any(|free| name == free || name.starts_with(&format!("{free}.")))
+        });
         found
     }
 }

@@ -12,12 +12,18 @@ use super::keys::kind;
 /// When there is no `=`, a part of the name is empty, or something on the way is not a table.
 pub fn apply_set(config: &mut Value, assignment: &str) -> Result<()> {
     let Some((path, text)) = assignment.split_once('=') else {
-        return Err(Error::config(assignment, "expected `key=value`, such as `train.batch_size=4`"));
+        return Err(Error::config(
+            assignment,
+            "expected `key=value`, such as `train.batch_size=4`",
+        ));
     };
     let path = path.trim();
     let parts: Vec<&str> = path.split('.').collect();
     if parts.iter().any(|part| part.trim().is_empty()) {
-        return Err(Error::config(path, "a part of the name before `=` is empty"));
+        return Err(Error::config(
+            path,
+            "a part of the name before `=` is empty",
+        ));
     }
     if config.is_null() {
         *config = Value::Object(Map::new());
@@ -26,13 +32,18 @@ pub fn apply_set(config: &mut Value, assignment: &str) -> Result<()> {
     for (i, part) in parts.iter().enumerate() {
         let Value::Object(table) = at else {
             let name = parts[..i].join(".");
-            return Err(Error::config(path, format!("`{name}` is {}, not a table", kind(at))));
+            return Err(Error::config(
+                path,
+                format!("`{name}` is {}, not a table", kind(at)),
+            ));
         };
         if i + 1 == parts.len() {
             set(table, part, parse(text));
             return Ok(());
         }
-        at = table.entry(part.trim()).or_insert_with(|| Value::Object(Map::new()));
+        at = table
+            .entry(part.trim())
+            .or_insert_with(|| Value::Object(Map::new()));
         if at.is_null() {
             *at = Value::Object(Map::new());
         }
@@ -54,7 +65,10 @@ fn parse(text: &str) -> Value {
         return value;
     }
     let as_toml = toml::from_str::<Map<String, Value>>(&format!("value = {text}"));
-    match as_toml.ok().and_then(|mut table| table.shift_remove("value")) {
+    match as_toml
+        .ok()
+        .and_then(|mut table| table.shift_remove("value"))
+    {
         Some(value) => value,
         None => Value::String(text.to_owned()),
     }

@@ -53,9 +53,23 @@ fn the_whole_table_of_the_design_is_read() {
     assert_eq!(config.adapter.as_ref().unwrap()["r"], 8);
     assert_eq!((config.data.max_length, config.data.shuffle), (128, false));
     let train = &config.train;
-    assert_eq!((train.epochs, train.batch_size, train.gradient_accumulation, train.seed), (2.0, 4, 2, 7));
-    assert_eq!((train.learning_rate, train.weight_decay, train.max_grad_norm), (1e-4, 0.5, 0.0));
-    assert_eq!((train.schedule, train.eval_every, train.save_every), (Schedule::Cosine, 50, 25));
+    assert_eq!(
+        (
+            train.epochs,
+            train.batch_size,
+            train.gradient_accumulation,
+            train.seed
+        ),
+        (2.0, 4, 2, 7)
+    );
+    assert_eq!(
+        (train.learning_rate, train.weight_decay, train.max_grad_norm),
+        (1e-4, 0.5, 0.0)
+    );
+    assert_eq!(
+        (train.schedule, train.eval_every, train.save_every),
+        (Schedule::Cosine, 50, 25)
+    );
     // 0.03 of 101 steps is 3.03: transformers rounds up.
     assert_eq!(config.warmup(101), 4);
 }
@@ -63,14 +77,25 @@ fn the_whole_table_of_the_design_is_read() {
 #[test]
 fn an_unknown_key_names_the_nearest() {
     for (set, field, near) in [
-        ("train.leraning_rate=1", "train.leraning_rate", "train.learning_rate"),
+        (
+            "train.leraning_rate=1",
+            "train.leraning_rate",
+            "train.learning_rate",
+        ),
         ("train.max_length=1", "train.max_length", "data.max_length"),
         ("optput.dir=x", "optput", "output"),
         ("learning_rate=1", "learning_rate", "train.learning_rate"),
-        (r#"train.lr_multipliers=[{"patern":"x"}]"#, "train.lr_multipliers[0].patern", "pattern"),
+        (
+            r#"train.lr_multipliers=[{"patern":"x"}]"#,
+            "train.lr_multipliers[0].patern",
+            "pattern",
+        ),
     ] {
         let message = error(&[set]);
-        assert!(message.contains(&format!("`{field}`")) && message.contains(near), "{set}: {message}");
+        assert!(
+            message.contains(&format!("`{field}`")) && message.contains(near),
+            "{set}: {message}"
+        );
     }
 }
 
@@ -79,7 +104,10 @@ fn a_wrong_type_or_value_names_its_field() {
     for (set, parts) in [
         ("train.batch_size=many", &["train.batch_size", "many"][..]),
         ("train.batch_size=0", &["train.batch_size", "at least 1"]),
-        ("train.schedule=cosin", &["train.schedule", "cosin", "linear", "cosine", "constant"]),
+        (
+            "train.schedule=cosin",
+            &["train.schedule", "cosin", "linear", "cosine", "constant"],
+        ),
         ("train.optimizer=sgd", &["train.optimizer", "adamw"]),
         ("train.betas=[0.9, 1.0]", &["train.betas", "less than 1"]),
         ("train.learning_rate=-1", &["train.learning_rate", "-1"]),
@@ -97,9 +125,18 @@ fn a_wrong_type_or_value_names_its_field() {
         ("precision=bf16", &["precision", "not in this build yet"]),
         ("device=wgpu", &["device", "not in this build yet"]),
         ("device=tpu", &["device", "tpu", "cpu, wgpu, auto"]),
-        ("model.quantize=nf4", &["model.quantize", "nf4", "not in this build yet"]),
-        (r#"train.lr_multipliers=[{"pattern":"x"}]"#, &["train.lr_multipliers[0]", "multiplier"]),
-        (r#"train.lr_multipliers=[{"multiplier":2}]"#, &["train.lr_multipliers[0].pattern", "required"]),
+        (
+            "model.quantize=nf4",
+            &["model.quantize", "nf4", "not in this build yet"],
+        ),
+        (
+            r#"train.lr_multipliers=[{"pattern":"x"}]"#,
+            &["train.lr_multipliers[0]", "multiplier"],
+        ),
+        (
+            r#"train.lr_multipliers=[{"multiplier":2}]"#,
+            &["train.lr_multipliers[0].pattern", "required"],
+        ),
     ] {
         let message = error(&[set]);
         for part in parts {

@@ -23,8 +23,11 @@ pub fn plan_epoch(
 ) -> Vec<Vec<usize>> {
     let size = batch_size.max(1);
     let key = seed.fork("epoch").fork_n(epoch);
-    let mut order: Vec<usize> =
-        if shuffle { key.fork("rows").permutation(lengths.len()) } else { (0..lengths.len()).collect() };
+    let mut order: Vec<usize> = if shuffle {
+        key.fork("rows").permutation(lengths.len())
+    } else {
+        (0..lengths.len()).collect()
+    };
     if !(shuffle && bucket) {
         return order.chunks(size).map(<[usize]>::to_vec).collect();
     }
@@ -74,9 +77,19 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
         }
     }
     let mask = Some(mask).filter(|m| m.contains(&false));
-    let labels = if classes.is_empty() { Labels::Tokens(token_labels) } else { Labels::Classes(classes) };
+    let labels = if classes.is_empty() {
+        Labels::Tokens(token_labels)
+    } else {
+        Labels::Classes(classes)
+    };
     Collated {
-        batch: Batch { ids, batch: examples.len(), seq, mask, task_ids: None },
+        batch: Batch {
+            ids,
+            batch: examples.len(),
+            seq,
+            mask,
+            task_ids: None,
+        },
         labels,
         tokens: examples.iter().map(|e| e.tokens()).sum(),
     }

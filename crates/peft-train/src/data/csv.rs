@@ -8,7 +8,8 @@ use super::jsonl::{completion_row, text_row};
 use super::raw::{RawLabel, RawRow};
 use crate::io;
 
-const COLUMNS: &str = "a CSV file has columns `text`, or `prompt` and `completion`, or `text` and `label`";
+const COLUMNS: &str =
+    "a CSV file has columns `text`, or `prompt` and `completion`, or `text` and `label`";
 
 pub(super) fn read(path: &Path) -> Result<Vec<RawRow>> {
     let text = peft_io::read_text(path).map_err(io)?;
@@ -19,13 +20,29 @@ pub(super) fn read(path: &Path) -> Result<Vec<RawRow>> {
     let (prompt, completion) = (column("prompt"), column("completion"));
     let pair = match (prompt, completion) {
         (Some(prompt), Some(completion)) => Some((prompt, completion)),
-        (Some(_), None) => return Err(Error::data(path, 1, "has the column `prompt` but not `completion`")),
-        (None, Some(_)) => return Err(Error::data(path, 1, "has the column `completion` but not `prompt`")),
+        (Some(_), None) => {
+            return Err(Error::data(
+                path,
+                1,
+                "has the column `prompt` but not `completion`",
+            ));
+        }
+        (None, Some(_)) => {
+            return Err(Error::data(
+                path,
+                1,
+                "has the column `completion` but not `prompt`",
+            ));
+        }
         (None, None) => None,
     };
     if pair.is_none() && text.is_none() {
         let names: Vec<&str> = header.iter().take(10).collect();
-        return Err(Error::data(path, 1, format!("has only the columns {}; {COLUMNS}", names.join(", "))));
+        return Err(Error::data(
+            path,
+            1,
+            format!("has only the columns {}; {COLUMNS}", names.join(", ")),
+        ));
     }
     let mut rows = Vec::new();
     for record in reader.records() {
@@ -40,7 +57,10 @@ pub(super) fn read(path: &Path) -> Result<Vec<RawRow>> {
             },
             (None, None) => Err(COLUMNS.to_owned()),
         };
-        rows.push(RawRow { line, kind: kind.map_err(|detail| Error::data(path, line, detail))? });
+        rows.push(RawRow {
+            line,
+            kind: kind.map_err(|detail| Error::data(path, line, detail))?,
+        });
     }
     Ok(rows)
 }
@@ -59,8 +79,12 @@ fn class(cell: &str) -> std::result::Result<RawLabel, String> {
 fn bad(path: &Path, error: &csv::Error) -> Error {
     let line = error.position().map_or(1, |p| p.line() as usize);
     let detail = match error.kind() {
-        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
-            format!("has {len} columns, the header has {expected_len}; is a quote or a comma amiss?")
+        csv::ErrorKind::UnequalLengths {
+            expected_len, len, ..
+        } => {
+            format!(
+                "has {len} columns, the header has {expected_len}; is a quote or a comma amiss?"
+            )
         }
         _ => format!("is not CSV: {error}"),
     };

@@ -38,7 +38,12 @@ pub enum Goal {
 
 impl Example {
     pub(super) fn new(ids: Vec<u32>, goal: Goal) -> Self {
-        Self { ids, mask: None, goal, line: 0 }
+        Self {
+            ids,
+            mask: None,
+            goal,
+            line: 0,
+        }
     }
 
     /// How many predictions are learned from it: labels after the first token, or the one class. With virtual tokens
@@ -46,14 +51,18 @@ impl Example {
     pub fn labelled(&self, virtual_tokens: bool) -> usize {
         let first = usize::from(!virtual_tokens);
         match &self.goal {
-            Goal::Tokens { labels, .. } => labels.iter().skip(first).filter(|&&l| l != IGNORE).count(),
+            Goal::Tokens { labels, .. } => {
+                labels.iter().skip(first).filter(|&&l| l != IGNORE).count()
+            }
             Goal::Class(_) => 1,
         }
     }
 
     /// How many tokens are looked at.
     pub fn tokens(&self) -> usize {
-        self.mask.as_ref().map_or(self.ids.len(), |mask| mask.iter().filter(|&&m| m).count())
+        self.mask
+            .as_ref()
+            .map_or(self.ids.len(), |mask| mask.iter().filter(|&&m| m).count())
     }
 }
 
@@ -100,7 +109,10 @@ impl Dataset {
         }
         let silent = examples.iter().filter(|e| e.labelled(false) == 0).count();
         if examples.iter().all(|e| e.labelled(true) == 0) {
-            return Err(Error::file(&raw.path, "no row has a token to learn; are all labels -100 or all texts one token?"));
+            return Err(Error::file(
+                &raw.path,
+                "no row has a token to learn; are all labels -100 or all texts one token?",
+            ));
         }
         let max = options.max_length;
         let what = [
@@ -112,9 +124,20 @@ impl Dataset {
         let counts = cuts.into_iter().chain([silent]);
         let of = examples.len();
         let name = raw.path.display();
-        let notes = counts.zip(what).filter(|(n, _)| *n > 0).map(|(n, what)| format!("{name}: {n} of {of} {what}"));
-        let pad = tokenizer.and_then(|t| t.pad().or_else(|| t.eos())).filter(|&id| (id as usize) < options.vocab_size);
-        Ok(Self { path: raw.path.clone(), pad: pad.unwrap_or(0), max_length: max, notes: notes.collect(), examples })
+        let notes = counts
+            .zip(what)
+            .filter(|(n, _)| *n > 0)
+            .map(|(n, what)| format!("{name}: {n} of {of} {what}"));
+        let pad = tokenizer
+            .and_then(|t| t.pad().or_else(|| t.eos()))
+            .filter(|&id| (id as usize) < options.vocab_size);
+        Ok(Self {
+            path: raw.path.clone(),
+            pad: pad.unwrap_or(0),
+            max_length: max,
+            notes: notes.collect(),
+            examples,
+        })
     }
 
     /// Lengths of the rows in tokens.
@@ -128,9 +151,20 @@ impl Dataset {
     /// When one part would be empty.
     pub fn split(mut self, share: f64, key: RngKey) -> Result<(Self, Self)> {
         let n = self.examples.len();
-        let aside = if share < 1.0 { (share * n as f64).round() } else { share } as usize;
+        let aside = if share < 1.0 {
+            (share * n as f64).round()
+        } else {
+            share
+        } as usize;
         if aside == 0 || aside >= n {
-            let detail = format!("{share} of {n} rows leaves nothing to {}", if aside == 0 { "evaluate on" } else { "train on" });
+            let detail = format!(
+                "{share} of {n} rows leaves nothing to {}",
+                if aside == 0 {
+                    "evaluate on"
+                } else {
+                    "train on"
+                }
+            );
             return Err(Error::config("data.eval_split", detail));
         }
         let mut chosen = vec![false; n];
@@ -140,10 +174,20 @@ impl Dataset {
         let mut train = Vec::with_capacity(n - aside);
         let mut eval = Vec::with_capacity(aside);
         for (example, chosen) in self.examples.into_iter().zip(chosen) {
-            if chosen { eval.push(example) } else { train.push(example) }
+            if chosen {
+                eval.push(example)
+            } else {
+                train.push(example)
+            }
         }
         self.examples = train;
-        let eval = Self { path: self.path.clone(), examples: eval, pad: self.pad, max_length: self.max_length, notes: Vec::new() };
+        let eval = Self {
+            path: self.path.clone(),
+            examples: eval,
+            pad: self.pad,
+            max_length: self.max_length,
+            notes: Vec::new(),
+        };
         Ok((self, eval))
     }
 

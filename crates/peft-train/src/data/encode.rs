@@ -81,7 +81,10 @@ impl<'a> RowEncoder<'a> {
         labels: Option<&'a LabelNames>,
     ) -> Result<Self> {
         let (front, back) = match tokenizer {
-            Some(tokenizer) => frame(&tokenizer.encode("a", true)?, &tokenizer.encode("a", false)?),
+            Some(tokenizer) => frame(
+                &tokenizer.encode("a", true)?,
+                &tokenizer.encode("a", false)?,
+            ),
             None => (Vec::new(), Vec::new()),
         };
         let eos = tokenizer.and_then(Encoder::eos);
@@ -90,48 +93,97 @@ impl<'a> RowEncoder<'a> {
             (true, true) => eos.into_iter().collect(),
             (true, false) => back.clone(),
         };
-        Ok(Self { tokenizer, options, labels, front, back, end })
+        Ok(Self {
+            tokenizer,
+            options,
+            labels,
+            front,
+            back,
+            end,
+        })
     }
 
     /// One row; the error is what is wrong with it.
     pub(super) fn row(&self, row: &RawRow) -> Encoded {
         let classify = self.options.task == TaskKind::SequenceClassification;
         let (example, cut) = match &row.kind {
-            RowKind::Labelled { text, label } if classify => self.classified(text, self.class(label)?)?,
-            RowKind::Tokens { ids, labels: None, mask, class: Some(label) } if classify => {
+            RowKind::Labelled { text, label } if classify => {
+                self.classified(text, self.class(label)?)?
+            }
+            RowKind::Tokens {
+                ids,
+                labels: None,
+                mask,
+                class: Some(label),
+            } if classify => {
                 let goal = Goal::Class(self.class(label)?);
                 self.given(ids, mask.as_deref(), goal)
             }
             RowKind::Labelled { .. } | RowKind::Tokens { class: Some(_), .. } => {
                 return Err("has a class, but the model predicts tokens; set model.task = \"sequence_classification\"".to_owned());
             }
-            _ if classify => return Err("has no `label`, which a model for classification needs".to_owned()),
+            _ if classify => {
+                return Err("has no `label`, which a model for classification needs".to_owned());
+            }
             RowKind::Text(text) => self.text(text)?,
             RowKind::Completion { prompt, completion } => self.completion(prompt, completion)?,
             RowKind::Messages(messages) => self.conversation(messages)?,
-            RowKind::Tokens { ids, labels, mask, .. } => {
+            RowKind::Tokens {
+                ids, labels, mask, ..
+            } => {
                 let seen = |i: usize| mask.as_ref().is_none_or(|m| m[i]);
-                let own = || ids.iter().enumerate().map(|(i, &id)| if seen(i) { i64::from(id) } else { peft_tensor::IGNORE });
+                let own = || {
+                    ids.iter().enumerate().map(|(i, &id)| {
+                        if seen(i) {
+                            i64::from(id)
+                        } else {
+                            peft_tensor::IGNORE
+                        }
+                    })
+                };
                 let labels = labels.clone().unwrap_or_else(|| own().collect());
-                self.given(ids, mask.as_deref(), Goal::Tokens { labels, prompt: None })
+                self.given(
+                    ids,
+                    mask.as_deref(),
+                    Goal::Tokens {
+                        labels,
+                        prompt: None,
+                    },
+                )
             }
         };
         self.check_ids(&example)?;
-        Ok((Example { line: row.line, ..example }, cut))
+        Ok((
+            Example {
+                line: row.line,
+                ..example
+            },
+            cut,
+        ))
     }
 
     fn tokenizer(&self) -> std::result::Result<&'a dyn Encoder, String> {
-        self.tokenizer.ok_or_else(|| "is text, but the model comes without a tokenizer; give `input_ids`".to_owned())
+        self.tokenizer.ok_or_else(|| {
+            "is text, but the model comes without a tokenizer; give `input_ids`".to_owned()
+        })
     }
 
     fn plain(&self, text: &str) -> std::result::Result<Vec<u32>, String> {
-        self.tokenizer()?.encode(text, false).map_err(|e| e.to_string())
+        self.tokenizer()?
+            .encode(text, false)
+            .map_err(|e| e.to_string())
     }
 
     fn class(&self, label: &super::RawLabel) -> std::result::Result<u32, String> {
-        let names = self.labels.ok_or("has a `label`, but no classes are known")?;
+        let names = self
+            .labels
+            .ok_or("has a `label`, but no classes are known")?;
         names.index(label).map(|i| i as u32).ok_or_else(|| {
-            format!("`label` {label} is not one of the classes 0..{} ({})", names.len(), names.names().join(", "))
+            format!(
+                "`label` {label} is not one of the classes 0..{} ({})",
+                names.len(),
+                names.names().join(", ")
+            )
         })
     }
 
@@ -145,7 +197,16 @@ impl<'a> RowEncoder<'a> {
     fn learned_whole(&self, mut ids: Vec<u32>) -> (Example, Cut) {
         let cut = shorten(&mut ids, self.options.max_length);
         let labels = ids.iter().map(|&id| i64::from(id)).collect();
-        (Example::new(ids, Goal::Tokens { labels, prompt: None }), cut)
+        (
+            Example::new(
+                ids,
+                Goal::Tokens {
+                    labels,
+                    prompt: None,
+                },
+            ),
+            cut,
+        )
     }
 
     fn completion(&self, prompt: &str, completion: &str) -> Encoded {
@@ -169,19 +230,49 @@ impl<'a> RowEncoder<'a> {
         let border = ids.len();
         ids.extend(&tail);
         let labels = learned_from(&ids, border);
-        Ok((Example::new(ids, Goal::Tokens { labels, prompt: Some(border) }), cut))
+        Ok((
+            Example::new(
+                ids,
+                Goal::Tokens {
+                    labels,
+                    prompt: Some(border),
+                },
+            ),
+            cut,
+        ))
     }
 
     fn conversation(&self, messages: &[Value]) -> Encoded {
-        let tokens = self.tokenizer()?.chat(messages).map_err(|e| e.to_string())?;
+        let tokens = self
+            .tokenizer()?
+            .chat(messages)
+            .map_err(|e| e.to_string())?;
         let (mut ids, said): (Vec<u32>, Vec<bool>) = tokens.into_iter().unzip();
         if ids.is_empty() {
             return Err("the chat template makes nothing of this conversation".to_owned());
         }
         let cut = shorten(&mut ids, self.options.max_length);
-        let labels =
-            ids.iter().zip(said).map(|(&id, said)| if said { i64::from(id) } else { peft_tensor::IGNORE }).collect();
-        Ok((Example::new(ids, Goal::Tokens { labels, prompt: None }), cut))
+        let labels = ids
+            .iter()
+            .zip(said)
+            .map(|(&id, said)| {
+                if said {
+                    i64::from(id)
+                } else {
+                    peft_tensor::IGNORE
+                }
+            })
+            .collect();
+        Ok((
+            Example::new(
+                ids,
+                Goal::Tokens {
+                    labels,
+                    prompt: None,
+                },
+            ),
+            cut,
+        ))
     }
 
     fn classified(&self, text: &str, class: u32) -> Encoded {
@@ -201,7 +292,9 @@ impl<'a> RowEncoder<'a> {
     fn given(&self, ids: &[u32], mask: Option<&[bool]>, goal: Goal) -> (Example, Cut) {
         let mut ids = ids.to_vec();
         let cut = shorten(&mut ids, self.options.max_length);
-        let mask = mask.map(|m| m[..ids.len()].to_vec()).filter(|m| m.contains(&false));
+        let mask = mask
+            .map(|m| m[..ids.len()].to_vec())
+            .filter(|m| m.contains(&false));
         let goal = match goal {
             Goal::Tokens { mut labels, prompt } => {
                 labels.truncate(ids.len());
@@ -209,17 +302,27 @@ impl<'a> RowEncoder<'a> {
             }
             goal => goal,
         };
-        (Example { mask, ..Example::new(ids, goal) }, cut)
+        (
+            Example {
+                mask,
+                ..Example::new(ids, goal)
+            },
+            cut,
+        )
     }
 
     fn check_ids(&self, example: &Example) -> std::result::Result<(), String> {
         let vocab = self.options.vocab_size;
         if let Some(bad) = example.ids.iter().find(|&&id| id as usize >= vocab) {
-            return Err(format!("token id {bad} is not in the model's vocabulary of {vocab}"));
+            return Err(format!(
+                "token id {bad} is not in the model's vocabulary of {vocab}"
+            ));
         }
         match &example.goal {
             Goal::Tokens { labels, .. } => match labels.iter().find(|&&l| l >= vocab as i64) {
-                Some(bad) => Err(format!("label {bad} is not in the model's vocabulary of {vocab}")),
+                Some(bad) => Err(format!(
+                    "label {bad} is not in the model's vocabulary of {vocab}"
+                )),
                 None => Ok(()),
             },
             Goal::Class(_) => Ok(()),
@@ -230,14 +333,27 @@ impl<'a> RowEncoder<'a> {
 /// A prompt in at most `room` tokens: what comes in front stays if there is room for more than that, the rest loses its
 /// beginning.
 pub(super) fn join_prompt(front: &[u32], prompt: &[u32], room: usize) -> Vec<u32> {
-    let front = if front.len() < room || front.len() + prompt.len() <= room { front } else { &[] };
+    let front = if front.len() < room || front.len() + prompt.len() <= room {
+        front
+    } else {
+        &[]
+    };
     let kept = prompt.len().min(room - front.len());
     [front, &prompt[prompt.len() - kept..]].concat()
 }
 
 /// Labels that are the ids from `border` on.
 pub(crate) fn learned_from(ids: &[u32], border: usize) -> Vec<i64> {
-    ids.iter().enumerate().map(|(i, &id)| if i < border { peft_tensor::IGNORE } else { i64::from(id) }).collect()
+    ids.iter()
+        .enumerate()
+        .map(|(i, &id)| {
+            if i < border {
+                peft_tensor::IGNORE
+            } else {
+                i64::from(id)
+            }
+        })
+        .collect()
 }
 
 fn shorten(ids: &mut Vec<u32>, max: usize) -> Cut {

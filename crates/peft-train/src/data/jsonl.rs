@@ -8,8 +8,7 @@ use serde_json::{Map, Value};
 use super::raw::{RawLabel, RawRow, RowKind, text_lines};
 
 /// What a row may be, for messages.
-pub(super) const KINDS: &str =
-    "a row has `text`, or `prompt` and `completion`, or `messages`, or `text` and `label`, or `input_ids`";
+pub(super) const KINDS: &str = "a row has `text`, or `prompt` and `completion`, or `messages`, or `text` and `label`, or `input_ids`";
 
 pub(super) fn read(path: &Path) -> Result<Vec<RawRow>> {
     let mut rows = Vec::new();
@@ -55,7 +54,10 @@ fn row(text: &str) -> Parsed<RowKind> {
         (None, Some(_)) => Err("has `label` but no `text`".to_owned()),
         (None, None) => {
             let names: Vec<&str> = fields.keys().map(String::as_str).take(10).collect();
-            Err(format!("has none of the fields of a row, only: {}; {KINDS}", names.join(", ")))
+            Err(format!(
+                "has none of the fields of a row, only: {}; {KINDS}",
+                names.join(", ")
+            ))
         }
     }
 }
@@ -85,7 +87,10 @@ pub(super) fn completion_row(prompt: String, completion: String) -> Parsed<RowKi
 }
 
 fn string(name: &str, value: &Value) -> Parsed<String> {
-    value.as_str().map(str::to_owned).ok_or_else(|| format!("`{name}` has to be a string, not {}", short(value)))
+    value
+        .as_str()
+        .map(str::to_owned)
+        .ok_or_else(|| format!("`{name}` has to be a string, not {}", short(value)))
 }
 
 fn label_of(value: &Value) -> Parsed<RawLabel> {
@@ -108,28 +113,43 @@ fn conversation(value: &Value) -> Parsed<Vec<Value>> {
     for (i, message) in messages.iter().enumerate() {
         let text = |key: &str| message.get(key).and_then(Value::as_str);
         if text("role").is_none_or(str::is_empty) {
-            return Err(format!("`messages[{i}]` has no `role`: a message is {{\"role\": ..., \"content\": ...}}"));
+            return Err(format!(
+                "`messages[{i}]` has no `role`: a message is {{\"role\": ..., \"content\": ...}}"
+            ));
         }
         // Turns that only call tools have null content.
         if text("content").is_none() && message.get("tool_calls").is_none() {
             return Err(format!("`messages[{i}]` has no text as its `content`"));
         }
     }
-    if !messages.iter().any(|m| m.get("role").and_then(Value::as_str) == Some("assistant")) {
+    if !messages
+        .iter()
+        .any(|m| m.get("role").and_then(Value::as_str) == Some("assistant"))
+    {
         return Err("`messages` has no turn of the assistant to learn from".to_owned());
     }
     Ok(messages.clone())
 }
 
 fn tokens(fields: &Map<String, Value>, ids: &Value) -> Parsed<RowKind> {
-    let ids: Vec<u32> = numbers("input_ids", ids, "token ids (whole numbers from 0)", |n| n.as_u64()?.try_into().ok())?;
+    let ids: Vec<u32> = numbers("input_ids", ids, "token ids (whole numbers from 0)", |n| {
+        n.as_u64()?.try_into().ok()
+    })?;
     if ids.is_empty() {
         return Err("`input_ids` is empty".to_owned());
     }
     let labels = field(fields, "labels");
-    let labels = labels.map(|v| numbers("labels", v, "token ids or -100", Value::as_i64)).transpose()?;
-    if let Some(bad) = labels.iter().flatten().find(|&&l| l < 0 && l != peft_tensor::IGNORE) {
-        return Err(format!("`labels` has {bad}; a position without a label is -100"));
+    let labels = labels
+        .map(|v| numbers("labels", v, "token ids or -100", Value::as_i64))
+        .transpose()?;
+    if let Some(bad) = labels
+        .iter()
+        .flatten()
+        .find(|&&l| l < 0 && l != peft_tensor::IGNORE)
+    {
+        return Err(format!(
+            "`labels` has {bad}; a position without a label is -100"
+        ));
     }
     let mask = field(fields, "attention_mask");
     let mask: Option<Vec<bool>> = mask
@@ -140,11 +160,17 @@ fn tokens(fields: &Map<String, Value>, ids: &Value) -> Parsed<RowKind> {
             })
         })
         .transpose()?;
-    for (name, len) in [("labels", labels.as_ref().map(Vec::len)), ("attention_mask", mask.as_ref().map(Vec::len))] {
+    for (name, len) in [
+        ("labels", labels.as_ref().map(Vec::len)),
+        ("attention_mask", mask.as_ref().map(Vec::len)),
+    ] {
         if let Some(len) = len
             && len != ids.len()
         {
-            return Err(format!("`{name}` has {len} entries for {} `input_ids`", ids.len()));
+            return Err(format!(
+                "`{name}` has {len} entries for {} `input_ids`",
+                ids.len()
+            ));
         }
     }
     if mask.as_ref().is_some_and(|mask| !mask.contains(&true)) {
@@ -154,17 +180,32 @@ fn tokens(fields: &Map<String, Value>, ids: &Value) -> Parsed<RowKind> {
     if class.is_some() && labels.is_some() {
         return Err("has both `label` (a class) and `labels` (of tokens)".to_owned());
     }
-    Ok(RowKind::Tokens { ids, labels, mask, class })
+    Ok(RowKind::Tokens {
+        ids,
+        labels,
+        mask,
+        class,
+    })
 }
 
-fn numbers<T>(name: &str, value: &Value, what: &str, read: impl Fn(&Value) -> Option<T>) -> Parsed<Vec<T>> {
+fn numbers<T>(
+    name: &str,
+    value: &Value,
+    what: &str,
+    read: impl Fn(&Value) -> Option<T>,
+) -> Parsed<Vec<T>> {
     let Value::Array(items) = value else {
-        return Err(format!("`{name}` has to be a list of {what}, not {}", short(value)));
+        return Err(format!(
+            "`{name}` has to be a list of {what}, not {}",
+            short(value)
+        ));
     };
     items
         .iter()
         .enumerate()
-        .map(|(i, item)| read(item).ok_or_else(|| format!("`{name}[{i}]` is {}; expected {what}", short(item))))
+        .map(|(i, item)| {
+            read(item).ok_or_else(|| format!("`{name}[{i}]` is {}; expected {what}", short(item)))
+        })
         .collect()
 }
 

@@ -28,17 +28,25 @@ impl LabelNames {
         let mut highest = 0;
         let mut by_name = None;
         for row in &data.rows {
-            let Some(label) = row.kind.class() else { continue };
+            let Some(label) = row.kind.class() else {
+                continue;
+            };
             let is_name = matches!(label, RawLabel::Name(_));
             if *by_name.get_or_insert(is_name) != is_name {
-                let detail = format!("`label` {label} is a {}, but in rows before it is not", if is_name { "name" } else { "number" });
+                let detail = format!(
+                    "`label` {label} is a {}, but in rows before it is not",
+                    if is_name { "name" } else { "number" }
+                );
                 return Err(data.at(row.line, detail));
             }
             match label {
                 RawLabel::Name(name) => names.push(name.clone()),
                 RawLabel::Index(index) => {
                     if num_labels.is_some_and(|n| *index >= n) {
-                        let detail = format!("`label` {index} is beyond `model.num_labels` = {}", num_labels.unwrap_or_default());
+                        let detail = format!(
+                            "`label` {index} is beyond `model.num_labels` = {}",
+                            num_labels.unwrap_or_default()
+                        );
                         return Err(data.at(row.line, detail));
                     }
                     highest = highest.max(*index);
@@ -47,10 +55,18 @@ impl LabelNames {
         }
         names.sort_unstable();
         names.dedup();
-        let there = if by_name == Some(true) { names.len() } else { highest + 1 };
+        let there = if by_name == Some(true) {
+            names.len()
+        } else {
+            highest + 1
+        };
         let wanted = num_labels.unwrap_or(there);
         if there > wanted {
-            let detail = format!("{wanted}, but {} has {there} classes: {}", data.path.display(), names.join(", "));
+            let detail = format!(
+                "{wanted}, but {} has {there} classes: {}",
+                data.path.display(),
+                names.join(", ")
+            );
             return Err(Error::config("model.num_labels", detail));
         }
         names.extend((names.len()..wanted).map(|i| format!("LABEL_{i}")));
@@ -74,7 +90,10 @@ impl LabelNames {
         let value = peft_io::read_json(&path).map_err(io)?;
         match Self::from_config(&value) {
             Some(names) => Ok(Some(names)),
-            None => Err(Error::file(path, "has no `id2label` with a name for each class from 0")),
+            None => Err(Error::file(
+                path,
+                "has no `id2label` with a name for each class from 0",
+            )),
         }
     }
 
@@ -89,7 +108,10 @@ impl LabelNames {
     /// `{"id2label": .., "label2id": ..}`
     pub fn to_json(&self) -> Value {
         let ids = self.names.iter().enumerate();
-        let id2label: Map<String, Value> = ids.clone().map(|(i, name)| (i.to_string(), json!(name))).collect();
+        let id2label: Map<String, Value> = ids
+            .clone()
+            .map(|(i, name)| (i.to_string(), json!(name)))
+            .collect();
         let label2id: Map<String, Value> = ids.map(|(i, name)| (name.clone(), json!(i))).collect();
         json!({ "id2label": id2label, "label2id": label2id })
     }
@@ -111,7 +133,10 @@ impl LabelNames {
 
     /// Whether every class of the data is among these.
     pub fn cover(&self, data: &RawData) -> bool {
-        data.rows.iter().filter_map(|row| row.kind.class()).all(|label| self.index(label).is_some())
+        data.rows
+            .iter()
+            .filter_map(|row| row.kind.class())
+            .all(|label| self.index(label).is_some())
     }
 
     /// The number of a class; None if there is no such class.

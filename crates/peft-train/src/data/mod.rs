@@ -15,8 +15,8 @@ mod raw;
 
 pub use batches::{Collated, collate, plan_epoch};
 pub use dataset::{Dataset, Example, Goal};
-pub use encode::{EncodeOptions, Encoder};
 pub(crate) use encode::learned_from;
+pub use encode::{EncodeOptions, Encoder};
 pub use labels::{LABELS_FILE, LabelNames};
 pub use raw::{RawData, RawLabel, RawRow, RowKind};
 

@@ -97,7 +97,9 @@ impl RawData {
     /// # Errors
     /// When the file cannot be read or has no rows; for a bad row, its line and what is wrong with it.
     pub fn read(path: &Path, format: DataFormat) -> Result<Self> {
-        let is_csv = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"));
+        let is_csv = path
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("csv"));
         let rows = match format {
             DataFormat::Csv => csv::read(path)?,
             DataFormat::Auto if is_csv => csv::read(path)?,
@@ -106,7 +108,10 @@ impl RawData {
         if rows.is_empty() {
             return Err(Error::file(path, "has no rows"));
         }
-        Ok(Self { path: path.to_owned(), rows })
+        Ok(Self {
+            path: path.to_owned(),
+            rows,
+        })
     }
 
     /// Whether the rows are for classification: all have a class, or none has.
@@ -114,10 +119,19 @@ impl RawData {
     /// # Errors
     /// The first row that is not like the first.
     pub fn has_classes(&self) -> Result<bool> {
-        let classed = self.rows.first().is_some_and(|row| row.kind.class().is_some());
-        match self.rows.iter().find(|row| row.kind.class().is_some() != classed) {
+        let classed = self
+            .rows
+            .first()
+            .is_some_and(|row| row.kind.class().is_some());
+        match self
+            .rows
+            .iter()
+            .find(|row| row.kind.class().is_some() != classed)
+        {
             None => Ok(classed),
-            Some(row) if classed => Err(self.at(row.line, "has no `label`, but the rows before it have")),
+            Some(row) if classed => {
+                Err(self.at(row.line, "has no `label`, but the rows before it have"))
+            }
             Some(row) => Err(self.at(row.line, "has a `label`, but the rows before it have none")),
         }
     }

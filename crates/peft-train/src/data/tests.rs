@@ -36,7 +36,9 @@ impl Encoder for Bytes {
     fn chat(&self, messages: &[Value]) -> Result<Vec<(u32, bool)>> {
         let text = |m: &Value| m["content"].as_str().unwrap_or_default().to_owned();
         let said = messages.iter().map(|m| (text(m), m["role"] == "assistant"));
-        Ok(said.flat_map(|(t, s)| t.into_bytes().into_iter().map(move |b| (u32::from(b), s))).collect())
+        Ok(said
+            .flat_map(|(t, s)| t.into_bytes().into_iter().map(move |b| (u32::from(b), s)))
+            .collect())
     }
 }
 
@@ -55,11 +57,22 @@ fn raw(name: &str, text: &str) -> Result<RawData> {
 }
 
 fn options(max_length: usize) -> EncodeOptions {
-    EncodeOptions { max_length, add_eos: true, task: TaskKind::CausalLm, vocab_size: 260 }
+    EncodeOptions {
+        max_length,
+        add_eos: true,
+        task: TaskKind::CausalLm,
+        vocab_size: 260,
+    }
 }
 
 fn encode(text: &str, max_length: usize) -> Dataset {
-    Dataset::encode(&raw("d.jsonl", text).unwrap(), Some(&PLAIN), None, &options(max_length)).unwrap()
+    Dataset::encode(
+        &raw("d.jsonl", text).unwrap(),
+        Some(&PLAIN),
+        None,
+        &options(max_length),
+    )
+    .unwrap()
 }
 
 fn labels(example: &Example) -> &[i64] {
@@ -81,18 +94,38 @@ fn every_kind_of_row_is_read() {
     let lines: Vec<usize> = data.rows.iter().map(|r| r.line).collect();
     assert_eq!(lines, [1, 3, 4, 5]);
     assert_eq!(data.rows[0].kind, RowKind::Text("a".into()));
-    assert_eq!(data.rows[1].kind, RowKind::Completion { prompt: "p".into(), completion: "c".into() });
+    assert_eq!(
+        data.rows[1].kind,
+        RowKind::Completion {
+            prompt: "p".into(),
+            completion: "c".into()
+        }
+    );
     assert!(matches!(&data.rows[2].kind, RowKind::Messages(m) if m.len() == 2));
-    let tokens = RowKind::Tokens { ids: vec![1, 2], labels: Some(vec![-100, 2]), mask: Some(vec![true, false]), class: None };
+    let tokens = RowKind::Tokens {
+        ids: vec![1, 2],
+        labels: Some(vec![-100, 2]),
+        mask: Some(vec![true, false]),
+        class: None,
+    };
     assert_eq!(data.rows[3].kind, tokens);
 
     let data = raw("d.csv", "id,text,label\n1,\"a, b\nc\",good\n2,d,bad\n").unwrap();
     let lines: Vec<usize> = data.rows.iter().map(|r| r.line).collect();
     assert_eq!(lines, [2, 4]);
-    let first = RowKind::Labelled { text: "a, b\nc".into(), label: RawLabel::Name("good".into()) };
+    let first = RowKind::Labelled {
+        text: "a, b\nc".into(),
+        label: RawLabel::Name("good".into()),
+    };
     assert_eq!(data.rows[0].kind, first);
     let data = raw("d.csv", "prompt,completion\np,c\n").unwrap();
-    assert_eq!(data.rows[0].kind, RowKind::Completion { prompt: "p".into(), completion: "c".into() });
+    assert_eq!(
+        data.rows[0].kind,
+        RowKind::Completion {
+            prompt: "p".into(),
+            completion: "c".into()
+        }
+    );
 }
 
 #[test]
@@ -108,28 +141,51 @@ fn every_kind_of_bad_row_is_named_with_its_line() {
         ("{\"text\":\"\"}", &["`text` is empty"]),
         ("{\"prompt\":\"a\"}", &["no `completion`"]),
         ("{\"completion\":\"a\"}", &["no `prompt`"]),
-        ("{\"prompt\":\"a\",\"completion\":\"\"}", &["`completion` is empty"]),
-        ("{\"prompt\":[],\"completion\":\"b\"}", &["`prompt`", "string"]),
+        (
+            "{\"prompt\":\"a\",\"completion\":\"\"}",
+            &["`completion` is empty"],
+        ),
+        (
+            "{\"prompt\":[],\"completion\":\"b\"}",
+            &["`prompt`", "string"],
+        ),
         ("{\"label\":1}", &["no `text`"]),
         ("{\"text\":\"a\",\"label\":-1}", &["`label`", "-1"]),
         ("{\"text\":\"a\",\"label\":0.5}", &["`label`", "regression"]),
         ("{\"text\":\"a\",\"label\":[1]}", &["`label`", "[1]"]),
         ("{\"text\":\"a\",\"label\":\" \"}", &["`label` is empty"]),
         ("{\"messages\":\"a\"}", &["`messages`", "list"]),
-        ("{\"messages\":[{\"content\":\"a\"}]}", &["messages[0]", "role"]),
-        ("{\"messages\":[{\"role\":\"user\"}]}", &["messages[0]", "content"]),
-        ("{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}", &["assistant"]),
+        (
+            "{\"messages\":[{\"content\":\"a\"}]}",
+            &["messages[0]", "role"],
+        ),
+        (
+            "{\"messages\":[{\"role\":\"user\"}]}",
+            &["messages[0]", "content"],
+        ),
+        (
+            "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
+            &["assistant"],
+        ),
         ("{\"input_ids\":[]}", &["`input_ids` is empty"]),
         ("{\"input_ids\":[1,-2]}", &["input_ids[1]", "-2"]),
         ("{\"input_ids\":[1,2.5]}", &["input_ids[1]", "2.5"]),
         ("{\"input_ids\":[4294967296]}", &["input_ids[0]"]),
-        ("{\"input_ids\":[1,2],\"labels\":[1]}", &["`labels` has 1 entries for 2"]),
+        (
+            "{\"input_ids\":[1,2],\"labels\":[1]}",
+            &["`labels` has 1 entries for 2"],
+        ),
         ("{\"input_ids\":[1,2],\"labels\":[1,-7]}", &["-7", "-100"]),
-        ("{\"input_ids\":[1,2],\"attention_mask\":[1,2]}", &["attention_mask[1]"]),
+        (
+            "{\"input_ids\":[1,2],\"attention_mask\":[1,2]}",
+            &["attention_mask[1]"],
+        ),
         ("{\"input_ids\":[1,2],\"attention_mask\":[0,0]}", &["no 1"]),
         ("{\"input_ids\":[1],\"labels\":[1],\"label\":1}", &["both"]),
     ] {
-        let message = raw("d.jsonl", &format!("{good}\n\n{bad}\n{good}\n")).unwrap_err().to_string();
+        let message = raw("d.jsonl", &format!("{good}\n\n{bad}\n{good}\n"))
+            .unwrap_err()
+            .to_string();
         assert!(message.contains("d.jsonl:3:"), "{bad}: {message}");
         for part in parts {
             assert!(message.contains(part), "{bad}: {message}");
@@ -148,32 +204,79 @@ fn every_kind_of_bad_row_is_named_with_its_line() {
             assert!(message.contains(part), "{text:?}: {message}");
         }
     }
-    assert!(raw("d.jsonl", "\n\n").unwrap_err().to_string().contains("no rows"));
-    assert!(RawData::read(Path::new("/no/such/file.jsonl"), DataFormat::Auto).unwrap_err().to_string().contains("file.jsonl"));
+    assert!(
+        raw("d.jsonl", "\n\n")
+            .unwrap_err()
+            .to_string()
+            .contains("no rows")
+    );
+    assert!(
+        RawData::read(Path::new("/no/such/file.jsonl"), DataFormat::Auto)
+            .unwrap_err()
+            .to_string()
+            .contains("file.jsonl")
+    );
 }
 
 #[test]
 fn rows_that_do_not_fit_the_model_are_named() {
-    let refused = |text: &str, task: TaskKind, names: Option<&LabelNames>, tokenizer: Option<&dyn Encoder>| {
+    let refused = |text: &str,
+                   task: TaskKind,
+                   names: Option<&LabelNames>,
+                   tokenizer: Option<&dyn Encoder>| {
         let options = EncodeOptions { task, ..options(8) };
-        Dataset::encode(&raw("d.jsonl", text).unwrap(), tokenizer, names, &options).unwrap_err().to_string()
+        Dataset::encode(&raw("d.jsonl", text).unwrap(), tokenizer, names, &options)
+            .unwrap_err()
+            .to_string()
     };
     let two = LabelNames::new(vec!["no".into(), "yes".into()]);
     let causal = TaskKind::CausalLm;
     let classes = TaskKind::SequenceClassification;
     let message = refused("{\"text\":\"a\",\"label\":1}", causal, None, Some(&PLAIN));
-    assert!(message.contains("d.jsonl:1") && message.contains("sequence_classification"), "{message}");
-    let message = refused("{\"text\":\"a\",\"label\":\"yes\"}\n{\"text\":\"a\"}", classes, Some(&two), Some(&PLAIN));
-    assert!(message.contains("d.jsonl:2") && message.contains("`label`"), "{message}");
-    let message = refused("{\"text\":\"a\",\"label\":\"maybe\"}", classes, Some(&two), Some(&PLAIN));
-    assert!(message.contains("maybe") && message.contains("no, yes"), "{message}");
+    assert!(
+        message.contains("d.jsonl:1") && message.contains("sequence_classification"),
+        "{message}"
+    );
+    let message = refused(
+        "{\"text\":\"a\",\"label\":\"yes\"}\n{\"text\":\"a\"}",
+        classes,
+        Some(&two),
+        Some(&PLAIN),
+    );
+    assert!(
+        message.contains("d.jsonl:2") && message.contains("`label`"),
+        "{message}"
+    );
+    let message = refused(
+        "{\"text\":\"a\",\"label\":\"maybe\"}",
+        classes,
+        Some(&two),
+        Some(&PLAIN),
+    );
+    assert!(
+        message.contains("maybe") && message.contains("no, yes"),
+        "{message}"
+    );
     let message = refused("{\"input_ids\":[1,260]}", causal, None, None);
-    assert!(message.contains("260") && message.contains("d.jsonl:1"), "{message}");
-    let message = refused("{\"input_ids\":[1,2],\"labels\":[-100,260]}", causal, None, None);
+    assert!(
+        message.contains("260") && message.contains("d.jsonl:1"),
+        "{message}"
+    );
+    let message = refused(
+        "{\"input_ids\":[1,2],\"labels\":[-100,260]}",
+        causal,
+        None,
+        None,
+    );
     assert!(message.contains("label 260"), "{message}");
     let message = refused("{\"text\":\"abc\"}", causal, None, None);
     assert!(message.contains("tokenizer"), "{message}");
-    let message = refused("{\"input_ids\":[1,2],\"labels\":[-100,-100]}", causal, None, None);
+    let message = refused(
+        "{\"input_ids\":[1,2],\"labels\":[-100,-100]}",
+        causal,
+        None,
+        None,
+    );
     assert!(message.contains("no row has a token to learn"), "{message}");
 }
 
@@ -184,10 +287,23 @@ fn text_gets_its_frame_and_is_cut_at_the_end() {
     assert_eq!(labels(&data.examples[0]), [256, 97, 98, 99, 257]);
     assert_eq!(data.examples[1].ids, [256, 97, 98, 99, 100, 101]);
     assert_eq!(data.notes.len(), 1);
-    assert!(data.notes[0].contains("1 of 2 rows were cut"), "{:?}", data.notes);
+    assert!(
+        data.notes[0].contains("1 of 2 rows were cut"),
+        "{:?}",
+        data.notes
+    );
     let raw = raw("d.jsonl", "{\"text\":\"abc\"}").unwrap();
-    let bare = EncodeOptions { add_eos: false, ..options(6) };
-    assert_eq!(Dataset::encode(&raw, Some(&PLAIN), None, &bare).unwrap().examples[0].ids, [256, 97, 98, 99]);
+    let bare = EncodeOptions {
+        add_eos: false,
+        ..options(6)
+    };
+    assert_eq!(
+        Dataset::encode(&raw, Some(&PLAIN), None, &bare)
+            .unwrap()
+            .examples[0]
+            .ids,
+        [256, 97, 98, 99]
+    );
 }
 
 #[test]
@@ -196,13 +312,27 @@ fn a_long_prompt_loses_its_beginning_but_not_what_the_tokenizer_puts_in_front() 
     let example = &data.examples[0];
     assert_eq!(example.ids, [256, 115, 116, 120, 121, 257]);
     assert_eq!(labels(example), [IGNORE, IGNORE, IGNORE, 120, 121, 257]);
-    assert!(matches!(example.goal, Goal::Tokens { prompt: Some(3), .. }));
-    assert!(data.notes[0].contains("prompts were cut at their beginning"), "{:?}", data.notes);
+    assert!(matches!(
+        example.goal,
+        Goal::Tokens {
+            prompt: Some(3),
+            ..
+        }
+    ));
+    assert!(
+        data.notes[0].contains("prompts were cut at their beginning"),
+        "{:?}",
+        data.notes
+    );
     // A completion that is too long by itself is cut at its end and keeps one token to be predicted from.
     let data = encode("{\"prompt\":\"pq\",\"completion\":\"uvwxyz\"}", 4);
     assert_eq!(data.examples[0].ids, [113, 117, 118, 119]);
     assert_eq!(data.examples[0].labelled(false), 3);
-    assert!(data.notes[0].contains("completions were cut"), "{:?}", data.notes);
+    assert!(
+        data.notes[0].contains("completions were cut"),
+        "{:?}",
+        data.notes
+    );
     // Exactly as long as allowed: nothing is lost.
     let data = encode("{\"prompt\":\"pq\",\"completion\":\"x\"}", 5);
     assert_eq!(data.examples[0].ids, [256, 112, 113, 120, 257]);
@@ -228,11 +358,24 @@ fn conversations_and_given_tokens_keep_their_labels() {
 
 #[test]
 fn a_classified_text_keeps_the_frame_when_it_is_cut() {
-    let raw = raw("d.jsonl", "{\"text\":\"abcdef\",\"label\":\"pos\"}\n{\"text\":\"a\",\"label\":\"neg\"}").unwrap();
+    let raw = raw(
+        "d.jsonl",
+        "{\"text\":\"abcdef\",\"label\":\"pos\"}\n{\"text\":\"a\",\"label\":\"neg\"}",
+    )
+    .unwrap();
     let names = LabelNames::infer(&raw, None).unwrap();
     assert_eq!(names.names(), ["neg", "pos"]);
-    let options = EncodeOptions { task: TaskKind::SequenceClassification, ..options(5) };
-    let data = Dataset::encode(&raw, Some(&Bytes { back: Some(258) }), Some(&names), &options).unwrap();
+    let options = EncodeOptions {
+        task: TaskKind::SequenceClassification,
+        ..options(5)
+    };
+    let data = Dataset::encode(
+        &raw,
+        Some(&Bytes { back: Some(258) }),
+        Some(&names),
+        &options,
+    )
+    .unwrap();
     assert_eq!(data.examples[0].ids, [256, 97, 98, 99, 258]);
     assert_eq!(data.examples[0].goal, Goal::Class(1));
     assert_eq!(data.examples[1].goal, Goal::Class(0));
@@ -240,18 +383,48 @@ fn a_classified_text_keeps_the_frame_when_it_is_cut() {
 
 #[test]
 fn classes_are_numbered_named_and_kept() {
-    let numbered = raw("d.jsonl", "{\"text\":\"a\",\"label\":2}\n{\"text\":\"b\",\"label\":true}").unwrap();
+    let numbered = raw(
+        "d.jsonl",
+        "{\"text\":\"a\",\"label\":2}\n{\"text\":\"b\",\"label\":true}",
+    )
+    .unwrap();
     let names = LabelNames::infer(&numbered, None).unwrap();
     assert_eq!(names.names(), ["LABEL_0", "LABEL_1", "LABEL_2"]);
     assert_eq!(LabelNames::infer(&numbered, Some(5)).unwrap().len(), 5);
-    assert!(LabelNames::infer(&numbered, Some(2)).unwrap_err().to_string().contains("d.jsonl:1"));
+    assert!(
+        LabelNames::infer(&numbered, Some(2))
+            .unwrap_err()
+            .to_string()
+            .contains("d.jsonl:1")
+    );
     let named = raw("d.csv", "text,label\na,x\nb,y\nc,z\n").unwrap();
     let message = LabelNames::infer(&named, Some(2)).unwrap_err().to_string();
-    assert!(message.contains("num_labels") && message.contains("x, y, z"), "{message}");
-    let mixed = raw("d.jsonl", "{\"text\":\"a\",\"label\":\"x\"}\n{\"text\":\"b\",\"label\":1}").unwrap();
-    assert!(LabelNames::infer(&mixed, None).unwrap_err().to_string().contains("d.jsonl:2"));
-    let some = raw("d.jsonl", "{\"text\":\"a\",\"label\":\"x\"}\n{\"text\":\"b\"}").unwrap();
-    assert!(some.has_classes().unwrap_err().to_string().contains("d.jsonl:2"));
+    assert!(
+        message.contains("num_labels") && message.contains("x, y, z"),
+        "{message}"
+    );
+    let mixed = raw(
+        "d.jsonl",
+        "{\"text\":\"a\",\"label\":\"x\"}\n{\"text\":\"b\",\"label\":1}",
+    )
+    .unwrap();
+    assert!(
+        LabelNames::infer(&mixed, None)
+            .unwrap_err()
+            .to_string()
+            .contains("d.jsonl:2")
+    );
+    let some = raw(
+        "d.jsonl",
+        "{\"text\":\"a\",\"label\":\"x\"}\n{\"text\":\"b\"}",
+    )
+    .unwrap();
+    assert!(
+        some.has_classes()
+            .unwrap_err()
+            .to_string()
+            .contains("d.jsonl:2")
+    );
 
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(LabelNames::read(folder.path()).unwrap(), None);
@@ -293,14 +466,24 @@ fn buckets_are_a_function_of_seed_and_epoch_and_hold_every_row_once() {
 
 #[test]
 fn rows_are_filled_up_on_the_right() {
-    let data = encode("{\"prompt\":\"p\",\"completion\":\"x\"}\n{\"text\":\"a\"}\n{\"input_ids\":[1,2],\"attention_mask\":[0,1]}", 9);
+    let data = encode(
+        "{\"prompt\":\"p\",\"completion\":\"x\"}\n{\"text\":\"a\"}\n{\"input_ids\":[1,2],\"attention_mask\":[0,1]}",
+        9,
+    );
     let rows: Vec<&Example> = data.examples.iter().collect();
     let collated = collate(&rows, 0);
     assert_eq!((collated.batch.batch, collated.batch.seq), (3, 4));
-    assert_eq!(collated.batch.ids, [256, 112, 120, 257, 256, 97, 257, 0, 1, 2, 0, 0]);
-    let mask = [true, true, true, true, true, true, true, false, false, true, false, false];
+    assert_eq!(
+        collated.batch.ids,
+        [256, 112, 120, 257, 256, 97, 257, 0, 1, 2, 0, 0]
+    );
+    let mask = [
+        true, true, true, true, true, true, true, false, false, true, false, false,
+    ];
     assert_eq!(collated.batch.mask.unwrap(), mask);
-    let want = [IGNORE, IGNORE, 120, 257, 256, 97, 257, IGNORE, IGNORE, 2, IGNORE, IGNORE];
+    let want = [
+        IGNORE, IGNORE, 120, 257, 256, 97, 257, IGNORE, IGNORE, 2, IGNORE, IGNORE,
+    ];
     assert_eq!(collated.labels, Labels::Tokens(want.to_vec()));
     assert_eq!(collated.tokens, 4 + 3 + 1);
     assert_eq!(collate(&rows[..1], 0).batch.mask, None);
@@ -308,14 +491,21 @@ fn rows_are_filled_up_on_the_right() {
 
 #[test]
 fn a_split_is_drawn_once_and_keeps_the_order() {
-    let text: String = (0..20).map(|i| format!("{{\"input_ids\":[{i},1]}}\n")).collect();
+    let text: String = (0..20)
+        .map(|i| format!("{{\"input_ids\":[{i},1]}}\n"))
+        .collect();
     let data = encode(&text, 8);
     let (train, eval) = data.clone().split(0.25, RngKey::new(3)).unwrap();
     assert_eq!((train.examples.len(), eval.examples.len()), (15, 5));
     for part in [&train, &eval] {
         assert!(part.examples.windows(2).all(|w| w[0].line < w[1].line));
     }
-    assert!(train.examples.iter().all(|t| eval.examples.iter().all(|e| e.line != t.line)));
+    assert!(
+        train
+            .examples
+            .iter()
+            .all(|t| eval.examples.iter().all(|e| e.line != t.line))
+    );
     let (_, again) = data.clone().split(0.25, RngKey::new(3)).unwrap();
     assert_eq!(eval.examples, again.examples);
     let (_, other) = data.clone().split(5.0, RngKey::new(4)).unwrap();

@@ -41,7 +41,11 @@ pub struct AdamW {
 impl AdamW {
     /// Without history.
     pub fn new(betas: [f64; 2], eps: f64) -> Self {
-        Self { betas, eps, state: BTreeMap::new() }
+        Self {
+            betas,
+            eps,
+            state: BTreeMap::new(),
+        }
     }
 
     /// Moves one parameter along its gradient times `factor` (what clipping came to). In f32, with g = factor * grad:
@@ -58,11 +62,19 @@ impl AdamW {
         let mut weight = before.to_vec()?;
         let n = weight.len();
         if grad.len() != n {
-            return Err(Error::other(format!("{}: {} gradients for {n} values", param.key(), grad.len())));
+            return Err(Error::other(format!(
+                "{}: {} gradients for {n} values",
+                param.key(),
+                grad.len()
+            )));
         }
         let moments = self.state.entry(param.key().to_owned()).or_default();
         if moments.mean.len() != n {
-            *moments = Moments { mean: vec![0.0; n], square: vec![0.0; n], steps: 0 };
+            *moments = Moments {
+                mean: vec![0.0; n],
+                square: vec![0.0; n],
+                steps: 0,
+            };
         }
         moments.steps += 1;
         let t = moments.steps as f64;
@@ -70,7 +82,12 @@ impl AdamW {
         let decay = (1.0 - rate.learning_rate * rate.weight_decay) as f32;
         let size = (rate.learning_rate / (1.0 - b1.powf(t))) as f32;
         let root = (1.0 - b2.powf(t)).sqrt() as f32;
-        let (towards, keep, add, eps) = ((1.0 - b1) as f32, b2 as f32, (1.0 - b2) as f32, self.eps as f32);
+        let (towards, keep, add, eps) = (
+            (1.0 - b1) as f32,
+            b2 as f32,
+            (1.0 - b2) as f32,
+            self.eps as f32,
+        );
         let update = |w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]| {
             for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
                 let g = g * factor;
@@ -98,7 +115,10 @@ impl AdamW {
         let mut steps = BTreeMap::new();
         for (key, moments) in &self.state {
             for (what, values) in [("mean", &moments.mean), ("square", &moments.square)] {
-                tensors.insert(format!("{what}/{key}"), (vec![values.len()], values.clone()));
+                tensors.insert(
+                    format!("{what}/{key}"),
+                    (vec![values.len()], values.clone()),
+                );
             }
             steps.insert(key.clone(), moments.steps);
         }
@@ -109,16 +129,30 @@ impl AdamW {
     ///
     /// # Errors
     /// If a moment is missing.
-    pub fn restore(&mut self, tensors: &mut NamedTensors, steps: &BTreeMap<String, u64>) -> Result<()> {
+    pub fn restore(
+        &mut self,
+        tensors: &mut NamedTensors,
+        steps: &BTreeMap<String, u64>,
+    ) -> Result<()> {
         self.state.clear();
         for (key, &steps) in steps {
             let mut take = |what: &str| {
                 let name = format!("{what}/{key}");
                 let missing = || Error::other(format!("the checkpoint has no tensor `{name}`"));
-                tensors.remove(&name).map(|(_, values)| values).ok_or_else(missing)
+                tensors
+                    .remove(&name)
+                    .map(|(_, values)| values)
+                    .ok_or_else(missing)
             };
             let (mean, square) = (take("mean")?, take("square")?);
-            self.state.insert(key.clone(), Moments { mean, square, steps });
+            self.state.insert(
+                key.clone(),
+                Moments {
+                    mean,
+                    square,
+                    steps,
+                },
+            );
         }
         Ok(())
     }

@@ -14,14 +14,20 @@ use rayon::prelude::*;
 /// # Errors
 /// Whatever the device says.
 pub fn take_gradients(params: &[Param], grads: &mut Grads) -> Result<Vec<Option<Vec<f32>>>> {
-    params.iter().map(|p| Ok(grads.take(&p.tensor()).map(|g| g.to_vec()).transpose()?)).collect()
+    params
+        .iter()
+        .map(|p| Ok(grads.take(&p.tensor()).map(|g| g.to_vec()).transpose()?))
+        .collect()
 }
 
 /// The norm of each gradient (0 where there is none), in double precision; the sum of squares goes in one order, so it
 /// does not depend on the number of threads.
 pub fn norms(grads: &[Option<Vec<f32>>]) -> Vec<f64> {
     let square = |g: &Vec<f32>| g.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
-    grads.par_iter().map(|g| g.as_ref().map_or(0.0, square).sqrt()).collect()
+    grads
+        .par_iter()
+        .map(|g| g.as_ref().map_or(0.0, square).sqrt())
+        .collect()
 }
 
 /// The norm of all gradients together.
@@ -32,7 +38,11 @@ pub fn total_norm(norms: &[f64]) -> f64 {
 /// What gradients are multiplied by so that their norm is at most `max_norm`: that of
 /// `torch.nn.utils.clip_grad_norm_`. A `max_norm` of 0 is no limit.
 pub fn clip_factor(total_norm: f64, max_norm: f64) -> f32 {
-    if max_norm > 0.0 { (max_norm / (total_norm + 1e-6)).min(1.0) as f32 } else { 1.0 }
+    if max_norm > 0.0 {
+        (max_norm / (total_norm + 1e-6)).min(1.0) as f32
+    } else {
+        1.0
+    }
 }
 
 #[cfg(test)]

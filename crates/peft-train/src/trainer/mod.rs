@@ -84,7 +84,13 @@ impl<'a> Trainer<'a> {
         eval: Option<Dataset>,
         labels: Option<LabelNames>,
     ) -> Self {
-        Self { config, model, train, eval, labels }
+        Self {
+            config,
+            model,
+            train,
+            eval,
+            labels,
+        }
     }
 
     /// The model, trained or not.
@@ -97,7 +103,9 @@ impl<'a> Trainer<'a> {
         let train = &self.config.train;
         let batches = self.train.examples.len().div_ceil(train.batch_size.max(1));
         let per_epoch = batches.div_ceil(train.gradient_accumulation.max(1)).max(1) as u64;
-        let total = train.steps.unwrap_or_else(|| (train.epochs * per_epoch as f64).ceil() as u64);
+        let total = train
+            .steps
+            .unwrap_or_else(|| (train.epochs * per_epoch as f64).ceil() as u64);
         (per_epoch, total)
     }
 
@@ -111,21 +119,39 @@ impl<'a> Trainer<'a> {
         let folder = &config.output.dir;
         let checkpoints = folder.join(CHECKPOINTS);
         let params = self.all_params()?;
-        let trainable = params.iter().filter(|p| p.is_trainable()).map(Param::numel).sum();
+        let trainable = params
+            .iter()
+            .filter(|p| p.is_trainable())
+            .map(Param::numel)
+            .sum();
         let mut progress = self.progress(&params)?;
-        let newest = if resume { state::newest(&checkpoints)? } else { None };
+        let newest = if resume {
+            state::newest(&checkpoints)?
+        } else {
+            None
+        };
         let mut log = match &newest {
             Some(name) => {
                 state::restore(self, &mut progress, &params, &checkpoints, name)?;
-                observer.message(&format!("going on from {}", checkpoints.join(name).display()));
+                observer.message(&format!(
+                    "going on from {}",
+                    checkpoints.join(name).display()
+                ));
                 let done = progress.step;
-                LineLog::resume(&folder.join(METRICS), |line| line["step"].as_u64().is_some_and(|s| s <= done))
+                LineLog::resume(&folder.join(METRICS), |line| {
+                    line["step"].as_u64().is_some_and(|s| s <= done)
+                })
             }
             None => {
                 if resume {
-                    observer.message(&format!("no checkpoint in {}: from the start", checkpoints.display()));
+                    observer.message(&format!(
+                        "no checkpoint in {}: from the start",
+                        checkpoints.display()
+                    ));
                 }
-                self.hook(&mut progress, &params, &mut Grads::default(), |hook, cx| hook.prepare(cx))?;
+                self.hook(&mut progress, &params, &mut Grads::default(), |hook, cx| {
+                    hook.prepare(cx)
+                })?;
                 output::clear(folder, &checkpoints, config.output.overwrite || resume)?;
                 LineLog::create(&folder.join(METRICS))
             }
@@ -170,7 +196,9 @@ impl<'a> Trainer<'a> {
     fn progress(&self, params: &[Param]) -> Result<Progress> {
         let hooks = self.model.network().trainers();
         let mut rules = ParamGroups::default();
-        hooks.iter().for_each(|(_, hook)| hook.param_groups(&mut rules));
+        hooks
+            .iter()
+            .for_each(|(_, hook)| hook.param_groups(&mut rules));
         let train = &self.config.train;
         Ok(Progress {
             groups: Groups::new(train, &rules, params)?,
@@ -196,7 +224,9 @@ impl<'a> Trainer<'a> {
             params = network.parameters();
         }
         if !params.iter().any(Param::is_trainable) {
-            return Err(peft_core::Error::other("there is nothing to train: no adapter is attached and the base is frozen"));
+            return Err(peft_core::Error::other(
+                "there is nothing to train: no adapter is attached and the base is frozen",
+            ));
         }
         Ok(params)
     }
@@ -210,15 +240,33 @@ impl<'a> Trainer<'a> {
         call: impl Fn(&mut dyn TrainHooks, &mut TrainCx<'_>) -> Result<()>,
     ) -> Result<()> {
         let (_, total_steps) = self.steps();
-        let mut cx = TrainCx { step: progress.step, total_steps, network: self.model.network(), params, grads };
-        progress.hooks.iter_mut().try_for_each(|(_, hook)| call(hook.as_mut(), &mut cx))
+        let mut cx = TrainCx {
+            step: progress.step,
+            total_steps,
+            network: self.model.network(),
+            params,
+            grads,
+        };
+        progress
+            .hooks
+            .iter_mut()
+            .try_for_each(|(_, hook)| call(hook.as_mut(), &mut cx))
     }
 
-    fn evaluate(&self, step: u64, log: &mut LineLog, observer: &mut dyn Observer) -> Result<Option<EvalReport>> {
-        let Some(data) = &self.eval else { return Ok(None) };
+    fn evaluate(
+        &self,
+        step: u64,
+        log: &mut LineLog,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<EvalReport>> {
+        let Some(data) = &self.eval else {
+            return Ok(None);
+        };
         let train = &self.config.train;
-        let options =
-            EvalOptions { batch_size: train.eval_batch_size.unwrap_or(train.batch_size), choices: self.config.data.choices };
+        let options = EvalOptions {
+            batch_size: train.eval_batch_size.unwrap_or(train.batch_size),
+            choices: self.config.data.choices,
+        };
         let report = evaluate(&self.model, data, &options, observer)?;
         log.push(&report.to_json(step)).map_err(io)?;
         observer.eval(step, &report);
@@ -230,13 +278,20 @@ impl<'a> Trainer<'a> {
         let (per_epoch, _) = self.steps();
         let (epoch, at) = (step / per_epoch, (step % per_epoch) as usize);
         let data = &self.config.data;
-        if progress.epoch.as_ref().is_none_or(|(planned, _)| *planned != epoch) {
+        if progress
+            .epoch
+            .as_ref()
+            .is_none_or(|(planned, _)| *planned != epoch)
+        {
             let size = self.config.train.batch_size;
             let lengths = self.train.lengths();
             let plan = plan_epoch(&lengths, size, data.shuffle, data.bucket, self.key(), epoch);
             progress.epoch = Some((epoch, plan));
         }
-        let all = progress.epoch.as_ref().map_or(&[][..], |(_, batches)| batches);
+        let all = progress
+            .epoch
+            .as_ref()
+            .map_or(&[][..], |(_, batches)| batches);
         let many = self.config.train.gradient_accumulation.max(1);
         &all[(at * many).min(all.len())..((at + 1) * many).min(all.len())]
     }
@@ -253,9 +308,15 @@ fn due(step: u64, every: u64) -> bool {
 
 /// Whether a folder has results of a run in it.
 fn holds_a_run(folder: &Path) -> bool {
-    [METRICS, CHECKPOINTS, peft_io::ADAPTER_CONFIG, peft_io::ADAPTER_WEIGHTS, "model.safetensors"]
-        .iter()
-        .any(|name| folder.join(name).exists())
+    [
+        METRICS,
+        CHECKPOINTS,
+        peft_io::ADAPTER_CONFIG,
+        peft_io::ADAPTER_WEIGHTS,
+        "model.safetensors",
+    ]
+    .iter()
+    .any(|name| folder.join(name).exists())
 }
 
 #[cfg(test)]

@@ -26,17 +26,27 @@ pub(super) fn clear(folder: &Path, checkpoints: &Path, replace: bool) -> Result<
 /// The check of [`clear`] alone, for before a model is loaded.
 pub(super) fn check_free(folder: &Path, replace: bool) -> Result<()> {
     if folder.exists() && !folder.is_dir() {
-        return Err(Error::config("output.dir", format!("{} is a file", folder.display())));
+        return Err(Error::config(
+            "output.dir",
+            format!("{} is a file", folder.display()),
+        ));
     }
     if !replace && holds_a_run(folder) {
-        let detail = format!("{} holds a run; resume it, or set output.overwrite = true", folder.display());
+        let detail = format!(
+            "{} holds a run; resume it, or set output.overwrite = true",
+            folder.display()
+        );
         return Err(Error::config("output.dir", detail));
     }
     Ok(())
 }
 
 /// Writes the result.
-pub(super) fn write(config: &TrainConfig, model: &Model, labels: Option<&LabelNames>) -> Result<()> {
+pub(super) fn write(
+    config: &TrainConfig,
+    model: &Model,
+    labels: Option<&LabelNames>,
+) -> Result<()> {
     let folder = &config.output.dir;
     let network = model.network();
     if network.adapters().contains(&ADAPTER_NAME) {
@@ -44,8 +54,10 @@ pub(super) fn write(config: &TrainConfig, model: &Model, labels: Option<&LabelNa
             peft_io::write_json(&folder.join(LABELS_FILE), &labels.to_json()).map_err(io)?;
         }
         let (settings, tensors) = network.export(ADAPTER_NAME)?;
-        let tensors: NamedTensors =
-            tensors.iter().map(|(key, tensor)| Ok((key.clone(), named(tensor)?))).collect::<Result<_>>()?;
+        let tensors: NamedTensors = tensors
+            .iter()
+            .map(|(key, tensor)| Ok((key.clone(), named(tensor)?)))
+            .collect::<Result<_>>()?;
         return peft_io::write_adapter(folder, &settings, &tensors).map_err(io);
     }
     write_model(config, model, labels)
@@ -56,11 +68,16 @@ fn write_model(config: &TrainConfig, model: &Model, labels: Option<&LabelNames>)
     let params = model.network().parameters();
     let entries = params
         .iter()
-        .map(|p| PlanEntry { name: p.key().to_owned(), shape: p.shape().to_vec(), dtype: DType::F32 })
+        .map(|p| PlanEntry {
+            name: p.key().to_owned(),
+            shape: p.shape().to_vec(),
+            dtype: DType::F32,
+        })
         .collect();
     let plan = ShardPlan::new(entries, 5_000_000_000).map_err(io)?;
     // Whether the folder may be replaced was decided before the run began.
-    let mut writer = StreamWriter::create(&config.output.dir, &plan, &BTreeMap::new(), true).map_err(io)?;
+    let mut writer =
+        StreamWriter::create(&config.output.dir, &plan, &BTreeMap::new(), true).map_err(io)?;
     for param in &params {
         let values = param.tensor().to_vec()?;
         peft_io::check_finite(param.key(), &values).map_err(io)?;
@@ -84,15 +101,26 @@ fn write_model(config: &TrainConfig, model: &Model, labels: Option<&LabelNames>)
 fn side_files(config: &TrainConfig, model: &Model) -> Result<Vec<(String, Vec<u8>)>> {
     let given = Path::new(&config.model.path);
     let folder = model.folder().or_else(|| given.is_dir().then_some(given));
-    let Some(folder) = folder else { return Ok(Vec::new()) };
+    let Some(folder) = folder else {
+        return Ok(Vec::new());
+    };
     let there = SIDE_FILES.iter().filter(|name| folder.join(name).is_file());
-    there.map(|name| Ok(((*name).to_owned(), peft_io::read_bytes(&folder.join(name)).map_err(io)?))).collect()
+    there
+        .map(|name| {
+            Ok((
+                (*name).to_owned(),
+                peft_io::read_bytes(&folder.join(name)).map_err(io)?,
+            ))
+        })
+        .collect()
 }
 
 /// `config.json` of the trained model.
 fn model_config(model: &Model, labels: Option<&LabelNames>) -> Value {
     let mut json = model.config().json().clone();
-    let Some(map) = json.as_object_mut() else { return json };
+    let Some(map) = json.as_object_mut() else {
+        return json;
+    };
     map.insert("dtype".to_owned(), json!("float32"));
     map.shift_remove("torch_dtype");
     map.shift_remove("quantization_config");
@@ -127,7 +155,10 @@ fn class_name(model_type: &str) -> String {
         "gpt2" => "GPT2".to_owned(),
         other => {
             let mut letters = other.chars();
-            letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
+            letters
+                .next()
+                .map(|first| first.to_uppercase().chain(letters).collect())
+                .unwrap_or_default()
         }
     }
 }

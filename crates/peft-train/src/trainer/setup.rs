@@ -14,24 +14,36 @@ use crate::data::{Dataset, EncodeOptions, Encoder, LabelNames, RawData, RowKind}
 use crate::{Observer, io};
 
 /// Everything that `train` does before the first step.
-pub(super) fn trainer<'a>(config: &'a TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Trainer<'a>> {
+pub(super) fn trainer<'a>(
+    config: &'a TrainConfig,
+    resume: bool,
+    observer: &mut dyn Observer,
+) -> Result<Trainer<'a>> {
     config.check()?;
     output::check_free(&config.output.dir, config.output.overwrite || resume)?;
     let raw = RawData::read(&config.data.train, config.data.format)?;
-    let raw_eval = config.data.eval.as_deref().map(|path| RawData::read(path, config.data.format)).transpose()?;
+    let raw_eval = config
+        .data
+        .eval
+        .as_deref()
+        .map(|path| RawData::read(path, config.data.format))
+        .transpose()?;
     let path = resolve_model(&config.model.path).map_err(io)?;
     let (task, labels) = task_and_labels(config, &raw, &path)?;
     let mut model = load(config, &path, task)?;
     attach(config, &mut model)?;
     let data = &config.data;
     let train = encode_for(&model, &raw, labels.as_ref(), data)?;
-    let eval = raw_eval.map(|raw| encode_for(&model, &raw, labels.as_ref(), data)).transpose()?;
+    let eval = raw_eval
+        .map(|raw| encode_for(&model, &raw, labels.as_ref(), data))
+        .transpose()?;
     for note in train.notes.iter().chain(eval.iter().flat_map(|e| &e.notes)) {
         observer.message(note);
     }
     let (train, eval) = match data.eval_split {
         Some(share) => {
-            let (train, eval) = train.split(share, RngKey::new(config.train.seed).fork("eval_split"))?;
+            let (train, eval) =
+                train.split(share, RngKey::new(config.train.seed).fork("eval_split"))?;
             (train, Some(eval))
         }
         None => (train, eval),
@@ -53,23 +65,39 @@ pub fn task_for(
     if !raw.has_classes()? {
         return Ok((Task::CausalLm, None));
     }
-    let known = known.filter(|names| names.cover(raw) && num_labels.is_none_or(|n| n == names.len()));
+    let known =
+        known.filter(|names| names.cover(raw) && num_labels.is_none_or(|n| n == names.len()));
     let labels = match known {
         Some(names) => names,
         None => LabelNames::infer(raw, num_labels)?,
     };
-    Ok((Task::SequenceClassification { num_labels: labels.len() }, Some(labels)))
+    Ok((
+        Task::SequenceClassification {
+            num_labels: labels.len(),
+        },
+        Some(labels),
+    ))
 }
 
-fn task_and_labels(config: &TrainConfig, raw: &RawData, path: &Path) -> Result<(Task, Option<LabelNames>)> {
+fn task_and_labels(
+    config: &TrainConfig,
+    raw: &RawData,
+    path: &Path,
+) -> Result<(Task, Option<LabelNames>)> {
     let has_classes = raw.has_classes()?;
     match config.model.task {
         Some(TaskKind::CausalLm) if has_classes => {
-            let detail = format!("\"causal_lm\", but the rows of {} have a `label`; leave it out or use \"sequence_classification\"", raw.path.display());
+            let detail = format!(
+                "\"causal_lm\", but the rows of {} have a `label`; leave it out or use \"sequence_classification\"",
+                raw.path.display()
+            );
             return Err(Error::config("model.task", detail));
         }
         Some(TaskKind::SequenceClassification) if !has_classes => {
-            let detail = format!("\"sequence_classification\", but the rows of {} have no `label`", raw.path.display());
+            let detail = format!(
+                "\"sequence_classification\", but the rows of {} have no `label`",
+                raw.path.display()
+            );
             return Err(Error::config("model.task", detail));
         }
         _ => {}
@@ -92,12 +120,22 @@ fn model_labels(path: &Path) -> Result<Option<LabelNames>> {
         return Ok(None);
     }
     let json = peft_io::read_json(&file).map_err(io)?;
-    let classifier = json["architectures"][0].as_str().is_some_and(|name| name.ends_with("ForSequenceClassification"));
-    Ok(if classifier { LabelNames::from_config(&json) } else { None })
+    let classifier = json["architectures"][0]
+        .as_str()
+        .is_some_and(|name| name.ends_with("ForSequenceClassification"));
+    Ok(if classifier {
+        LabelNames::from_config(&json)
+    } else {
+        None
+    })
 }
 
 fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
-    let options = LoadOptions { task: Some(task), seed: config.train.seed, ..LoadOptions::default() };
+    let options = LoadOptions {
+        task: Some(task),
+        seed: config.train.seed,
+        ..LoadOptions::default()
+    };
     match config.model.init {
         ModelInit::Pretrained => Model::load(path, &options),
         ModelInit::Random => {
@@ -114,7 +152,9 @@ fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
 fn attach(config: &TrainConfig, model: &mut Model) -> Result<()> {
     let task = model.task();
     let network = model.network_mut()?;
-    let Some(fields) = &config.adapter else { return network.train_base() };
+    let Some(fields) = &config.adapter else {
+        return network.train_base();
+    };
     let mut fields = fields.clone();
     fields.shift_remove("init_from");
     let mut defaults = vec![("base_model_name_or_path", json!(config.model.path))];
@@ -132,7 +172,10 @@ fn attach(config: &TrainConfig, model: &mut Model) -> Result<()> {
     let folder: PathBuf = peft_io::resolve_adapter(folder).map_err(io)?;
     let files = peft_io::read_adapter(&folder).map_err(io)?;
     let Value::Object(mut saved) = files.config else {
-        return Err(Error::file(folder, "has no object in its adapter_config.json"));
+        return Err(Error::file(
+            folder,
+            "has no object in its adapter_config.json",
+        ));
     };
     // What the run's file says counts, so that dropout may differ; what makes other parameters fails when they load.
     saved.extend(fields);
@@ -160,20 +203,35 @@ fn fill(fields: &mut serde_json::Map<String, Value>, defaults: Vec<(&str, Value)
 ///
 /// # Errors
 /// As [`Dataset::encode`].
-pub fn encode_for(model: &Model, raw: &RawData, labels: Option<&LabelNames>, data: &DataSection) -> Result<Dataset> {
+pub fn encode_for(
+    model: &Model,
+    raw: &RawData,
+    labels: Option<&LabelNames>,
+    data: &DataSection,
+) -> Result<Dataset> {
     let shape = model.config();
     let network = model.network();
     let mut max_length = data.max_length;
     if shape.rope.is_none() {
         let taken = network.prompt_len() + network.prefix_len();
-        max_length = max_length.min(shape.max_positions.saturating_sub(taken)).max(2);
+        max_length = max_length
+            .min(shape.max_positions.saturating_sub(taken))
+            .max(2);
     }
     let task = match model.task() {
         Task::SequenceClassification { .. } => TaskKind::SequenceClassification,
         Task::CausalLm | Task::Features => TaskKind::CausalLm,
     };
-    let options = EncodeOptions { max_length, add_eos: data.add_eos, task, vocab_size: shape.vocab_size };
-    let tokenised = raw.rows.iter().all(|row| matches!(row.kind, RowKind::Tokens { .. }));
+    let options = EncodeOptions {
+        max_length,
+        add_eos: data.add_eos,
+        task,
+        vocab_size: shape.vocab_size,
+    };
+    let tokenised = raw
+        .rows
+        .iter()
+        .all(|row| matches!(row.kind, RowKind::Tokens { .. }));
     let tokenizer = match model.tokenizer() {
         Ok(tokenizer) => Some(tokenizer as &dyn Encoder),
         Err(_) if tokenised => None,

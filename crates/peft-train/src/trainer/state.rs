@@ -39,12 +39,20 @@ pub(super) fn newest(folder: &Path) -> Result<Option<String>> {
 
 fn states(folder: &Path) -> Result<Vec<String>> {
     let mut names = peft_io::list_states(folder).map_err(io)?;
-    names.retain(|name| name.strip_prefix(PREFIX).is_some_and(|n| n.parse::<u64>().is_ok()));
+    names.retain(|name| {
+        name.strip_prefix(PREFIX)
+            .is_some_and(|n| n.parse::<u64>().is_ok())
+    });
     Ok(names)
 }
 
 /// Writes a checkpoint, then removes the oldest beyond those to keep.
-pub(super) fn save(trainer: &Trainer<'_>, progress: &Progress, params: &[Param], folder: &Path) -> Result<PathBuf> {
+pub(super) fn save(
+    trainer: &Trainer<'_>,
+    progress: &Progress,
+    params: &[Param],
+    folder: &Path,
+) -> Result<PathBuf> {
     let (mut tensors, optimizer_steps) = progress.optimizer.export();
     for param in params {
         tensors.insert(format!("param/{}", param.key()), named(&param.tensor())?);
@@ -65,7 +73,8 @@ pub(super) fn save(trainer: &Trainer<'_>, progress: &Progress, params: &[Param],
         eval_before: progress.eval_before.clone(),
         eval_after: progress.eval_after.clone(),
     };
-    let json = serde_json::to_value(&state).map_err(|e| Error::other(format!("cannot write the run's state: {e}")))?;
+    let json = serde_json::to_value(&state)
+        .map_err(|e| Error::other(format!("cannot write the run's state: {e}")))?;
     let name = format!("{PREFIX}{}", progress.step);
     peft_io::write_state(folder, &name, &tensors, &json).map_err(io)?;
     let there = states(folder)?;
@@ -89,7 +98,10 @@ pub(super) fn restore(
     let state: State = serde_json::from_value(json)
         .map_err(|e| Error::file(&path, format!("is not a checkpoint of this version: {e}")))?;
     if state.version != VERSION {
-        return Err(Error::file(&path, format!("has version {}, this build reads {VERSION}", state.version)));
+        return Err(Error::file(
+            &path,
+            format!("has version {}, this build reads {VERSION}", state.version),
+        ));
     }
     check_same(trainer, &state, &path)?;
     // All values are looked at before the first is set.
@@ -101,20 +113,38 @@ pub(super) fn restore(
                 values.push(Tensor::from_vec(data, &shape, trainer.model.device())?);
             }
             Some((shape, _)) => {
-                let detail = format!("`{}` has shape {shape:?}, the run's is {:?}", param.key(), param.shape());
+                let detail = format!(
+                    "`{}` has shape {shape:?}, the run's is {:?}",
+                    param.key(),
+                    param.shape()
+                );
                 return Err(Error::file(&path, detail));
             }
-            None => return Err(Error::file(&path, format!("has no parameter `{}`", param.key()))),
+            None => {
+                return Err(Error::file(
+                    &path,
+                    format!("has no parameter `{}`", param.key()),
+                ));
+            }
         }
     }
-    progress.optimizer.restore(&mut tensors, &state.optimizer_steps).map_err(|e| e.context(path.display().to_string()))?;
+    progress
+        .optimizer
+        .restore(&mut tensors, &state.optimizer_steps)
+        .map_err(|e| e.context(path.display().to_string()))?;
     for (adapter, hook) in &mut progress.hooks {
         hook.restore(hook_state(&mut tensors, adapter, trainer)?)?;
     }
     if let Some(extra) = tensors.keys().next() {
-        return Err(Error::file(&path, format!("has `{extra}`, which this run does not know")));
+        return Err(Error::file(
+            &path,
+            format!("has `{extra}`, which this run does not know"),
+        ));
     }
-    params.iter().zip(values).try_for_each(|(param, value)| param.set(value))?;
+    params
+        .iter()
+        .zip(values)
+        .try_for_each(|(param, value)| param.set(value))?;
     progress.step = state.step;
     progress.earlier = state.elapsed_s;
     progress.eval_before = state.eval_before;
@@ -125,16 +155,25 @@ pub(super) fn restore(
 fn check_same(trainer: &Trainer<'_>, state: &State, path: &Path) -> Result<()> {
     let differences = trainer.config.differences(&state.config);
     if !differences.is_empty() {
-        let detail = format!("was made with other values of {}; put them back, or start anew", differences.join(", "));
+        let detail = format!(
+            "was made with other values of {}; put them back, or start anew",
+            differences.join(", ")
+        );
         return Err(Error::file(path, detail));
     }
     if state.data != format!("{:016x}", trainer.train.fingerprint()) {
-        let detail = format!("was made with other rows than {} has now", trainer.train.path.display());
+        let detail = format!(
+            "was made with other rows than {} has now",
+            trainer.train.path.display()
+        );
         return Err(Error::file(path, detail));
     }
     let total = trainer.steps().1;
     if state.total_steps != total || state.step > total {
-        let detail = format!("is at step {} of {}, the run has {total}", state.step, state.total_steps);
+        let detail = format!(
+            "is at step {} of {}, the run has {total}",
+            state.step, state.total_steps
+        );
         return Err(Error::file(path, detail));
     }
     Ok(())
@@ -142,7 +181,11 @@ fn check_same(trainer: &Trainer<'_>, state: &State, path: &Path) -> Result<()> {
 
 fn hook_state(tensors: &mut NamedTensors, adapter: &str, trainer: &Trainer<'_>) -> Result<Tensors> {
     let prefix = format!("hook/{adapter}/");
-    let keys: Vec<String> = tensors.keys().filter(|key| key.starts_with(&prefix)).cloned().collect();
+    let keys: Vec<String> = tensors
+        .keys()
+        .filter(|key| key.starts_with(&prefix))
+        .cloned()
+        .collect();
     let mut found = Tensors::new();
     for key in keys {
         if let Some((shape, data)) = tensors.remove(&key) {

@@ -21,15 +21,25 @@ impl Trainer<'_> {
         let batches = self.batches(progress, step).to_vec();
         let mut grads = Grads::default();
 
-        self.hook(progress, &network.parameters(), &mut grads, |hook, cx| hook.before_forward(cx))?;
+        self.hook(progress, &network.parameters(), &mut grads, |hook, cx| {
+            hook.before_forward(cx)
+        })?;
         // Hooks may freeze parameters.
         let params = network.parameters();
         let virtual_tokens = network.prompt_len() > 0;
-        let examples = || batches.iter().flatten().filter_map(|&row| self.train.examples.get(row));
+        let examples = || {
+            batches
+                .iter()
+                .flatten()
+                .filter_map(|&row| self.train.examples.get(row))
+        };
         let labels: usize = examples().map(|e| e.labelled(virtual_tokens)).sum();
         let (mut sum, mut tokens) = (0.0, 0);
         for (i, rows) in batches.iter().enumerate() {
-            let rows: Vec<&Example> = rows.iter().filter_map(|&row| self.train.examples.get(row)).collect();
+            let rows: Vec<&Example> = rows
+                .iter()
+                .filter_map(|&row| self.train.examples.get(row))
+                .collect();
             let collated = collate(&rows, self.train.pad);
             let mut pass = Pass::train(self.key().fork("step").fork_n(step).fork_n(i as u64));
             pass.checkpoint = train.gradient_checkpointing;
@@ -42,35 +52,61 @@ impl Trainer<'_> {
                 return Err(self.not_finite(step, "the loss", out.sum, &rows));
             }
             sum += out.sum;
-            let loss = if out.count == labels { out.loss } else { out.loss.scale(out.count as f32 / labels as f32)? };
+            let loss = if out.count == labels {
+                out.loss
+            } else {
+                out.loss.scale(out.count as f32 / labels as f32)?
+            };
             grads.merge(loss.backward()?)?;
         }
 
         let mut penalty = None;
         for (_, hook) in &progress.hooks {
-            let cx = TrainCx { step, total_steps, network, params: &params, grads: &mut grads };
-            let Some(term) = hook.penalty(&cx)? else { continue };
+            let cx = TrainCx {
+                step,
+                total_steps,
+                network,
+                params: &params,
+                grads: &mut grads,
+            };
+            let Some(term) = hook.penalty(&cx)? else {
+                continue;
+            };
             let value = f64::from(term.item()?);
             if !value.is_finite() {
-                return Err(Error::other(format!("step {}: the method's penalty is {value}", step + 1)));
+                return Err(Error::other(format!(
+                    "step {}: the method's penalty is {value}",
+                    step + 1
+                )));
             }
             penalty = Some(penalty.unwrap_or(0.0) + value);
             if term.requires_grad() {
                 grads.merge(term.backward()?)?;
             }
         }
-        self.hook(progress, &params, &mut grads, |hook, cx| hook.after_backward(cx))?;
+        self.hook(progress, &params, &mut grads, |hook, cx| {
+            hook.after_backward(cx)
+        })?;
 
         let taken = take_gradients(&params, &mut grads)?;
         let each = norms(&taken);
         let norm = total_norm(&each);
         if !norm.is_finite() {
-            let worst = each.iter().position(|n| !n.is_finite()).and_then(|i| params.get(i));
-            let what = format!("the gradient of {}", worst.map_or("a parameter", |p| p.key()));
+            let worst = each
+                .iter()
+                .position(|n| !n.is_finite())
+                .and_then(|i| params.get(i));
+            let what = format!(
+                "the gradient of {}",
+                worst.map_or("a parameter", |p| p.key())
+            );
             return Err(self.not_finite(step, &what, norm, &examples().collect::<Vec<_>>()));
         }
         let factor = clip_factor(norm, train.max_grad_norm);
-        let learning_rate = train.learning_rate * train.schedule.factor(step, self.config.warmup(total_steps), total_steps);
+        let learning_rate = train.learning_rate
+            * train
+                .schedule
+                .factor(step, self.config.warmup(total_steps), total_steps);
         for (param, grad) in params.iter().zip(&taken) {
             if let Some(grad) = grad {
                 let rate = progress.groups.rate(param.key(), learning_rate);
@@ -78,7 +114,9 @@ impl Trainer<'_> {
             }
         }
         progress.step += 1;
-        self.hook(progress, &params, &mut grads, |hook, cx| hook.after_step(cx))?;
+        self.hook(progress, &params, &mut grads, |hook, cx| {
+            hook.after_step(cx)
+        })?;
 
         Ok(StepReport {
             step: progress.step,
@@ -96,7 +134,11 @@ impl Trainer<'_> {
 
     fn not_finite(&self, step: u64, what: &str, value: f64, rows: &[&Example]) -> Error {
         const SHOWN: usize = 32;
-        let mut lines: Vec<String> = rows.iter().take(SHOWN).map(|e| e.line.to_string()).collect();
+        let mut lines: Vec<String> = rows
+            .iter()
+            .take(SHOWN)
+            .map(|e| e.line.to_string())
+            .collect();
         if rows.len() > SHOWN {
             lines.push(format!("and {} more", rows.len() - SHOWN));
         }

@@ -37,25 +37,41 @@ pub fn evaluate(
     if let Some(limit) = options.limit {
         raw.rows.truncate(limit);
     }
-    let files = adapters.iter().map(|spec| read_adapter(spec)).collect::<Result<Vec<_>>>()?;
+    let files = adapters
+        .iter()
+        .map(|spec| read_adapter(spec))
+        .collect::<Result<Vec<_>>>()?;
     let config = config_json(&peft_io::resolve_model(model)?);
     let mut known = None;
     for file in files.iter().rev() {
         known = known.or(LabelNames::read(&file.folder)?);
     }
     let classifier = |c: &&peft_core::serde_json::Value| {
-        c["architectures"][0].as_str().is_some_and(|name| name.ends_with("ForSequenceClassification"))
+        c["architectures"][0]
+            .as_str()
+            .is_some_and(|name| name.ends_with("ForSequenceClassification"))
     };
-    let known = known.or_else(|| config.as_ref().filter(classifier).and_then(LabelNames::from_config));
+    let known = known.or_else(|| {
+        config
+            .as_ref()
+            .filter(classifier)
+            .and_then(LabelNames::from_config)
+    });
     let trained_for = task_of_adapters(&files, config.as_ref())?;
     let num_labels = match trained_for {
         Some(Task::SequenceClassification { num_labels }) => Some(num_labels),
         _ => known.as_ref().map(LabelNames::len),
     };
     let (task, labels) = task_for(&raw, known, num_labels)?;
-    let load = LoadOptions { task: Some(task), ..LoadOptions::default() };
+    let load = LoadOptions {
+        task: Some(task),
+        ..LoadOptions::default()
+    };
     let (model, _) = open(model, adapters, &load)?;
-    let section = DataSection { max_length: options.max_length, ..DataSection::default() };
+    let section = DataSection {
+        max_length: options.max_length,
+        ..DataSection::default()
+    };
     let dataset = encode_for(&model, &raw, labels.as_ref(), &section)?;
     dataset.notes.iter().for_each(|note| observer.message(note));
     peft_train::evaluate(&model, &dataset, &options.eval, observer)

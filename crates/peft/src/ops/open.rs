@@ -38,6 +38,7 @@ pub fn open(
     }
     let mut loaded = Model::load(&path, &model_options)?;
     let opened = stack(loaded.network_mut()?, files, model, &options.device, false)?;
+    warn_of_random_heads(&loaded, &path)?;
     Ok((loaded, opened))
 }
 
@@ -268,33 +269,63 @@ impl Subject {
     /// The stored tensor of a base parameter: under its own name, with or without the prefix of a class, or under
     /// names of old. None in a GGUF, whose names are others altogether.
     pub fn stored_name(&self, parameter: &str) -> Option<String> {
-        const PREFIXES: [&str; 3] = ["model.", "transformer.", "bert."];
-        if self.checkpoint.gguf().is_some() && self.model().is_some() {
-            return None;
+        let renamed = self.checkpoint.gguf().is_some() && self.model().is_some();
+        if renamed {
+            None
+        } else {
+            find_stored(&self.checkpoint, parameter)
         }
-        let mut names = vec![parameter.to_owned()];
-        names.extend(
-            PREFIXES
-                .iter()
-                .filter_map(|p| parameter.strip_prefix(p))
-                .map(str::to_owned),
-        );
-        names.extend(PREFIXES.iter().map(|p| format!("{p}{parameter}")));
-        let old = |n: &String| {
-            n.replace("LayerNorm.weight", "LayerNorm.gamma")
-                .replace("LayerNorm.bias", "LayerNorm.beta")
-        };
-        names.extend(
-            names
-                .iter()
-                .filter(|n| n.contains("LayerNorm."))
-                .map(old)
-                .collect::<Vec<_>>(),
-        );
-        names
-            .into_iter()
-            .find(|n| self.checkpoint.meta(n).is_some())
     }
+}
+
+/// The stored tensor of a parameter, under any of the names that `transformers` takes for it.
+fn find_stored(checkpoint: &Checkpoint, parameter: &str) -> Option<String> {
+    const PREFIXES: [&str; 3] = ["model.", "transformer.", "bert."];
+    let mut names = vec![parameter.to_owned()];
+    names.extend(
+        PREFIXES
+            .iter()
+            .filter_map(|p| parameter.strip_prefix(p))
+            .map(str::to_owned),
+    );
+    names.extend(PREFIXES.iter().map(|p| format!("{p}{parameter}")));
+    let old = |n: &String| {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma")
+            .replace("LayerNorm.bias", "LayerNorm.beta")
+    };
+    names.extend(
+        names
+            .iter()
+            .filter(|n| n.contains("LayerNorm."))
+            .map(old)
+            .collect::<Vec<_>>(),
+    );
+    names.into_iter().find(|n| checkpoint.meta(n).is_some())
+}
+
+/// Says so where a task's head is neither in the checkpoint nor brought by an adapter: its answers are random.
+fn warn_of_random_heads(model: &Model, path: &Path) -> Result<()> {
+    let network = model.network();
+    let heads = &network.tree().facts().task_heads;
+    let untrained = heads.iter().filter(|head| {
+        network
+            .tree()
+            .get(head)
+            .is_some_and(|id| !network.changes(id))
+    });
+    let untrained: Vec<&String> = untrained.collect();
+    if untrained.is_empty() {
+        return Ok(());
+    }
+    let checkpoint = Checkpoint::open(path)?;
+    for head in untrained {
+        if find_stored(&checkpoint, &format!("{head}.weight")).is_none() {
+            tracing::warn!(
+                "neither the checkpoint nor an adapter has `{head}`: its values are random"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// The weights that names and shapes show, mapped; tensors in formats that nothing is computed with are left out.

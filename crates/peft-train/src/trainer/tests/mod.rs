@@ -35,8 +35,14 @@ impl Place {
         std::fs::write(folder.path().join("model/config.json"), llama().to_string()).unwrap();
         let place = Self { folder };
         let row = |i: usize| {
-            let ids: Vec<usize> = (0..3 + (i * 5) % 7).map(|j| (i * i + 3 * j + 1) % 31).collect();
-            let labels: Vec<i64> = ids.iter().enumerate().map(|(j, &id)| if j < i % 3 { -100 } else { id as i64 }).collect();
+            let ids: Vec<usize> = (0..3 + (i * 5) % 7)
+                .map(|j| (i * i + 3 * j + 1) % 31)
+                .collect();
+            let labels: Vec<i64> = ids
+                .iter()
+                .enumerate()
+                .map(|(j, &id)| if j < i % 3 { -100 } else { id as i64 })
+                .collect();
             json!({"input_ids": ids, "labels": labels}).to_string() + "\n"
         };
         place.write("train.jsonl", &(0..rows).map(row).collect::<String>());
@@ -61,7 +67,11 @@ impl Place {
             "output": {"dir": self.path("out")}
         });
         for set in sets {
-            apply_set(&mut value, &set.replace("DIR", &self.folder.path().display().to_string())).unwrap();
+            apply_set(
+                &mut value,
+                &set.replace("DIR", &self.folder.path().display().to_string()),
+            )
+            .unwrap();
         }
         TrainConfig::from_value(&value).unwrap()
     }
@@ -79,7 +89,9 @@ impl Place {
         let text = std::fs::read_to_string(self.path(out).join("metrics.jsonl")).unwrap();
         let line = |line: &str| {
             let mut value: Value = serde_json::from_str(line).unwrap();
-            TIMING_FIELDS.iter().for_each(|field| drop(value.as_object_mut().unwrap().shift_remove(*field)));
+            TIMING_FIELDS
+                .iter()
+                .for_each(|field| drop(value.as_object_mut().unwrap().shift_remove(*field)));
             value
         };
         text.lines().map(line).collect()
@@ -120,5 +132,12 @@ impl Observer for Watcher {
 
 fn fresh_model(seed: u64) -> Model {
     let config = ModelConfig::from_json(&llama()).unwrap();
-    Model::from_config(&config, &LoadOptions { seed, ..LoadOptions::default() }).unwrap()
+    Model::from_config(
+        &config,
+        &LoadOptions {
+            seed,
+            ..LoadOptions::default()
+        },
+    )
+    .unwrap()
 }

@@ -3,7 +3,8 @@
 use std::sync::Mutex;
 
 use peft_core::{
-    Adapter, Attach, Call, GroupRule, Init, Param, ParamGroups, PeftMethod, Result, Site, Tensors, TrainCx, TrainHooks, register,
+    Adapter, Attach, Call, GroupRule, Init, Param, ParamGroups, PeftMethod, Result, Site, Tensors,
+    TrainCx, TrainHooks, register,
 };
 use peft_tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -22,24 +23,43 @@ struct TrainProbe {
 
 impl Default for TrainProbe {
     fn default() -> Self {
-        Self { start: 0.0, dropout: 0.25, penalty: 0.01, target_modules: None, diary: None }
+        Self {
+            start: 0.0,
+            dropout: 0.25,
+            penalty: 0.01,
+            target_modules: None,
+            diary: None,
+        }
     }
 }
 
 register!(
-    TrainProbe, id = "train_probe", title = "Probe", family = Reparameterized, subfamily = "tests",
-    peft_type = "TRAIN_PROBE", paper = "none", example = "{}"
+    TrainProbe,
+    id = "train_probe",
+    title = "Probe",
+    family = Reparameterized,
+    subfamily = "tests",
+    peft_type = "TRAIN_PROBE",
+    paper = "none",
+    example = "{}"
 );
 
 impl PeftMethod for TrainProbe {
     fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         let shape = [site.out_features, site.in_features];
         let delta = cx.param("probe.weight", &shape, &Init::Constant(self.start))?;
-        Ok(Box::new(Delta { delta, dropout: self.dropout }))
+        Ok(Box::new(Delta {
+            delta,
+            dropout: self.dropout,
+        }))
     }
 
     fn trainer(&self) -> Box<dyn TrainHooks> {
-        Box::new(Hooks { penalty: self.penalty, seen: 0, diary: self.diary.clone() })
+        Box::new(Hooks {
+            penalty: self.penalty,
+            seen: 0,
+            diary: self.diary.clone(),
+        })
     }
 }
 
@@ -64,7 +84,10 @@ static DIARIES: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
 /// What the hooks of one diary wrote.
 pub(super) fn diary(name: &str) -> Vec<String> {
     let all = DIARIES.lock().unwrap();
-    all.iter().filter(|(n, _)| n == name).map(|(_, entry)| entry.clone()).collect()
+    all.iter()
+        .filter(|(n, _)| n == name)
+        .map(|(_, entry)| entry.clone())
+        .collect()
 }
 
 struct Hooks {
@@ -77,7 +100,10 @@ struct Hooks {
 impl Hooks {
     fn note(&self, hook: &str, cx: &TrainCx<'_>) {
         if let Some(name) = &self.diary {
-            DIARIES.lock().unwrap().push((name.clone(), format!("{hook} {} {}", cx.step, cx.grads.is_empty())));
+            DIARIES.lock().unwrap().push((
+                name.clone(),
+                format!("{hook} {} {}", cx.step, cx.grads.is_empty()),
+            ));
         }
     }
 }
@@ -94,14 +120,22 @@ impl TrainHooks for Hooks {
     }
 
     fn param_groups(&self, groups: &mut ParamGroups) {
-        let rule = GroupRule { pattern: r"layers\.1\.".into(), learning_rate: 3.0, weight_decay: Some(0.0) };
+        let rule = GroupRule {
+            pattern: r"layers\.1\.".into(),
+            learning_rate: 3.0,
+            weight_decay: Some(0.0),
+        };
         groups.rules.push(rule);
     }
 
     fn penalty(&self, cx: &TrainCx<'_>) -> Result<Option<Tensor>> {
         self.note("penalty", cx);
-        let Some(param) = cx.params.first() else { return Ok(None) };
-        Ok(Some(param.tensor().square()?.sum_all()?.scale(self.penalty)?))
+        let Some(param) = cx.params.first() else {
+            return Ok(None);
+        };
+        Ok(Some(
+            param.tensor().square()?.sum_all()?.scale(self.penalty)?,
+        ))
     }
 
     fn after_backward(&mut self, cx: &mut TrainCx<'_>) -> Result<()> {

@@ -22,7 +22,8 @@ fn a_resumed_run_ends_in_the_same_bytes() {
     ];
     place.train(&[&sets[..], &["output.dir=DIR/whole"]].concat());
     let (adapter, metrics) = (place.adapter("whole"), place.metrics("whole"));
-    let bytes = |out: &str| std::fs::read(place.path(out).join("adapter_model.safetensors")).unwrap();
+    let bytes =
+        |out: &str| std::fs::read(place.path(out).join("adapter_model.safetensors")).unwrap();
     // 9 steps; evaluations before, at 3, 6 and 9.
     assert_eq!(metrics.len(), 13);
     for kept in ["step-2", "step-4", "step-8"] {
@@ -30,9 +31,16 @@ fn a_resumed_run_ends_in_the_same_bytes() {
         let out = format!("from-{kept}");
         let target = place.path(&out).join("checkpoints");
         std::fs::create_dir_all(target.join(".partial-step-9")).unwrap();
-        copy_folder(&place.path("whole/checkpoints").join(kept), &target.join(kept));
+        copy_folder(
+            &place.path("whole/checkpoints").join(kept),
+            &target.join(kept),
+        );
         let log = std::fs::read_to_string(place.path("whole/metrics.jsonl")).unwrap();
-        std::fs::write(place.path(&out).join("metrics.jsonl"), format!("{log}{{\"step\":10,\"lo")).unwrap();
+        std::fs::write(
+            place.path(&out).join("metrics.jsonl"),
+            format!("{log}{{\"step\":10,\"lo"),
+        )
+        .unwrap();
 
         let config = place.config(&[&sets[..], &[&format!("output.dir=DIR/{out}")]].concat());
         let mut watcher = Watcher::default();
@@ -66,19 +74,41 @@ fn copy_folder(from: &Path, to: &Path) {
 #[test]
 fn full_training_resumes_in_the_same_bytes_and_leaves_a_model() {
     let place = Place::new(7);
-    let sets = ["adapter=null", "train.steps=5", "train.save_every=3", "train.gradient_checkpointing=true"];
+    let sets = [
+        "adapter=null",
+        "train.steps=5",
+        "train.save_every=3",
+        "train.gradient_checkpointing=true",
+    ];
     let summary = place.train(&[&sets[..], &["output.dir=DIR/whole"]].concat());
     assert!(summary.trainable > 2 * 31 * 16);
-    copy_folder(&place.path("whole/checkpoints/step-3"), &place.path("cut/checkpoints/step-3"));
-    train(&place.config(&[&sets[..], &["output.dir=DIR/cut"]].concat()), true, &mut ()).unwrap();
+    copy_folder(
+        &place.path("whole/checkpoints/step-3"),
+        &place.path("cut/checkpoints/step-3"),
+    );
+    train(
+        &place.config(&[&sets[..], &["output.dir=DIR/cut"]].concat()),
+        true,
+        &mut (),
+    )
+    .unwrap();
     let bytes = |out: &str| std::fs::read(place.path(out).join("model.safetensors")).unwrap();
     assert_eq!(bytes("whole"), bytes("cut"));
     // What was written is a model: it loads, and differs from the one it started as.
     let trained = Model::load(&place.path("whole"), &LoadOptions::default()).unwrap();
     let start = fresh_model(5);
-    let weight = |m: &Model| m.network().param("model.layers.0.self_attn.q_proj.weight").unwrap().to_vec().unwrap();
+    let weight = |m: &Model| {
+        m.network()
+            .param("model.layers.0.self_attn.q_proj.weight")
+            .unwrap()
+            .to_vec()
+            .unwrap()
+    };
     assert_ne!(weight(&trained), weight(&start));
-    assert_eq!(trained.config().json()["architectures"], json!(["LlamaForCausalLM"]));
+    assert_eq!(
+        trained.config().json()["architectures"],
+        json!(["LlamaForCausalLM"])
+    );
 }
 
 #[test]
@@ -92,27 +122,64 @@ fn checkpointed_layers_change_nothing() {
 #[test]
 fn two_batches_of_four_are_one_of_eight() {
     let place = Place::new(16);
-    let sets = ["adapter.dropout=0", "train.steps=4", "data.shuffle=false", "train.max_grad_norm=0.5"];
+    let sets = [
+        "adapter.dropout=0",
+        "train.steps=4",
+        "data.shuffle=false",
+        "train.max_grad_norm=0.5",
+    ];
     let run = |out: &str, more: &[&str]| {
         let mut watcher = Watcher::default();
         let dir = format!("output.dir=DIR/{out}");
-        train(&place.config(&[&sets[..], more, &[&dir]].concat()), false, &mut watcher).unwrap();
+        train(
+            &place.config(&[&sets[..], more, &[&dir]].concat()),
+            false,
+            &mut watcher,
+        )
+        .unwrap();
         watcher.steps
     };
     let whole = run("whole", &["train.batch_size=8"]);
-    let parts = run("parts", &["train.batch_size=4", "train.gradient_accumulation=2"]);
-    let uneven = run("uneven", &["train.batch_size=3", "train.gradient_accumulation=3", "train.steps=1"]);
+    let parts = run(
+        "parts",
+        &["train.batch_size=4", "train.gradient_accumulation=2"],
+    );
+    let uneven = run(
+        "uneven",
+        &[
+            "train.batch_size=3",
+            "train.gradient_accumulation=3",
+            "train.steps=1",
+        ],
+    );
     assert_eq!(whole.len(), parts.len());
     for (a, b) in whole.iter().zip(&parts) {
         // Rows have 2 to 8 labels: a mean of means would be off in the second digit. Sums in another order are not.
-        assert!((a.loss - b.loss).abs() < 1e-5 * a.loss, "{} {}", a.loss, b.loss);
-        assert!((a.grad_norm - b.grad_norm).abs() < 1e-4 * a.grad_norm, "{} {}", a.grad_norm, b.grad_norm);
+        assert!(
+            (a.loss - b.loss).abs() < 1e-5 * a.loss,
+            "{} {}",
+            a.loss,
+            b.loss
+        );
+        assert!(
+            (a.grad_norm - b.grad_norm).abs() < 1e-4 * a.grad_norm,
+            "{} {}",
+            a.grad_norm,
+            b.grad_norm
+        );
         assert_eq!(a.tokens, b.tokens);
     }
-    assert!((whole[0].loss - uneven[0].loss).abs() > 1e-3, "nine rows are not eight");
+    assert!(
+        (whole[0].loss - uneven[0].loss).abs() > 1e-3,
+        "nine rows are not eight"
+    );
     for (key, (_, values)) in place.adapter("whole") {
         let other = &place.adapter("parts")[&key].1;
-        let far = values.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let far = values
+            .iter()
+            .zip(other)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
         // Four steps of 0.02 and 0.06; AdamW divides by the gradient's size, which makes small differences of small
         // gradients large.
         assert!(far < 2e-3, "{key}: {far}");
@@ -123,7 +190,13 @@ fn two_batches_of_four_are_one_of_eight() {
 #[test]
 fn the_loss_is_the_mean_over_all_labels() {
     let place = Place::new(8);
-    let config = place.config(&["adapter=null", "train.steps=1", "train.batch_size=4", "train.gradient_accumulation=2", "data.shuffle=false"]);
+    let config = place.config(&[
+        "adapter=null",
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.gradient_accumulation=2",
+        "data.shuffle=false",
+    ]);
     let mut watcher = Watcher::default();
     train(&config, false, &mut watcher).unwrap();
     let mut model = fresh_model(5);
@@ -135,27 +208,56 @@ fn the_loss_is_the_mean_over_all_labels() {
         let out = model.loss(&one.batch, &one.labels, &Pass::eval()).unwrap();
         sum += out.sum;
         count += out.count;
-        grads.merge(out.loss.scale(out.count as f32).unwrap().backward().unwrap()).unwrap();
+        grads
+            .merge(
+                out.loss
+                    .scale(out.count as f32)
+                    .unwrap()
+                    .backward()
+                    .unwrap(),
+            )
+            .unwrap();
     }
     let report = &watcher.steps[0];
-    assert!((report.loss - sum / count as f64).abs() < 1e-5, "{} {}", report.loss, sum / count as f64);
+    assert!(
+        (report.loss - sum / count as f64).abs() < 1e-5,
+        "{} {}",
+        report.loss,
+        sum / count as f64
+    );
     let square = |g: &[f32]| g.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>();
     let params = model.network().parameters();
-    let total: f64 = params.iter().map(|p| square(&grads.get(&p.tensor()).unwrap().to_vec().unwrap())).sum();
+    let total: f64 = params
+        .iter()
+        .map(|p| square(&grads.get(&p.tensor()).unwrap().to_vec().unwrap()))
+        .sum();
     let norm = total.sqrt() / count as f64;
-    assert!((report.grad_norm - norm).abs() < 1e-4 * norm, "{} {norm}", report.grad_norm);
+    assert!(
+        (report.grad_norm - norm).abs() < 1e-4 * norm,
+        "{} {norm}",
+        report.grad_norm
+    );
 }
 
 fn dataset(place: &Place, name: &str) -> Dataset {
     let raw = RawData::read(&place.path(name), Default::default()).unwrap();
-    let options = EncodeOptions { max_length: 64, add_eos: true, task: crate::config::TaskKind::CausalLm, vocab_size: 31 };
+    let options = EncodeOptions {
+        max_length: 64,
+        add_eos: true,
+        task: crate::config::TaskKind::CausalLm,
+        vocab_size: 31,
+    };
     Dataset::encode(&raw, None, None, &options).unwrap()
 }
 
 #[test]
 fn hooks_are_called_in_their_order() {
     let place = Place::new(8);
-    place.train(&["adapter.diary=order", "train.steps=2", "train.gradient_accumulation=2"]);
+    place.train(&[
+        "adapter.diary=order",
+        "train.steps=2",
+        "train.gradient_accumulation=2",
+    ]);
     let mut want = vec!["prepare 0 true".to_owned()];
     for step in 0..2 {
         want.push(format!("before_forward {step} true"));
@@ -172,10 +274,26 @@ fn rules_of_method_and_user_set_rates_apart() {
     let place = Place::new(8);
     let moved = |out: &str, more: &[&str]| {
         let dir = format!("output.dir=DIR/{out}");
-        place.train(&[&["train.steps=1", "train.schedule=constant", "train.weight_decay=0", "adapter.penalty=0", &dir], more].concat());
+        place.train(
+            &[
+                &[
+                    "train.steps=1",
+                    "train.schedule=constant",
+                    "train.weight_decay=0",
+                    "adapter.penalty=0",
+                    &dir,
+                ],
+                more,
+            ]
+            .concat(),
+        );
         let largest = |part: &str| {
             let all = place.adapter(out);
-            all.iter().filter(|(k, _)| k.contains(part)).flat_map(|(_, (_, v))| v.clone()).map(f32::abs).fold(0.0, f32::max)
+            all.iter()
+                .filter(|(k, _)| k.contains(part))
+                .flat_map(|(_, (_, v))| v.clone())
+                .map(f32::abs)
+                .fold(0.0, f32::max)
         };
         (largest("layers.0."), largest("layers.1."))
     };
@@ -193,15 +311,34 @@ fn rules_of_method_and_user_set_rates_apart() {
 #[test]
 fn the_log_has_what_is_promised_and_old_checkpoints_go() {
     let place = Place::new(9);
-    let sets = ["train.steps=5", "train.save_every=1", "train.warmup_ratio=0.3", "train.eval_every=2", "data.eval=DIR/eval.jsonl"];
+    let sets = [
+        "train.steps=5",
+        "train.save_every=1",
+        "train.warmup_ratio=0.3",
+        "train.eval_every=2",
+        "data.eval=DIR/eval.jsonl",
+    ];
     let mut watcher = Watcher::default();
     let summary = train(&place.config(&sets), false, &mut watcher).unwrap();
     let text = std::fs::read_to_string(place.path("out/metrics.jsonl")).unwrap();
     let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
-    for field in ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "elapsed_s"] {
+    for field in [
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "elapsed_s",
+    ] {
         assert!(first[field].is_number(), "{field}: {first}");
     }
-    let rates: Vec<f64> = watcher.steps.iter().map(|s| s.learning_rate / 0.02).collect();
+    let rates: Vec<f64> = watcher
+        .steps
+        .iter()
+        .map(|s| s.learning_rate / 0.02)
+        .collect();
     // Warm-up of ceil(0.3 * 5) = 2 steps, then down to 0 over three.
     for (got, want) in rates.iter().zip([0.0, 0.5, 1.0, 2.0 / 3.0, 1.0 / 3.0]) {
         assert!((got - want).abs() < 1e-12, "{rates:?}");
@@ -210,7 +347,11 @@ fn the_log_has_what_is_promised_and_old_checkpoints_go() {
     assert!((watcher.steps[3].epoch - 4.0 / 3.0).abs() < 1e-12);
     let evals: Vec<u64> = watcher.evals.iter().map(|(step, _)| *step).collect();
     assert_eq!(evals, [2, 4, 5]);
-    let lines: Vec<Value> = place.metrics("out").into_iter().filter(|l| l.get("eval_loss").is_some()).collect();
+    let lines: Vec<Value> = place
+        .metrics("out")
+        .into_iter()
+        .filter(|l| l.get("eval_loss").is_some())
+        .collect();
     assert_eq!(lines.len(), 3);
     let last = summary.eval_after.unwrap();
     assert_eq!(lines[2], last.to_json(5));
@@ -225,13 +366,21 @@ fn training_goes_on_from_an_adapter_on_disk() {
     let place = Place::new(8);
     place.train(&["output.dir=DIR/first", "adapter.start=0.01"]);
     let learned = place.adapter("first");
-    place.train(&["adapter={\"init_from\":\"DIR/first\"}", "output.dir=DIR/same", "train.learning_rate=0", "train.weight_decay=0"]);
+    place.train(&[
+        "adapter={\"init_from\":\"DIR/first\"}",
+        "output.dir=DIR/same",
+        "train.learning_rate=0",
+        "train.weight_decay=0",
+    ]);
     assert_eq!(place.adapter("same"), learned);
     let saved = peft_io::read_adapter(&place.path("same")).unwrap().config;
     assert_eq!(saved["peft_type"], "TRAIN_PROBE");
     assert_eq!(saved["task_type"], "CAUSAL_LM");
     assert!(saved.get("init_from").is_none());
-    place.train(&["adapter={\"init_from\":\"DIR/first\"}", "output.dir=DIR/more"]);
+    place.train(&[
+        "adapter={\"init_from\":\"DIR/first\"}",
+        "output.dir=DIR/more",
+    ]);
     assert_ne!(place.adapter("more"), learned);
 }
 
@@ -239,7 +388,12 @@ fn training_goes_on_from_an_adapter_on_disk() {
 fn a_loss_falls() {
     let place = Place::new(4);
     let mut watcher = Watcher::default();
-    let sets = ["train.steps=40", "adapter.penalty=0", "adapter.dropout=0", "train.learning_rate=0.005"];
+    let sets = [
+        "train.steps=40",
+        "adapter.penalty=0",
+        "adapter.dropout=0",
+        "train.learning_rate=0.005",
+    ];
     train(&place.config(&sets), false, &mut watcher).unwrap();
     let (first, last) = (watcher.steps[0].loss, watcher.steps[39].loss);
     assert!(last < 0.7 * first, "{first} -> {last}");
@@ -248,7 +402,12 @@ fn a_loss_falls() {
 #[test]
 fn a_runs_object_reports_its_steps() {
     let place = Place::new(11);
-    let config = place.config(&["adapter=null", "train.steps=null", "train.epochs=1.5", "train.gradient_accumulation=2"]);
+    let config = place.config(&[
+        "adapter=null",
+        "train.steps=null",
+        "train.epochs=1.5",
+        "train.gradient_accumulation=2",
+    ]);
     let mut model = fresh_model(1);
     model.network_mut().unwrap().train_base().unwrap();
     let trainer = Trainer::new(&config, model, dataset(&place, "train.jsonl"), None, None);

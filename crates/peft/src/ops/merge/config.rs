@@ -21,7 +21,12 @@ const CLASSES: [&str; 8] = [
 
 /// The model's own configuration with what the merge changed: the tie, the element type, the head.
 /// `labels` are the names an adapter brings for its classes.
-pub(super) fn merged(subject: &Subject, plan: &ShardPlan, untied: bool, labels: Option<LabelNames>) -> Value {
+pub(super) fn merged(
+    subject: &Subject,
+    plan: &ShardPlan,
+    untied: bool,
+    labels: Option<LabelNames>,
+) -> Value {
     let mut config = subject.config.as_object().cloned().unwrap_or_default();
     if untied {
         config.insert("tie_word_embeddings".to_owned(), json!(false));
@@ -30,7 +35,11 @@ pub(super) fn merged(subject: &Subject, plan: &ShardPlan, untied: bool, labels: 
     if let Some(Task::SequenceClassification { num_labels }) =
         subject.model().map(peft_models::Model::task)
     {
-        set_classifier(&mut config, num_labels, labels.filter(|names| names.len() == num_labels));
+        set_classifier(
+            &mut config,
+            num_labels,
+            labels.filter(|names| names.len() == num_labels),
+        );
     }
     config.remove("_name_or_path");
     config.sort_keys();
@@ -61,12 +70,25 @@ fn set_dtype(config: &mut Map<String, Value>, plan: &ShardPlan) {
 
 /// The class and labels of a classifier, where the base was something else.
 fn set_classifier(config: &mut Map<String, Value>, count: usize, labels: Option<LabelNames>) {
-    let class = config.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str).unwrap_or_default();
-    let family = CLASSES.iter().find_map(|ending| class.strip_suffix(ending)).unwrap_or(class);
+    let class = config
+        .get("architectures")
+        .and_then(|a| a.get(0))
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    let family = CLASSES
+        .iter()
+        .find_map(|ending| class.strip_suffix(ending))
+        .unwrap_or(class);
     if !family.is_empty() {
-        config.insert("architectures".to_owned(), json!([format!("{family}{}", CLASSES[0])]));
+        config.insert(
+            "architectures".to_owned(),
+            json!([format!("{family}{}", CLASSES[0])]),
+        );
     }
-    let known = config.get("id2label").and_then(Value::as_object).map(Map::len);
+    let known = config
+        .get("id2label")
+        .and_then(Value::as_object)
+        .map(Map::len);
     if labels.is_none() && known == Some(count) {
         return;
     }
