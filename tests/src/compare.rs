@@ -1,6 +1,8 @@
 //! Comparing values, with messages that say where they differ.
 
-use peft::core::{BaseWeight, Tensor};
+use peft::core::{BaseWeight, Param, RngKey, Tensor};
+
+use crate::subject::told;
 
 /// What went wrong, as a sentence.
 pub type Check = Result<(), String>;
@@ -121,4 +123,47 @@ pub fn differ(what: &str, a: &Tensor, b: &Tensor) -> Check {
     } else {
         Err(format!("{what}: differ by only {gap:e}"))
     }
+}
+
+/// Compares a parameter's gradient with central differences of a loss on the reference device, whose f64 makes them
+/// sharp: at the largest element and at two that `key` draws.
+///
+/// # Errors
+/// Says where the gradient is not the slope.
+pub fn slopes(
+    param: &Param,
+    grad: &Tensor,
+    key: RngKey,
+    loss: impl Fn() -> Result<Tensor, String>,
+) -> Check {
+    const STEP: f64 = 1e-5;
+    let start = param.tensor();
+    let (values, grad) = (
+        told("values", start.to_f64())?,
+        told("gradient", grad.to_f64())?,
+    );
+    let set = |values: Vec<f64>| {
+        let value = Tensor::from_f64(values, param.shape(), start.device());
+        told("set", value.map_err(Into::into).and_then(|v| param.set(v)))
+    };
+    let largest = (0..grad.len()).max_by(|&i, &j| grad[i].abs().total_cmp(&grad[j].abs()));
+    let drawn = [0, 1].map(|n| key.below(n, grad.len() as u64) as usize);
+    for i in largest.into_iter().chain(drawn) {
+        let side = |by: f64| {
+            let mut moved = values.clone();
+            moved[i] += by;
+            set(moved)?;
+            told("loss", peft::tensor::no_grad(&loss)?.to_f64()).map(|v| v[0])
+        };
+        let slope = (side(STEP)? - side(-STEP)?) / (2.0 * STEP);
+        // About 1e-10 of rounding, and as much of curvature for a loss of this size.
+        if (slope - grad[i]).abs() > 1e-7 * (1.0 + slope.abs()) {
+            return Err(format!(
+                "{}[{i}]: the gradient is {}, the slope {slope}",
+                param.key(),
+                grad[i]
+            ));
+        }
+    }
+    set(values)
 }

@@ -24,16 +24,30 @@ pub fn root() -> PathBuf {
 pub fn every(kind: &str, check: impl Fn(&str, &Path) -> Check) {
     let picked = std::env::var("GOLDEN").unwrap_or_default();
     let folder = root().join(kind);
-    let entries = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-    let mut names: Vec<String> =
-        entries.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.contains(&picked)).collect();
+    let entries =
+        std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter_map(|e| e.file_name().into_string().ok())
+        .filter(|n| n.contains(&picked))
+        .collect();
     names.sort();
     assert!(!names.is_empty(), "no {kind} with {picked:?} in the name");
     let failed: Vec<String> = names
         .iter()
-        .filter_map(|name| check(name, &folder.join(name)).err().map(|e| format!("{name}: {e}")))
+        .filter_map(|name| {
+            check(name, &folder.join(name))
+                .err()
+                .map(|e| format!("{name}: {e}"))
+        })
         .collect();
-    assert!(failed.is_empty(), "{} of {} {kind}:\n{}", failed.len(), names.len(), failed.join("\n"));
+    assert!(
+        failed.is_empty(),
+        "{} of {} {kind}:\n{}",
+        failed.len(),
+        names.len(),
+        failed.join("\n")
+    );
 }
 
 /// A JSON file.
@@ -89,7 +103,14 @@ impl Case {
     /// If it does not load.
     pub fn open(&self) -> Result<(Model, OpenedAdapter), String> {
         let adapter = self.adapter.display().to_string();
-        let (model, mut opened) = told("open", open(&self.model.display().to_string(), &[adapter], &LoadOptions::default()))?;
+        let (model, mut opened) = told(
+            "open",
+            open(
+                &self.model.display().to_string(),
+                &[adapter],
+                &LoadOptions::default(),
+            ),
+        )?;
         Ok((model, opened.pop().ok_or("no adapter was opened")?))
     }
 
@@ -107,7 +128,10 @@ impl Case {
     }
 
     fn name(&self, which: &str) -> String {
-        format!("{which}_{}", self.facts["output"].as_str().unwrap_or("logits"))
+        format!(
+            "{which}_{}",
+            self.facts["output"].as_str().unwrap_or("logits")
+        )
     }
 
     /// Whether both agree to `tolerance` where the case says to compare.
@@ -124,8 +148,13 @@ impl Case {
 /// # Errors
 /// If there is none.
 pub fn expected(all: &NamedTensors, name: &str) -> Result<Tensor, String> {
-    let (shape, values) = all.get(name).ok_or_else(|| format!("no {name} among the expected tensors"))?;
-    told(name, Tensor::from_vec(values.clone(), shape, &Device::cpu()))
+    let (shape, values) = all
+        .get(name)
+        .ok_or_else(|| format!("no {name} among the expected tensors"))?;
+    told(
+        name,
+        Tensor::from_vec(values.clone(), shape, &Device::cpu()),
+    )
 }
 
 /// `input_ids` and `attention_mask` of a JSON object, its other keys left alone.
@@ -147,7 +176,10 @@ pub fn batch(facts: &Value) -> Result<Batch, String> {
 /// # Errors
 /// Whatever the model says.
 pub fn logits(model: &Model, batch: &Batch) -> Result<Tensor, String> {
-    told("logits", peft::tensor::no_grad(|| model.logits(batch, &Pass::eval())))
+    told(
+        "logits",
+        peft::tensor::no_grad(|| model.logits(batch, &Pass::eval())),
+    )
 }
 
 /// Largest absolute difference at virtual tokens and unpadded positions (`[batch, positions, width]`), or of all values
@@ -157,7 +189,11 @@ pub fn logits(model: &Model, batch: &Batch) -> Result<Tensor, String> {
 /// Says by how much they differ, and where.
 pub fn close(what: &str, batch: &Batch, got: &Tensor, want: &Tensor, tolerance: f64) -> Check {
     if got.shape() != want.shape() {
-        return Err(format!("{what}: shape {:?}, not {:?}", got.shape(), want.shape()));
+        return Err(format!(
+            "{what}: shape {:?}, not {:?}",
+            got.shape(),
+            want.shape()
+        ));
     }
     let (got_values, want_values) = (told(what, got.to_vec())?, told(what, want.to_vec())?);
     let width = got.last_dim();
@@ -166,7 +202,9 @@ pub fn close(what: &str, batch: &Batch, got: &Tensor, want: &Tensor, tolerance: 
     let counts = |cell: usize| {
         let (row, position) = (cell / positions, cell % positions);
         match &batch.mask {
-            Some(mask) if got.rank() == 3 && position >= ahead => mask[row * batch.seq + position - ahead],
+            Some(mask) if got.rank() == 3 && position >= ahead => {
+                mask[row * batch.seq + position - ahead]
+            }
             _ => true,
         }
     };
@@ -176,7 +214,11 @@ pub fn close(what: &str, batch: &Batch, got: &Tensor, want: &Tensor, tolerance: 
             continue;
         }
         if !g.is_finite() {
-            return Err(format!("{what}: {g} at row {}, position {}", i / width / positions, i / width % positions));
+            return Err(format!(
+                "{what}: {g} at row {}, position {}",
+                i / width / positions,
+                i / width % positions
+            ));
         }
         let gap = f64::from((g - w).abs());
         if gap > worst.0 {
@@ -188,5 +230,7 @@ pub fn close(what: &str, batch: &Batch, got: &Tensor, want: &Tensor, tolerance: 
         return Ok(());
     }
     let (row, position) = (i / width / positions, i / width % positions);
-    Err(format!("{what}: off by {gap:e} at row {row}, position {position}; allowed is {tolerance:e}"))
+    Err(format!(
+        "{what}: off by {gap:e} at row {row}, position {position}; allowed is {tolerance:e}"
+    ))
 }

@@ -5,5 +5,6 @@
 
 pub mod compare;
 pub mod golden;
+pub mod state;
 pub mod subject;
 pub mod toy;

@@ -134,7 +134,14 @@ fn cases() -> impl Strategy<Value = Case> {
         1 => Just(Besides::Modules),
         1 => Just(Besides::Tokens),
     ];
-    let drawn = (sizes(), 1usize..=3, 2usize..=5, any::<u64>(), numbers, besides);
+    let drawn = (
+        sizes(),
+        1usize..=3,
+        2usize..=5,
+        any::<u64>(),
+        numbers,
+        besides,
+    );
     drawn.prop_map(|(spec, batch, seq, seed, numbers, besides)| Case {
         spec,
         batch,
@@ -148,13 +155,22 @@ fn cases() -> impl Strategy<Value = Case> {
 /// Every method's example configuration, and others in which a method has more to it, by `peft_type`.
 fn configs() -> Vec<(&'static MethodEntry, Value)> {
     let variants: BTreeMap<String, Vec<Value>> =
-        serde_json::from_str(include_str!("../variants.json")).expect("variants.json maps a peft_type to configurations");
-    let mut all: Vec<_> =
-        peft::methods().into_iter().map(|e| (e, example(e).unwrap_or_else(|why| panic!("{}: {why}", e.id)))).collect();
+        serde_json::from_str(include_str!("../variants.json"))
+            .expect("variants.json maps a peft_type to configurations");
+    let mut all: Vec<_> = peft::methods()
+        .into_iter()
+        .map(|e| {
+            (
+                e,
+                example(e).unwrap_or_else(|why| panic!("{}: {why}", e.id)),
+            )
+        })
+        .collect();
     for (peft_type, configs) in variants {
         for mut config in configs {
             config["peft_type"] = json!(peft_type);
-            let entry = peft::core::entry_for(&config).unwrap_or_else(|e| panic!("variants.json: {e}"));
+            let entry =
+                peft::core::entry_for(&config).unwrap_or_else(|e| panic!("variants.json: {e}"));
             all.push((entry, config));
         }
     }
@@ -169,25 +185,53 @@ fn configs() -> Vec<(&'static MethodEntry, Value)> {
 pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
     let configs = configs();
     assert!(!configs.is_empty(), "no method is registered");
-    let count = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(count);
+    let count = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(count);
     let mut failures = Vec::new();
     for (at, (entry, config)) in configs.iter().enumerate() {
         for (name, device) in [("cpu", Device::cpu()), ("reference", Device::reference())] {
-            let options = Config { cases: count, failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
+            let options = Config {
+                cases: count,
+                failure_persistence: None,
+                max_shrink_iters: 60,
+                ..Config::default()
+            };
             // The same situations every time, others for each configuration.
-            let seed = RngKey::new(at as u64).fork(entry.id).0.to_le_bytes().repeat(4);
-            let mut runner = TestRunner::new_with_rng(options, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+            let seed = RngKey::new(at as u64)
+                .fork(entry.id)
+                .0
+                .to_le_bytes()
+                .repeat(4);
+            let mut runner =
+                TestRunner::new_with_rng(options, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
             let outcome = runner.run(&cases(), |case| {
-                law(&Subject { entry, config, device: &device, case: &case }).map_err(TestCaseError::fail)
+                law(&Subject {
+                    entry,
+                    config,
+                    device: &device,
+                    case: &case,
+                })
+                .map_err(TestCaseError::fail)
             });
             match outcome {
                 Ok(()) => {}
-                Err(TestError::Fail(reason, case)) => failures.push(format!("{config} on {name}: {reason}\n    {case:?}")),
-                Err(TestError::Abort(reason)) => failures.push(format!("{config} on {name}: {reason}")),
+                Err(TestError::Fail(reason, case)) => {
+                    failures.push(format!("{config} on {name}: {reason}\n    {case:?}"))
+                }
+                Err(TestError::Abort(reason)) => {
+                    failures.push(format!("{config} on {name}: {reason}"))
+                }
             }
         }
     }
-    assert!(failures.is_empty(), "{} broken:\n{}", failures.len(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} broken:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
 }
 
 /// The example configuration of a method.
@@ -195,8 +239,13 @@ pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
 /// # Errors
 /// If it is no JSON object.
 pub fn example(entry: &MethodEntry) -> Result<Value, String> {
-    let mut config: Value = told("the example configuration", serde_json::from_str(entry.example))?;
-    let object = config.as_object_mut().ok_or("the example configuration is no object")?;
+    let mut config: Value = told(
+        "the example configuration",
+        serde_json::from_str(entry.example),
+    )?;
+    let object = config
+        .as_object_mut()
+        .ok_or("the example configuration is no object")?;
     object.insert("peft_type".to_owned(), json!(entry.peft_type));
     Ok(config)
 }
@@ -243,7 +292,11 @@ impl Subject<'_> {
                 return Ok(config);
             }
         }
-        told("the configuration", self.toy()?.network.attach("probe", self.config, 0)).map(|()| self.config.clone())
+        told(
+            "the configuration",
+            self.toy()?.network.attach("probe", self.config, 0),
+        )
+        .map(|()| self.config.clone())
     }
 
     /// Two tokens that occur, the later in the vocabulary first; one where there is no other.

@@ -290,15 +290,12 @@ impl Toy {
         residual: &Tensor,
         pass: &Pass,
     ) -> Result<Tensor> {
+        let (net, id) = (&self.network, layer.junctions[which]);
         let norm = |x: &Tensor| self.normed(layer.norms[which], x, pass);
-        let norm: Option<&dyn Fn(&Tensor) -> Result<Tensor>> = if self.spec.style == Style::Encoder
-        {
-            Some(&norm)
-        } else {
-            None
-        };
-        self.network
-            .junction(layer.junctions[which], y, residual, norm, pass)
+        match self.spec.style {
+            Style::Decoder => net.junction(id, y, residual, None, pass),
+            Style::Encoder => net.junction(id, y, residual, Some(&norm), pass),
+        }
     }
 
     fn attend(

@@ -1,10 +1,9 @@
 //! The laws every registered method keeps, on every device, on models, batches and configurations that are drawn, with
 //! parameters moved away from their initial values (at B = 0 most laws say nothing).
 
-use std::collections::BTreeMap;
-
-use peft::core::{Family, Grads, Network, Param, Pass, RngKey, Tensor, TrainCx, entry_for};
-use peft_tests::compare::{Check, bits, close, differ, same_bits, size, stored_bits};
+use peft::core::{Family, Grads, Network, Pass, RngKey, Tensor, TrainCx, entry_for};
+use peft_tests::compare::{Check, close, differ, same_bits, size, slopes};
+use peft_tests::state::{base_bits, exported, running_weights, same_tensors, values};
 use peft_tests::subject::{Subject, every_method, example, refused, told};
 use peft_tests::toy::Toy;
 use serde_json::{Value, json};
@@ -67,7 +66,12 @@ fn identity_at_initialisation_where_promised() {
         }
         // Initial values are rounded to f32, on every device.
         let tolerance = s.tolerance().max(2e-6);
-        close("a fresh adapter", &s.run(&s.fresh("a")?)?, &s.run(&s.toy()?)?, tolerance)
+        close(
+            "a fresh adapter",
+            &s.run(&s.fresh("a")?)?,
+            &s.run(&s.toy()?)?,
+            tolerance,
+        )
     });
 }
 
@@ -303,47 +307,12 @@ fn gradients() {
             }
             // Differences are only sharp in f64.
             if s.device.backend().name() == "reference" {
-                slopes(s, &toy, param, grad, at as u64)?;
+                let key = RngKey::new(s.case.seed).fork_n(at as u64);
+                slopes(param, grad, key, || s.loss(&toy, &Pass::eval()))?;
             }
         }
         Ok(())
     });
-}
-
-/// Compares a gradient with central differences at some coordinates, the largest among them.
-fn slopes(s: &Subject<'_>, toy: &Toy, param: &Param, grad: &Tensor, at: u64) -> Check {
-    let values = told("values", param.tensor().to_f64())?;
-    let grad = told("gradient", grad.to_f64())?;
-    let largest = (0..grad.len())
-        .max_by(|&i, &j| grad[i].abs().total_cmp(&grad[j].abs()))
-        .unwrap_or(0);
-    let key = RngKey::new(s.case.seed).fork_n(at);
-    let step = 1e-5;
-    for i in [
-        largest,
-        key.below(0, grad.len() as u64) as usize,
-        key.below(1, grad.len() as u64) as usize,
-    ] {
-        let side = |by: f64| {
-            let mut moved = values.clone();
-            moved[i] += by;
-            let moved = Tensor::from_f64(moved, param.shape(), s.device).map_err(Into::into);
-            told("set", moved.and_then(|v| param.set(v)))?;
-            let loss = peft::tensor::no_grad(|| s.loss(toy, &Pass::eval()))?;
-            told("loss", loss.to_f64()).map(|v| v[0])
-        };
-        let slope = (side(step)? - side(-step)?) / (2.0 * step);
-        // The difference has about 1e-10 of rounding and as much of curvature, times the size of the third derivative.
-        if (slope - grad[i]).abs() > 1e-7 * (1.0 + slope.abs()) {
-            return Err(format!(
-                "{}[{i}]: the gradient is {}, the slope {slope}",
-                param.key(),
-                grad[i]
-            ));
-        }
-    }
-    let back = Tensor::from_f64(values, param.shape(), s.device).map_err(Into::into);
-    told("set", back.and_then(|v| param.set(v)))
 }
 
 /// Steps of gradient descent with the method's hooks move its parameters and not one bit of the base, unless declared.
@@ -355,7 +324,11 @@ fn training_leaves_the_base_alone() {
         let base = s.run(&s.toy()?)?;
         let before: Vec<_> = values(&toy.network)?;
         let pass = Pass::train(RngKey::new(s.case.seed));
-        same_bits("the same step's loss again", &s.loss(&toy, &pass)?, &s.loss(&toy, &pass)?)?;
+        same_bits(
+            "the same step's loss again",
+            &s.loss(&toy, &pass)?,
+            &s.loss(&toy, &pass)?,
+        )?;
         descend(s, &toy, 3)?;
         if values(&toy.network)? == before {
             return Err("training moved no parameter".to_owned());
@@ -469,8 +442,15 @@ fn disabling_gives_the_base() {
 fn two_adapters_side_by_side() {
     every_method(2, |s| {
         let mut configs = vec![s.config()?];
-        let others: Vec<_> = peft::methods().into_iter().filter(|e| e.id != s.entry.id).collect();
-        for at in RngKey::new(s.case.seed).permutation(others.len()).into_iter().take(3) {
+        let others: Vec<_> = peft::methods()
+            .into_iter()
+            .filter(|e| e.id != s.entry.id)
+            .collect();
+        for at in RngKey::new(s.case.seed)
+            .permutation(others.len())
+            .into_iter()
+            .take(3)
+        {
             configs.push(example(others[at])?);
         }
         configs.iter().try_for_each(|config| {
@@ -520,7 +500,10 @@ fn the_same_on_every_device() {
             return Ok(());
         }
         let device = peft::core::Device::reference();
-        let truth = Subject { device: &device, ..*s };
+        let truth = Subject {
+            device: &device,
+            ..*s
+        };
         let (here, there) = (s.moved("a")?, truth.moved("a")?);
         let here_out = s.run(&here)?;
         let there_out = told("to_device", truth.run(&there)?.to_device(s.device))?;
@@ -542,44 +525,4 @@ fn the_same_on_every_device() {
         }
         Ok(())
     });
-}
-
-fn exported(network: &Network, name: &str) -> Result<BTreeMap<String, Tensor>, String> {
-    told("export", network.export(name)).map(|(_, tensors)| tensors)
-}
-
-fn same_tensors(got: &BTreeMap<String, Tensor>, want: &BTreeMap<String, Tensor>) -> Check {
-    let (got_keys, want_keys): (Vec<_>, Vec<_>) = (got.keys().collect(), want.keys().collect());
-    if got_keys != want_keys {
-        return Err(format!("the keys are {got_keys:?}, not {want_keys:?}"));
-    }
-    want.iter()
-        .try_for_each(|(key, value)| same_bits(key, &got[key], value))
-}
-
-/// All parameters' values.
-fn values(network: &Network) -> Result<Vec<Vec<u64>>, String> {
-    network
-        .parameters()
-        .iter()
-        .map(|p| bits(&p.tensor()).map(|(_, values)| values))
-        .collect()
-}
-
-/// The base's weights, byte by byte as stored.
-fn base_bits(network: &Network) -> Result<BTreeMap<String, Vec<u8>>, String> {
-    network
-        .base()
-        .weights()
-        .iter()
-        .map(|(name, weight)| Ok((name.clone(), stored_bits(weight)?)))
-        .collect()
-}
-
-/// The weights that run, by module.
-fn running_weights(network: &Network) -> Result<BTreeMap<String, Tensor>, String> {
-    let with_weight = network.tree().iter().filter(|(_, m)| m.weight.is_some());
-    with_weight
-        .map(|(id, m)| Ok((m.path.clone(), told(&m.path, network.weight(id))?)))
-        .collect()
 }

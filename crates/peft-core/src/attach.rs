@@ -81,14 +81,14 @@ impl Store {
             Slot::Weight => &info.weight,
             Slot::Bias => &info.bias,
         };
-        let weight = name.as_ref().and_then(|n| base.weight(n));
-        let Some(weight) = weight else {
+        let name = name.as_ref().filter(|n| base.weight(n).is_some());
+        let Some(name) = name else {
             return Err(Error::module(
                 &info.path,
                 format!("has no {} to train", slot.name()),
             ));
         };
-        let param = self.insert(Param::new(key, &stored_values(weight)?, true))?;
+        let param = self.insert(Param::new(key, &base.hf_values(name)?, true))?;
         self.selected.insert((module, slot), param.clone());
         Ok(param)
     }

@@ -131,6 +131,25 @@ impl Base {
         self.weights.get(name)
     }
 
+    /// Whether a parameter is the weight of a Conv1D.
+    pub(crate) fn is_conv1d(&self, name: &str) -> bool {
+        self.tree
+            .iter()
+            .any(|(_, m)| m.kind == ModuleKind::Conv1d && m.weight.as_deref() == Some(name))
+    }
+
+    /// A parameter's values in the layout of HF's class: `[in, out]` for a Conv1D, also where a GGUF file holds the
+    /// transpose; vectors as vectors.
+    pub(crate) fn hf_values(&self, name: &str) -> Result<Tensor> {
+        let weight = self
+            .weight(name)
+            .ok_or_else(|| Error::other(format!("the base model has no parameter {name:?}")))?;
+        if self.is_conv1d(name) {
+            return Ok(weight.to_dense()?.t()?);
+        }
+        crate::attach::stored_values(weight)
+    }
+
     /// Its modules.
     pub fn tree(&self) -> &ModuleTree {
         &self.tree

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use peft_tensor::Tensor;
 
-use crate::attach::{Injector, stored_values};
+use crate::attach::Injector;
 use crate::config::Bias;
 use crate::{Adapter, Call, Error, Init, ModuleId, ModuleKind, Param, PeftMethod, Result, Slot};
 
@@ -54,14 +54,7 @@ fn train_biases(cx: &mut Injector<'_>, first: usize) -> Result<()> {
 
 /// `modules_to_save`, and a fresh classification head, which is useless untrained.
 fn save_modules(cx: &mut Injector<'_>) -> Result<()> {
-    let mut names = cx.common.modules_to_save.clone();
-    if cx.common.trains_head() {
-        let heads = &cx.tree().facts().task_heads;
-        names.retain(|n| heads.contains(n) || !matches!(n.as_str(), "classifier" | "score"));
-        names.extend(heads.iter().cloned());
-        names.sort_unstable();
-        names.dedup();
-    }
+    let names = cx.common.saved_modules(cx.tree());
     for id in cx.tree().subtree("modules_to_save", &names)? {
         let info = cx.tree().info(id);
         for (slot, name) in [(Slot::Weight, &info.weight), (Slot::Bias, &info.bias)] {
@@ -216,9 +209,4 @@ impl Adapter for TokenRows {
             .sub(&base.gather_rows(&positions)?)?;
         Ok(base.add(&change.scatter_rows(&positions, rows)?)?)
     }
-}
-
-/// The stored layout of a base parameter, for full-parameter training.
-pub(crate) fn trainable_base(name: &str, weight: &crate::BaseWeight) -> Result<Param> {
-    Ok(Param::new(name, &stored_values(weight)?, true))
 }

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{Error, Result, Targets, matcher};
+use crate::{Error, ModuleTree, Result, Targets, matcher};
 
 /// Fields shared by methods. A field a method does not have is simply absent from its configuration.
 #[derive(Clone, Debug, Default)]
@@ -134,6 +134,20 @@ impl Common {
             return Err(Error::config("layers_pattern", "needs layers_to_transform"));
         }
         Ok(common)
+    }
+
+    /// `modules_to_save` as it applies to a model: with a classification task its own head, and without the other of
+    /// HF's two usual names.
+    pub(crate) fn saved_modules(&self, tree: &ModuleTree) -> Vec<String> {
+        let mut names = self.modules_to_save.clone();
+        if self.trains_head() {
+            let heads = &tree.facts().task_heads;
+            names.retain(|n| heads.contains(n) || !matches!(n.as_str(), "classifier" | "score"));
+            names.extend(heads.iter().cloned());
+            names.sort_unstable();
+            names.dedup();
+        }
+        names
     }
 
     /// The rank at a module: that of the first pattern it matches, or the default.

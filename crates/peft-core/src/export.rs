@@ -87,6 +87,9 @@ impl Network {
             .iter()
             .filter(|p| !p.is_saved())
             .for_each(|p| drop(saved.remove(p.key())));
+        for (key, param) in self.twins(attached) {
+            saved.insert(key, param.tensor().detach());
+        }
         Ok((attached.config.clone(), saved))
     }
 
@@ -125,9 +128,43 @@ impl Network {
         self.fill(attached, tensors, name)
     }
 
+    /// Keys under which HF saves a stand-in once more: one that serves both sides of a tied pair.
+    fn twins(&self, attached: &Attached) -> Vec<(String, Param)> {
+        let prefix = attached.method.module_prefix();
+        let mut twins = Vec::new();
+        for ((id, slot), param) in &attached.store.selected {
+            let key = format!("{prefix}{}.{}", self.tree().info(*id).path, slot.name());
+            let shared = attached
+                .store
+                .selected
+                .values()
+                .filter(|p| p.key() == param.key())
+                .count()
+                > 1;
+            if shared && key != param.key() {
+                twins.push((key, param.clone()));
+            }
+        }
+        twins
+    }
+
     fn fill(&self, attached: &Attached, mut tensors: Tensors, name: &str) -> Result<()> {
         let (mut missing, mut misshaped) = (Vec::new(), Vec::new());
         let mut values = Vec::new();
+        for (key, param) in self.twins(attached) {
+            let Some(twin) = tensors.remove(&key) else {
+                continue;
+            };
+            if let Some(own) = tensors.get(param.key())
+                && (own.shape() != twin.shape() || own.to_vec()? != twin.to_vec()?)
+            {
+                let detail = format!(
+                    "{key} and {} are tied, but their values differ",
+                    param.key()
+                );
+                return Err(Error::config("ensure_weight_tying", detail));
+            }
+        }
         for param in attached.store.params.iter().filter(|p| p.is_saved()) {
             match tensors.remove(param.key()) {
                 None => missing.push(param.key().to_owned()),

@@ -35,7 +35,7 @@ pub use merge::Merged;
 pub use method::{Adapter, PeftMethod, Prefix, PrefixCx, PromptCx, Selected};
 pub use network::Network;
 pub use param::{Init, Param, Tensors};
-pub use registry::{Family, MethodEntry, Parsed, entry_for, methods, parse_fields};
+pub use registry::{Family, MethodEntry, Parsed, entry_for, known_fields, methods, parse_fields};
 pub use tree::{ModelFacts, ModuleId, ModuleInfo, ModuleKind, ModuleTree, Site};
 
 pub use inventory;

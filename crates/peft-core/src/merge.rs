@@ -5,8 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use peft_tensor::{BaseWeight, Tensor, no_grad};
 
 use crate::attach::{Slot, stored_values};
-use crate::call::fold_weight;
-use crate::{Error, ModuleId, ModuleKind, Network, Result};
+use crate::{Error, ModuleId, Network, Result};
 
 /// A module after the merge.
 #[derive(Clone)]
@@ -58,30 +57,26 @@ impl Network {
         let mut out = Merged::default();
         if let Some(weight) = weight {
             let replaced = self.selected.get(&(id, Slot::Weight));
-            let before = match replaced {
-                Some(param) => BaseWeight::dense(param.tensor().detach(), weight.is_transposed()),
-                None => weight.clone(),
-            };
-            if !stack.is_empty() {
+            if replaced.is_some() || !stack.is_empty() {
+                let mut merged = match replaced {
+                    Some(param) => self.stand_in(id, param).to_dense()?.detach(),
+                    None => weight.to_dense()?,
+                };
                 for stacked in stack {
-                    let probe = before.to_dense()?;
-                    if stacked.adapter.weight(&probe)?.is_none() {
+                    merged = stacked.adapter.weight(&merged)?.ok_or_else(|| {
                         let detail = format!(
                             "adapter {:?} wraps it and cannot be merged into its weight",
                             stacked.name
                         );
-                        return Err(Error::module(&info.path, detail));
-                    }
+                        Error::module(&info.path, detail)
+                    })?;
                 }
-                let merged = fold_weight(stack, before.to_dense()?)?;
                 finite(&info.path, &merged)?;
                 out.weight = Some(if weight.is_transposed() {
                     merged.t()?
                 } else {
                     merged
                 });
-            } else if replaced.is_some() {
-                out.weight = Some(stored_values(&before)?);
             }
         } else if let Some(stacked) = stack.first() {
             let detail = format!(
@@ -143,7 +138,7 @@ impl Network {
             let change = self.merged(id, weight.as_ref(), bias.as_ref())?;
             let Some(weight) = weight else { continue };
             let weight = match change.weight {
-                Some(values) => BaseWeight::dense(values, info.kind == ModuleKind::Conv1d),
+                Some(values) => BaseWeight::dense(values, weight.is_transposed()),
                 None => weight,
             };
             merged.insert(

@@ -248,9 +248,10 @@ impl Network {
         if !self.adapters.is_empty() {
             return Err(Error::other("full-parameter training takes no adapter"));
         }
-        for (name, weight) in self.base.weights() {
+        for name in self.base.weights().keys() {
+            let value = self.base.hf_values(name)?;
             self.base_params
-                .insert(name.clone(), builtin::trainable_base(name, weight)?);
+                .insert(name.clone(), Param::new(name, &value, true));
         }
         Ok(())
     }
@@ -303,7 +304,7 @@ impl Network {
             .weight(name)
             .ok_or_else(|| Error::other(format!("the base model has no parameter {name:?}")))?;
         Ok(match self.base_params.get(name) {
-            Some(param) => BaseWeight::dense(param.tensor(), weight.is_transposed()),
+            Some(param) => BaseWeight::dense(param.tensor(), self.base.is_conv1d(name)),
             None => weight.clone(),
         })
     }
@@ -336,12 +337,17 @@ impl Network {
             return Ok(None);
         };
         match self.selected.get(&(id, Slot::Weight)) {
-            Some(param) => Ok(Some(BaseWeight::dense(
-                param.tensor(),
-                info.kind == ModuleKind::Conv1d,
-            ))),
+            Some(param) => Ok(Some(self.stand_in(id, param))),
             None => self.base_weight(name).map(Some),
         }
+    }
+
+    /// A trained weight in a module's place. It is kept in the layout of HF's class, whatever the checkpoint's.
+    pub(crate) fn stand_in(&self, id: ModuleId, param: &Param) -> BaseWeight {
+        BaseWeight::dense(
+            param.tensor(),
+            self.tree().info(id).kind == ModuleKind::Conv1d,
+        )
     }
 
     pub(crate) fn bias_of(&self, id: ModuleId) -> Result<Option<Tensor>> {

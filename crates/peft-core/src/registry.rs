@@ -132,6 +132,43 @@ pub fn entry_for(config: &Value) -> Result<&'static MethodEntry> {
     }
 }
 
+/// The fields a configuration of this kind may have: the method's own and those the core reads for every method.
+///
+/// # Errors
+/// If the configuration means no method.
+pub fn known_fields(config: &Value) -> Result<Vec<String>> {
+    const COMMON: &[&str] = &[
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+    ];
+    let parsed = (entry_for(config)?.parse)(config)?;
+    let own = parsed
+        .fields
+        .as_object()
+        .into_iter()
+        .flat_map(Map::keys)
+        .cloned();
+    let mut all: Vec<String> = COMMON.iter().map(|&f| f.to_owned()).chain(own).collect();
+    all.sort_unstable();
+    all.dedup();
+    Ok(all)
+}
+
 /// Reads a method's own fields, naming the field that is wrong; fields it does not know are left alone.
 ///
 /// # Errors

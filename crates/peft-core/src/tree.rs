@@ -290,12 +290,13 @@ impl ModuleTree {
                 output_head: self.is_head(m),
             })
             .collect();
+        let saved = common.saved_modules(self);
         let spec = MatchSpec {
             targets: targets.as_ref(),
             exclude: common.exclude_modules.as_ref(),
             layers_to_transform: common.layers_to_transform.as_deref(),
             layers_pattern: &common.layers_pattern,
-            modules_to_save: &common.modules_to_save,
+            modules_to_save: &saved,
         };
         let picked = matcher::select(&candidates, &spec)?;
         Ok(picked.into_iter().map(|i| self.site(ModuleId(i))).collect())

@@ -93,9 +93,9 @@ pub struct Summary {
     pub steps: u64,
     /// Values that were trained.
     pub trainable: usize,
-    /// Loss of the first step of this process.
+    /// Loss of the first step.
     pub first_loss: Option<f64>,
-    /// Loss of the last step.
+    /// Loss of the last step; None if a resumed run had none left to do.
     pub last_loss: Option<f64>,
     /// The evaluation before the first step, if there was one.
     pub eval_before: Option<EvalReport>,

@@ -288,9 +288,9 @@ impl TrainConfig {
         }
     }
 
-    /// Dotted names of the fields that make `self` another run than `other`. What only says where and how
-    /// often results are written does not count.
-    pub fn differences(&self, other: &Self) -> Vec<String> {
+    /// Dotted names of the fields that make `self` another run than `written`, the JSON of another configuration as
+    /// read from a file. What only says where and how often results are written does not count.
+    pub fn differences(&self, written: &Value) -> Vec<String> {
         const FREE: &[&str] = &[
             "output",
             "train.eval_every",
@@ -298,10 +298,11 @@ impl TrainConfig {
             "train.save_every",
             "train.keep_checkpoints",
         ];
-        // The configuration is plain data, which always has a JSON form.
-        let json = |config: &Self| serde_json::to_value(config).unwrap_or_default();
+        // Through text, as `written` went: a number may lose its last bit there. Plain data always has that form.
+        let text = serde_json::to_string(self).unwrap_or_default();
+        let own: Value = serde_json::from_str(&text).unwrap_or_default();
         let mut found = Vec::new();
-        keys::compare("", &json(self), &json(other), &mut found);
+        keys::compare("", &own, written, &mut found);
         found.retain(|name| {
             !FREE
                 .iter()

@@ -63,6 +63,7 @@ struct Progress {
     begun: Instant,
     /// Batches of the epoch in progress.
     epoch: Option<(u64, Vec<Vec<usize>>)>,
+    first_loss: Option<f64>,
     eval_before: Option<EvalReport>,
     eval_after: Option<EvalReport>,
 }
@@ -162,10 +163,10 @@ impl<'a> Trainer<'a> {
         if config.train.eval_before && progress.step == 0 {
             progress.eval_before = self.evaluate(0, &mut log, observer)?;
         }
-        let (mut first_loss, mut last_loss) = (None, None);
+        let mut last_loss = None;
         while progress.step < total {
             let report = self.step(&mut progress)?;
-            first_loss = first_loss.or(Some(report.loss));
+            progress.first_loss = progress.first_loss.or(Some(report.loss));
             last_loss = Some(report.loss);
             log.push(&report.to_json()).map_err(io)?;
             observer.step(&report);
@@ -185,7 +186,7 @@ impl<'a> Trainer<'a> {
             output: folder.clone(),
             steps: progress.step,
             trainable,
-            first_loss,
+            first_loss: progress.first_loss,
             last_loss,
             elapsed_s: progress.elapsed(),
             eval_before: progress.eval_before,
@@ -208,6 +209,7 @@ impl<'a> Trainer<'a> {
             earlier: 0.0,
             begun: Instant::now(),
             epoch: None,
+            first_loss: None,
             eval_before: None,
             eval_after: None,
         })

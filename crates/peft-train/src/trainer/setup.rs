@@ -103,7 +103,7 @@ fn task_and_labels(
         _ => {}
     }
     let adapter = match config.init_from()? {
-        Some(folder) => LabelNames::read(Path::new(folder))?,
+        Some(folder) => LabelNames::read(&peft_io::resolve_adapter(folder).map_err(io)?)?,
         None => None,
     };
     let known = match adapter {
@@ -163,6 +163,9 @@ fn attach(config: &TrainConfig, model: &mut Model) -> Result<()> {
         Task::SequenceClassification { .. } => defaults.push(("task_type", json!("SEQ_CLS"))),
         Task::Features => {}
     }
+    if fields.contains_key("peft_type") {
+        check_fields(&fields)?;
+    }
     let Some(folder) = config.init_from()? else {
         fill(&mut fields, defaults);
         return network
@@ -188,6 +191,24 @@ fn attach(config: &TrainConfig, model: &mut Model) -> Result<()> {
     network
         .load(ADAPTER_NAME, &Value::Object(saved), tensors, true)
         .map_err(|e| e.context(format!("adapter.init_from = {}", folder.display())))
+}
+
+/// A field that no part of the method reads is a typing mistake here, though files may have them.
+fn check_fields(fields: &serde_json::Map<String, Value>) -> Result<()> {
+    let known = peft_core::known_fields(&Value::Object(fields.clone()))?;
+    let Some(unknown) = fields.keys().find(|key| !known.contains(key)) else {
+        return Ok(());
+    };
+    let near = peft_core::nearest(unknown, known.iter().map(String::as_str));
+    let hint = if near.is_empty() {
+        format!("known: {}", known.join(", "))
+    } else {
+        format!("nearest: {}", near.join(", "))
+    };
+    Err(Error::config(
+        format!("adapter.{unknown}"),
+        format!("is no field of this method; {hint}"),
+    ))
 }
 
 fn fill(fields: &mut serde_json::Map<String, Value>, defaults: Vec<(&str, Value)>) {

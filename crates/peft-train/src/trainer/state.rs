@@ -8,9 +8,9 @@ use peft_core::{Error, Param, Result, Tensors};
 use peft_io::NamedTensors;
 use peft_tensor::Tensor;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{Progress, Trainer};
-use crate::config::TrainConfig;
 use crate::{EvalReport, io};
 
 /// Start of a checkpoint's name; the step follows.
@@ -23,11 +23,12 @@ struct State {
     version: u32,
     step: u64,
     total_steps: u64,
-    config: TrainConfig,
+    config: Value,
     /// Of the encoded training rows, in hexadecimal.
     data: String,
     optimizer_steps: BTreeMap<String, u64>,
     elapsed_s: f64,
+    first_loss: Option<f64>,
     eval_before: Option<EvalReport>,
     eval_after: Option<EvalReport>,
 }
@@ -62,19 +63,20 @@ pub(super) fn save(
             tensors.insert(format!("hook/{adapter}/{key}"), named(&tensor)?);
         }
     }
+    let config = serde_json::to_value(trainer.config).map_err(unwritable)?;
     let state = State {
         version: VERSION,
         step: progress.step,
         total_steps: trainer.steps().1,
-        config: trainer.config.clone(),
+        config,
         data: format!("{:016x}", trainer.train.fingerprint()),
         optimizer_steps,
         elapsed_s: progress.elapsed(),
+        first_loss: progress.first_loss,
         eval_before: progress.eval_before.clone(),
         eval_after: progress.eval_after.clone(),
     };
-    let json = serde_json::to_value(&state)
-        .map_err(|e| Error::other(format!("cannot write the run's state: {e}")))?;
+    let json = serde_json::to_value(&state).map_err(unwritable)?;
     let name = format!("{PREFIX}{}", progress.step);
     peft_io::write_state(folder, &name, &tensors, &json).map_err(io)?;
     let there = states(folder)?;
@@ -83,6 +85,10 @@ pub(super) fn save(
         peft_io::remove_state(folder, old).map_err(io)?;
     }
     Ok(folder.join(name))
+}
+
+fn unwritable(error: serde_json::Error) -> Error {
+    Error::other(format!("cannot write the run's state: {error}"))
 }
 
 /// Puts a run back to where a checkpoint was made.
@@ -147,6 +153,7 @@ pub(super) fn restore(
         .try_for_each(|(param, value)| param.set(value))?;
     progress.step = state.step;
     progress.earlier = state.elapsed_s;
+    progress.first_loss = state.first_loss;
     progress.eval_before = state.eval_before;
     progress.eval_after = state.eval_after;
     Ok(())

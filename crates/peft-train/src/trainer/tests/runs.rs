@@ -52,6 +52,7 @@ fn a_resumed_run_ends_in_the_same_bytes() {
         assert_eq!(bytes(&out), bytes("whole"));
         assert_eq!(place.metrics(&out), metrics);
         assert!(summary.eval_before.is_some() && summary.eval_after.is_some());
+        assert_eq!(summary.first_loss, metrics[1]["loss"].as_f64());
     }
     // Resuming where there is nothing to resume is a run from the start.
     let config = place.config(&[&sets[..], &["output.dir=DIR/none"]].concat());
