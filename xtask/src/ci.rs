@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use crate::{docs, process, tidy};
 
-type Step = (&'static str, Box<dyn FnOnce(&Path) -> Result<Outcome>>);
+type Action = Box<dyn FnOnce(&Path) -> Result<Outcome>>;
 
 enum Outcome {
     Passed,
@@ -16,7 +16,7 @@ enum Outcome {
 
 /// Runs every step, the later ones too when one fails.
 pub(crate) fn run(root: &Path, no_tests: bool) -> Result<()> {
-    let mut steps: Vec<Step> = vec![
+    let mut steps: Vec<(&str, Action)> = vec![
         ("format", cargo(&["fmt", "--all", "--check"])),
         (
             "docs",
@@ -70,7 +70,7 @@ pub(crate) fn run(root: &Path, no_tests: bool) -> Result<()> {
 }
 
 /// A step that is one cargo command. Documentation tests are part of `cargo test`.
-fn cargo(args: &'static [&'static str]) -> Box<dyn FnOnce(&Path) -> Result<Outcome>> {
+fn cargo(args: &'static [&'static str]) -> Action {
     Box::new(|root| process::run(root, "cargo", args).map(|()| Outcome::Passed))
 }
 

@@ -70,9 +70,9 @@ fn with_declaration(text: &str, name: &str) -> String {
     if lines.contains(&line.as_str()) {
         return text.to_owned();
     }
-    let is_mod = |l: &&str| l.starts_with("pub mod ") && l.ends_with(';');
-    let after = lines.iter().rposition(|l| is_mod(&l) && **l < *line);
-    let before = lines.iter().position(|l| is_mod(&l));
+    let is_mod = |l: &str| l.starts_with("pub mod ") && l.ends_with(';');
+    let after = lines.iter().rposition(|l| is_mod(l) && **l < *line);
+    let before = lines.iter().position(|l| is_mod(l));
     let at = after.map(|i| i + 1).or(before).unwrap_or_else(|| {
         // Behind the head.
         lines

@@ -151,6 +151,15 @@ impl Network {
     fn fill(&self, attached: &Attached, mut tensors: Tensors, name: &str) -> Result<()> {
         let (mut missing, mut misshaped) = (Vec::new(), Vec::new());
         let mut values = Vec::new();
+        // With `bias = "all"` HF's filter, which looks for "bias" anywhere in a key, also takes its wrapper's two copies of
+        // a saved module's bias.
+        for wrapper in [".modules_to_save.", ".original_module."] {
+            let copies = tensors
+                .keys()
+                .filter(|k| tensors.contains_key(&k.replacen(wrapper, ".", 1)));
+            let copies: Vec<String> = copies.filter(|k| k.contains(wrapper)).cloned().collect();
+            copies.iter().for_each(|key| drop(tensors.remove(key)));
+        }
         for (key, param) in self.twins(attached) {
             let Some(twin) = tensors.remove(&key) else {
                 continue;

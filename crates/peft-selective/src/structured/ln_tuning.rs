@@ -10,7 +10,7 @@
 //! `<norm>.ln_tuning_layers.weight [dim]` and, where the norm has one, `<norm>.ln_tuning_layers.bias [dim]`.
 //!
 //! # Defaults and their source
-//! All norms of the model. HF PEFT 0.21 has a table by model type, which names the same for those it has.
+//! HF PEFT 0.21's table by model type; all norms of a model it does not have.
 //!
 //! # Differences from HF
 //! HF wraps any module that is named; here a target that is no norm is an error.
@@ -21,7 +21,7 @@
 use peft_core::serde_json::Value;
 use peft_core::{
     Adapter, Attach, Common, Error, ModuleKind, ModuleTree, PeftMethod, Result, Selected, Site,
-    Slot, register,
+    Slot, Targets, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -53,9 +53,25 @@ impl PeftMethod for LnTuning {
         &[ModuleKind::Norm]
     }
 
+    fn default_targets(&self, tree: &ModuleTree) -> Option<Targets> {
+        let names: &[&str] = match tree.facts().model_type.as_str() {
+            "llama" | "mistral" | "gemma" => {
+                &["input_layernorm", "post_attention_layernorm", "norm"]
+            }
+            "qwen2" | "qwen3" => &["post_attention_layernorm"],
+            "gpt2" => &["ln_1", "ln_2", "ln_f"],
+            "phi" => &["input_layernorm", "final_layernorm"],
+            _ => return None,
+        };
+        Some(Targets::Names(
+            names.iter().map(|&n| n.to_owned()).collect(),
+        ))
+    }
+
     fn sites(&self, tree: &ModuleTree, common: &Common) -> Result<Vec<Site>> {
-        if common.target_modules.is_some() {
-            return tree.matching(common, self.kinds(), None);
+        let defaults = self.default_targets(tree);
+        if common.target_modules.is_some() || defaults.is_some() {
+            return tree.matching(common, self.kinds(), defaults);
         }
         let norms = tree.iter().filter(|(_, m)| m.kind == ModuleKind::Norm);
         let sites: Vec<Site> = norms.map(|(id, _)| tree.site(id)).collect();
