@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use peft_core::{Error, Result, serde_json::Value};
+use peft_core::serde_json::{Value, json};
+use peft_core::{Error, Result};
 use peft_io::{Gguf, MetaValue};
 
 use crate::chat::ChatTemplate;
@@ -41,7 +42,7 @@ impl Tokenizer {
         // Some files keep the lengths of the last training run; lengths are the caller's here.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(tokenizer_error)?;
-        let json = |name: &str| -> Result<Value> {
+        let read = |name: &str| -> Result<Value> {
             let path = folder.join(name);
             if path.is_file() {
                 peft_io::read_json(&path).map_err(io)
@@ -49,8 +50,8 @@ impl Tokenizer {
                 Ok(Value::Null)
             }
         };
-        let config = json("tokenizer_config.json")?;
-        let generation = json("generation_config.json")?;
+        let config = read("tokenizer_config.json")?;
+        let generation = read("generation_config.json")?;
         let separate = folder.join("chat_template.jinja");
         let template = if separate.is_file() {
             Some(peft_io::read_text(&separate).map_err(io)?)
@@ -128,6 +129,35 @@ impl Tokenizer {
             template,
             specials,
         })
+    }
+
+    /// `tokenizer.json` and `tokenizer_config.json` that make the same tokenizer in a Hugging Face folder: for one that
+    /// came out of a GGUF.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer says.
+    pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
+        if let Some(map) = config.as_object_mut() {
+            map.extend(
+                self.specials
+                    .iter()
+                    .map(|(name, text)| (name.clone(), json!(text))),
+            );
+            map.extend(
+                self.template
+                    .iter()
+                    .map(|t| ("chat_template".to_owned(), json!(t))),
+            );
+        }
+        let text = self.inner.to_string(false).map_err(tokenizer_error)?;
+        Ok(vec![
+            ("tokenizer.json", text.into_bytes()),
+            (
+                "tokenizer_config.json",
+                format!("{config:#}\n").into_bytes(),
+            ),
+        ])
     }
 
     /// Tokens of a text, with the special tokens (BOS, `[CLS]`, ...) the tokenizer adds.

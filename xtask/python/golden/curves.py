@@ -58,7 +58,7 @@ def curves():
                 padded=True, hyper={"schedule": "linear", "gradient_accumulation": 2, "batch_size": 2, "max_grad_norm": 1.0,
                                     "learning_rate": 2e-2})
     yield Curve("qwen2-warmup", "qwen2", 2006, lora(r=3, lora_alpha=6, target_modules=["q_proj", "gate_proj"], bias="lora_only"), hyper={
-        "schedule": "constant", "warmup_steps": 5, "weight_decay": 0.1, "learning_rate": 1e-2})
+        "schedule": "constant_with_warmup", "warmup_steps": 5, "weight_decay": 0.1, "learning_rate": 1e-2})
 
 
 def rows_of(curve, vocab, count):

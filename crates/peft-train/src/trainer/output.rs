@@ -102,7 +102,15 @@ fn side_files(config: &TrainConfig, model: &Model) -> Result<Vec<(String, Vec<u8
     let given = Path::new(&config.model.path);
     let folder = model.folder().or_else(|| given.is_dir().then_some(given));
     let Some(folder) = folder else {
-        return Ok(Vec::new());
+        // A GGUF has its tokenizer inside; without one there is nothing to write.
+        let Ok(tokenizer) = model.tokenizer() else {
+            return Ok(Vec::new());
+        };
+        return Ok(tokenizer
+            .files()?
+            .into_iter()
+            .map(|(name, bytes)| (name.to_owned(), bytes))
+            .collect());
     };
     let there = SIDE_FILES.iter().filter(|name| folder.join(name).is_file());
     there

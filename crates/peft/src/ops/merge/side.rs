@@ -2,6 +2,7 @@
 
 use peft_core::Result;
 use peft_io::{SIDE_FILES, StreamWriter, read_bytes};
+use peft_models::Tokenizer;
 
 use crate::ops::Subject;
 
@@ -11,16 +12,25 @@ pub(super) fn add(
     subject: &Subject,
     notes: &mut Vec<String>,
 ) -> Result<Vec<String>> {
-    if subject.checkpoint.gguf().is_some() {
-        notes.push("the tokenizer of a GGUF is not written yet".to_owned());
-        return Ok(Vec::new());
+    let mut added = Vec::new();
+    if let Some(gguf) = subject.checkpoint.gguf() {
+        // A model whose tokenizer we do not know can still be merged.
+        match Tokenizer::from_gguf(gguf).and_then(|t| t.files()) {
+            Ok(files) => {
+                for (name, bytes) in files {
+                    writer.add_file(name, &bytes)?;
+                    added.push(name.to_owned());
+                }
+            }
+            Err(e) => notes.push(format!("no tokenizer is written: {e}")),
+        }
+        return Ok(added);
     }
     let folder = if subject.path.is_dir() {
         Some(subject.path.as_path())
     } else {
         subject.path.parent()
     };
-    let mut added = Vec::new();
     for &name in SIDE_FILES {
         let Some(path) = folder.map(|f| f.join(name)).filter(|p| p.is_file()) else {
             continue;
