@@ -283,12 +283,6 @@ fn training_curves() {
         let out = told("a folder", tempfile::tempdir())?;
         let path = |p: &Path| p.display().to_string();
         let model = facts["model"].as_str().ok_or("train.json names no model")?;
-        // transformers' `constant` leaves warm-up out, ours is its `constant_with_warmup`.
-        let warmup = if facts["schedule"] == "constant" {
-            &value!(0)
-        } else {
-            &facts["warmup_steps"]
-        };
         let config = value!({
             "model": {"path": path(&root().join("models").join(model))},
             "adapter": {"init_from": path(&folder.join("adapter_init"))},
@@ -298,7 +292,7 @@ fn training_curves() {
                 "gradient_accumulation": facts["gradient_accumulation"],
                 "learning_rate": facts["learning_rate"], "weight_decay": facts["weight_decay"],
                 "betas": facts["betas"], "eps": facts["eps"], "schedule": facts["schedule"],
-                "warmup_steps": warmup, "max_grad_norm": facts["max_grad_norm"],
+                "warmup_steps": facts["warmup_steps"], "max_grad_norm": facts["max_grad_norm"],
             },
             "output": {"dir": path(&out.path().join("run"))},
         });

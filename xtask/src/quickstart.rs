@@ -5,7 +5,7 @@
 //!
 //! - train.jsonl and eval.jsonl: clearly positive and clearly negative movie snippets as prompt and completion;
 //! - a byte-level BPE tokenizer;
-//! - base/: a Llama of 1.4 million parameters, trained from random weights as examples/quickstart/pretrain.toml says.
+//! - base/: a Llama of 1.3 million parameters, trained from random weights as examples/quickstart/pretrain.toml says.
 //!
 //! The base sees text alone, never a rating, and none of the snippets in eval.jsonl.
 
@@ -86,7 +86,7 @@ fn prepare(root: &Path, corpus: &corpus::Corpus) -> Result<()> {
     Ok(())
 }
 
-/// A small Llama: four layers of width 128, eight positions' worth of reviews long, input and output embedding tied.
+/// A small Llama: four layers of width 128, input and output embedding tied.
 fn model_config() -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"],

@@ -22,6 +22,7 @@ mod method;
 mod network;
 mod param;
 mod registry;
+mod run;
 mod tree;
 
 pub use attach::{Attach, Injector, Slot};

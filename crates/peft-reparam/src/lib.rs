@@ -52,5 +52,6 @@
 
 mod init;
 pub mod low_rank;
+mod tied;
 
 pub use peft_core as core;

@@ -55,3 +55,32 @@ pub(super) fn config() -> Value {
         "clean_up_tokenization_spaces": false
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_text_comes_back_and_frequent_words_are_one_token() {
+        let texts: Vec<String> = (0..20).map(|i| format!("the film number {i}")).collect();
+        let json = train(&texts, 300).unwrap();
+        let tokenizer = tokenizers::Tokenizer::from_bytes(json.as_bytes()).unwrap();
+        assert_eq!(tokenizer.token_to_id(END), Some(0));
+        assert!(tokenizer.get_vocab_size(true) <= 300);
+        for text in [
+            "the film",
+            " Ünseen – words\n\t🎬",
+            "Review: x\nSentiment: positive",
+        ] {
+            let encoding = tokenizer.encode(text, true).unwrap();
+            assert_eq!(tokenizer.decode(encoding.get_ids(), true).unwrap(), text);
+        }
+        assert_eq!(
+            tokenizer.encode("the film", false).unwrap().get_tokens(),
+            ["the", "Ġfilm"]
+        );
+        let longer = train(&texts, 280).unwrap();
+        assert_ne!(json, longer);
+        assert_eq!(json, train(&texts, 300).unwrap());
+    }
+}

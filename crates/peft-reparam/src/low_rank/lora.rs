@@ -21,10 +21,9 @@
 //! A tied embedding adapted on one side merges into that side alone; `ensure_weight_tying` adapts both by one pair.
 //!
 //! # Limits
-//! The starts `eva`, `corda`, `loftq`, `lora_ga` and `mica`, and the options `layer_replication` and
-//! `target_parameters`, are refused by name.
+//! The starts `eva`, `corda`, `loftq`, `lora_ga`, `mica` and HF's variants of LoRA are refused by name.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
@@ -34,6 +33,7 @@ use peft_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::init::{self, Shape};
+use crate::tied::TiedPair;
 
 /// LoRA's fields of `adapter_config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -58,9 +58,8 @@ pub struct Lora {
     /// HF's other fields, kept for the file.
     #[serde(flatten)]
     pub others: Map<String, Value>,
-    /// Path of the tied head, once attached.
     #[serde(skip)]
-    tied: OnceLock<(String, String)>,
+    tied: TiedPair,
 }
 
 impl Default for Lora {
@@ -84,7 +83,7 @@ impl Default for Lora {
             fan_in_fan_out: false,
             ensure_weight_tying: false,
             others: others.as_object().cloned().unwrap_or_default(),
-            tied: OnceLock::new(),
+            tied: TiedPair::default(),
         }
     }
 }
@@ -101,41 +100,22 @@ register!(
 );
 
 /// Options that change what the file means; taking them silently would load something else than was trained.
-const REFUSED: &[&str] = &[
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "velora_config",
-    "megatron_config",
-];
+const REFUSED: &str = "use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config kasa_config \
+    layer_replication monteclora_config target_parameters velora_config megatron_config";
 
 impl Lora {
     fn check(&self) -> Result<()> {
-        let set =
-            |v: &Value| !(v.is_null() || *v == json!(false) || *v == json!([]) || *v == json!({}));
-        if let Some(field) = REFUSED
-            .iter()
-            .find(|f| self.others.get(**f).is_some_and(set))
-        {
-            return Err(Error::config(
-                *field,
-                "is a variant of LoRA that this build does not have",
-            ));
+        let wrong = |field: &str, detail: &str| Err(Error::config(field, detail));
+        let unset = |v: &Value| [json!(null), json!(false), json!([]), json!({})].contains(v);
+        let set = |field: &&str| self.others.get(*field).is_some_and(|v| !unset(v));
+        if let Some(field) = REFUSED.split_whitespace().find(set) {
+            return wrong(field, "is a variant of LoRA that this build does not have");
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Err(Error::config(
-                "lora_dropout",
-                format!("{} is not in [0, 1)", self.lora_dropout),
-            ));
+            return wrong("lora_dropout", "has to be in [0, 1)");
         }
         if !self.lora_alpha.is_finite() {
-            return Err(Error::config("lora_alpha", "has to be a number"));
+            return wrong("lora_alpha", "has to be a number");
         }
         Ok(())
     }
@@ -180,7 +160,7 @@ impl PeftMethod for Lora {
             Ok(Box::new(at))
         })?;
         if let Some(head) = shared {
-            let _ = self.tied.set((input.path.clone(), output.path.clone()));
+            self.tied.set(&input.path, &output.path);
             cx.place(output, Arc::new(head), true);
         }
         Ok(())
@@ -190,28 +170,12 @@ impl PeftMethod for Lora {
         Ok(Box::new(self.at(site, cx)?))
     }
 
-    /// HF keeps the tied head's matrices, which are the embedding's transposed, under keys of their own.
-    fn save(&self, mut params: Tensors) -> Result<Tensors> {
-        if let Some((input, output)) = self.tied.get() {
-            for (from, to) in [
-                ("lora_embedding_B", "lora_A.weight"),
-                ("lora_embedding_A", "lora_B.weight"),
-            ] {
-                if let Some(value) = params.get(&format!("base_model.model.{input}.{from}")) {
-                    let value = value.t()?;
-                    params.insert(format!("base_model.model.{output}.{to}"), value);
-                }
-            }
-        }
-        Ok(params)
+    fn save(&self, params: Tensors) -> Result<Tensors> {
+        self.tied.save(params)
     }
 
-    fn load(&self, mut params: Tensors) -> Result<Tensors> {
-        if let Some((_, output)) = self.tied.get() {
-            params.remove(&format!("base_model.model.{output}.lora_A.weight"));
-            params.remove(&format!("base_model.model.{output}.lora_B.weight"));
-        }
-        Ok(params)
+    fn load(&self, params: Tensors) -> Result<Tensors> {
+        Ok(self.tied.load(params))
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &peft_core::ModuleTree) {
@@ -382,20 +346,17 @@ mod tests {
     /// x = (1, 1): W x = (3, 7); A x = 3; B A x = (3, 6); s = 4 / 1.
     #[test]
     fn by_hand() {
-        for (rslora, r, scale) in [(false, 1, 4.0), (true, 1, 4.0)] {
-            let network = network(
-                json!({"peft_type": "LORA", "r": r, "lora_alpha": 4, "use_rslora": rslora, "target_modules": ["fc"]}),
-            );
-            set(&network, "lora_A.weight", array![[1.0, 2.0]]);
-            set(&network, "lora_B.weight", array![[1.0], [2.0]]);
-            let x = Tensor::from_vec(vec![1.0, 1.0], &[1, 2], network.device()).expect("a tensor");
-            let y = network
-                .run("fc", &x, &Pass::eval())
-                .expect("runs")
-                .to_vec()
-                .expect("values");
-            assert_eq!(y, [3.0 + scale * 3.0, 7.0 + scale * 6.0]);
-        }
+        let config =
+            json!({"peft_type": "LORA", "r": 1, "lora_alpha": 4, "target_modules": ["fc"]});
+        let network = network(config);
+        set(&network, "lora_A.weight", array![[1.0, 2.0]]);
+        set(&network, "lora_B.weight", array![[1.0], [2.0]]);
+        let x = Tensor::from_vec(vec![1.0, 1.0], &[1, 2], network.device()).expect("a tensor");
+        let y = network.run("fc", &x, &Pass::eval()).expect("runs");
+        assert_eq!(
+            y.to_vec().expect("values"),
+            [3.0 + 4.0 * 3.0, 7.0 + 4.0 * 6.0]
+        );
     }
 
     /// rsLoRA at rank 4 scales by alpha / 2, LoRA by alpha / 4.
