@@ -147,7 +147,7 @@ fn places(files: &[String], methods: &[&MethodEntry]) -> Vec<String> {
 }
 
 /// The `//!` head of a method's file.
-struct Head {
+pub(crate) struct Head {
     /// Its first line.
     summary: String,
     /// What follows before the first heading.
@@ -157,7 +157,7 @@ struct Head {
 }
 
 impl Head {
-    fn read(file: &str, code: &str) -> Result<Self> {
+    pub(crate) fn read(file: &str, code: &str) -> Result<Self> {
         let lines: Vec<&str> = code
             .lines()
             .map_while(|line| line.strip_prefix("//!"))
@@ -239,7 +239,7 @@ fn yes(fact: bool) -> &'static str {
     if fact { "yes" } else { "no" }
 }
 
-fn page(entry: &MethodEntry, head: &Head) -> String {
+pub(crate) fn page(entry: &MethodEntry, head: &Head) -> String {
     let mut text = format!(
         "{MADE_BY}\n\n# {}\n\n{}\n",
         entry.title,

@@ -42,7 +42,9 @@ register!(
 
 impl PeftMethod for OutputScale {
     fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
-        Ok(Box::new(Scale { factors: cx.param("output_scale", &[site.out_features], &Init::Constant(1.0))? }))
+        Ok(Box::new(Scale {
+            factors: cx.param("output_scale", &[site.out_features], &Init::Constant(1.0))?,
+        }))
     }
 }
 
