@@ -230,6 +230,7 @@ trait Injection {
     fn base(&self) -> &Base;
     fn common(&self) -> &Common;
     fn store(&mut self) -> &mut Store;
+    fn select(&mut self, module: ModuleId, slot: Slot, key: String) -> Result<Param>;
     fn key(&self) -> RngKey;
     fn scope(&self) -> &str;
 }
@@ -243,6 +244,9 @@ impl Injection for Injector<'_> {
     }
     fn store(&mut self) -> &mut Store {
         self.store
+    }
+    fn select(&mut self, module: ModuleId, slot: Slot, key: String) -> Result<Param> {
+        self.store.select(self.base, module, slot, key)
     }
     fn key(&self) -> RngKey {
         self.key
@@ -335,8 +339,7 @@ impl Attach<'_> {
             self.cx.scope(),
             self.site.path
         );
-        let base = self.cx.base().clone();
-        self.cx.store().select(&base, id, slot, key)
+        self.cx.select(id, slot, key)
     }
 
     /// Whether this module has that parameter.

@@ -178,7 +178,7 @@ impl Network {
     }
 
     /// Makes exactly these adapters act, innermost first; none = the base model. Which parameters are trainable does
-    /// not change.
+    /// not change. Where two replace the same base parameter, the later one counts.
     ///
     /// # Errors
     /// If one is not attached, or the model is merged.
