@@ -41,6 +41,8 @@
 //! ```
 
 pub mod adapters;
+mod model_fields;
 pub mod soft_prompts;
 
+pub use model_fields::ModelFields;
 pub use peft_core as core;

@@ -28,6 +28,8 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::ModelFields;
+
 /// Prefix tuning's fields of `adapter_config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]
@@ -40,14 +42,9 @@ pub struct PrefixTuning {
     pub encoder_hidden_size: Option<usize>,
     /// None (normal) or `zero`.
     pub init_weights: Option<String>,
-    /// Width of a layer's keys; the model's.
-    pub token_dim: Option<usize>,
-    /// Layers; the model's.
-    pub num_layers: Option<usize>,
-    /// Key heads, for the file.
-    pub num_attention_heads: Option<usize>,
-    /// 1; 2 for encoder-decoders.
-    pub num_transformer_submodules: Option<usize>,
+    /// What HF fills in from the model.
+    #[serde(flatten)]
+    pub model: ModelFields,
     /// HF's other fields, kept for the file.
     #[serde(flatten)]
     pub others: Map<String, Value>,
@@ -60,10 +57,7 @@ impl Default for PrefixTuning {
             prefix_projection: false,
             encoder_hidden_size: None,
             init_weights: None,
-            token_dim: None,
-            num_layers: None,
-            num_attention_heads: None,
-            num_transformer_submodules: None,
+            model: ModelFields::default(),
             others: [("modules_to_save".to_owned(), Value::Null)]
                 .into_iter()
                 .collect(),
@@ -113,12 +107,7 @@ impl PeftMethod for PrefixTuning {
                 "the model has no attention layers to put a prefix in",
             ));
         }
-        if self.token_dim.is_some_and(|dim| dim != kv) {
-            return Err(Error::config(
-                "token_dim",
-                format!("the model's keys are {kv} wide"),
-            ));
-        }
+        self.model.check(kv)?;
         let init = match self.init_weights.as_deref() {
             None => Init::Normal { std: 1.0 },
             Some("zero") => Init::Zeros,
@@ -177,10 +166,7 @@ impl PeftMethod for PrefixTuning {
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {
         let facts = tree.facts();
         let kv = facts.num_kv_heads * facts.head_dim;
-        config.insert("token_dim".to_owned(), json!(kv));
-        config.insert("num_layers".to_owned(), json!(facts.num_layers));
-        config.insert("num_attention_heads".to_owned(), json!(facts.num_kv_heads));
-        config.insert("num_transformer_submodules".to_owned(), json!(1));
+        ModelFields::write(config, facts, kv, facts.num_kv_heads);
         config.insert(
             "encoder_hidden_size".to_owned(),
             json!(self.encoder_hidden_size.unwrap_or(kv)),

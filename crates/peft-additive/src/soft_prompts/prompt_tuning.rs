@@ -27,6 +27,8 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::ModelFields;
+
 /// Prompt tuning's fields of `adapter_config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]
@@ -35,14 +37,9 @@ pub struct PromptTuning {
     pub num_virtual_tokens: usize,
     /// `RANDOM` or `SAMPLE_VOCAB`.
     pub prompt_tuning_init: String,
-    /// Width of a token; the model's.
-    pub token_dim: Option<usize>,
-    /// Layers of the model, for the file.
-    pub num_layers: Option<usize>,
-    /// Heads of the model, for the file.
-    pub num_attention_heads: Option<usize>,
-    /// 1; 2 for encoder-decoders.
-    pub num_transformer_submodules: Option<usize>,
+    /// What HF fills in from the model.
+    #[serde(flatten)]
+    pub model: ModelFields,
     /// HF's other fields, kept for the file.
     #[serde(flatten)]
     pub others: Map<String, Value>,
@@ -57,10 +54,7 @@ impl Default for PromptTuning {
         Self {
             num_virtual_tokens: 8,
             prompt_tuning_init: "RANDOM".to_owned(),
-            token_dim: None,
-            num_layers: None,
-            num_attention_heads: None,
-            num_transformer_submodules: None,
+            model: ModelFields::default(),
             others: others.as_object().cloned().unwrap_or_default(),
         }
     }
@@ -90,12 +84,7 @@ impl PeftMethod for PromptTuning {
         if count == 0 {
             return Err(Error::config("num_virtual_tokens", "has to be at least 1"));
         }
-        if self.token_dim.is_some_and(|dim| dim != hidden) {
-            return Err(Error::config(
-                "token_dim",
-                format!("the model's tokens are {hidden} wide"),
-            ));
-        }
+        self.model.check(hidden)?;
         let init = match self.prompt_tuning_init.as_str() {
             "RANDOM" => Init::Normal { std: 1.0 },
             "SAMPLE_VOCAB" => {
@@ -129,10 +118,7 @@ impl PeftMethod for PromptTuning {
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {
         let facts = tree.facts();
-        config.insert("token_dim".to_owned(), json!(facts.hidden_size));
-        config.insert("num_layers".to_owned(), json!(facts.num_layers));
-        config.insert("num_attention_heads".to_owned(), json!(facts.num_heads));
-        config.insert("num_transformer_submodules".to_owned(), json!(1));
+        ModelFields::write(config, facts, facts.hidden_size, facts.num_heads);
     }
 }
 

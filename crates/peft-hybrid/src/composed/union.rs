@@ -56,6 +56,18 @@ fn scope(member: usize) -> String {
     format!("members.{member}.")
 }
 
+/// Takes the keys behind `scope` out, as the member knows them.
+fn taken(all: &mut Tensors, scope: &str) -> Tensors {
+    let keys: Vec<String> = all
+        .keys()
+        .filter(|k| k.starts_with(scope))
+        .cloned()
+        .collect();
+    keys.into_iter()
+        .filter_map(|k| Some((k[scope.len()..].to_owned(), all.remove(&k)?)))
+        .collect()
+}
+
 impl Union {
     fn methods(&self) -> &[Box<dyn PeftMethod>] {
         self.attached.get().map_or(&[], Vec::as_slice)
@@ -70,15 +82,7 @@ impl Union {
         let mut out = Tensors::new();
         for (i, method) in self.methods().iter().enumerate() {
             let scope = scope(i);
-            let own: Vec<String> = all
-                .keys()
-                .filter(|k| k.starts_with(&scope))
-                .cloned()
-                .collect();
-            let own = own
-                .into_iter()
-                .filter_map(|k| Some((k[scope.len()..].to_owned(), all.remove(&k)?)))
-                .collect();
+            let own = taken(&mut all, &scope);
             out.extend(
                 f(&**method, own)?
                     .into_iter()
@@ -185,15 +189,7 @@ impl TrainHooks for All {
     fn restore(&mut self, mut state: Tensors) -> Result<()> {
         for (i, hooks) in self.0.iter_mut().enumerate() {
             let scope = scope(i);
-            let own: Vec<String> = state
-                .keys()
-                .filter(|k| k.starts_with(&scope))
-                .cloned()
-                .collect();
-            let own = own
-                .into_iter()
-                .filter_map(|k| Some((k[scope.len()..].to_owned(), state.remove(&k)?)))
-                .collect();
+            let own = taken(&mut state, &scope);
             hooks.restore(own)?;
         }
         Ok(())
