@@ -167,9 +167,9 @@ pub(crate) struct Inspect {
     /// What an adapter of this configuration would change
     #[arg(long, value_name = "ADAPTER_CONFIG", conflicts_with = "adapter")]
     pub(crate) config: Option<PathBuf>,
-    /// What these targets match: names, separated by commas, a regular expression, or all-linear
-    #[arg(long, value_name = "TARGETS", conflicts_with_all = ["adapter", "config"])]
-    pub(crate) target_modules: Option<String>,
+    /// What these targets match: names, separated by spaces or commas, a regular expression, or all-linear
+    #[arg(long, value_name = "TARGETS", num_args = 1.., conflicts_with_all = ["adapter", "config"])]
+    pub(crate) target_modules: Option<Vec<String>>,
     /// Modules to leave alone, written the same way
     #[arg(long, value_name = "TARGETS", requires = "target_modules")]
     pub(crate) exclude_modules: Option<String>,

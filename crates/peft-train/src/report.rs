@@ -93,6 +93,8 @@ pub struct Summary {
     pub steps: u64,
     /// Values that were trained.
     pub trainable: usize,
+    /// Whether the model tells classes apart rather than predict text.
+    pub classifier: bool,
     /// Loss of the first step.
     pub first_loss: Option<f64>,
     /// Loss of the last step; None if a resumed run had none left to do.

@@ -41,7 +41,7 @@ fn open(args: &Inspect) -> Result<(Subject, Option<Vec<String>>), Failure> {
     let model = &args.subject.model;
     let config = match (&args.config, &args.target_modules) {
         (Some(path), _) => crate::config::read(path, &args.set)?,
-        (None, Some(targets)) => from_targets(args, targets)?,
+        (None, Some(targets)) => from_targets(args, &targets.join(","))?,
         (None, None) => {
             let (subject, _) = Subject::with_adapters(model, &args.subject.adapter, true)?;
             return Ok((subject, None));

@@ -133,12 +133,7 @@ fn next_commands(config: &TrainConfig, summary: &Summary, out: &Out) {
             shell_word(&data.display().to_string())
         ));
     }
-    // A perplexity says that the model predicts text, which a classifier does not.
-    let classifier = summary
-        .eval_after
-        .as_ref()
-        .is_some_and(|e| e.perplexity.is_none());
-    if !classifier {
+    if !summary.classifier {
         let (prompt, raw) = example_prompt(config);
         let raw = if raw { " --raw" } else { "" };
         out.note(&format!(

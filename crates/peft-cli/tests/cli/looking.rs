@@ -105,6 +105,13 @@ fn inspect_shows_an_adapter_and_what_one_would_change() {
         .map(|i| format!("model.layers.{i}.self_attn.v_proj"))
         .collect::<Vec<_>>();
     assert_eq!(adapted(&matched), layers);
+    let with = |targets: &[&str]| {
+        let llama = model("llama");
+        let fixed = ["inspect", "--json", "--model", &llama, "--target-modules"];
+        adapted(&peft(fixed.iter().chain(targets).copied()).json()).len()
+    };
+    assert_eq!(with(&["q_proj", "v_proj"]), 6);
+    assert_eq!(with(&["q_proj,v_proj"]), 6);
     let regex = peft([
         "inspect",
         "--json",

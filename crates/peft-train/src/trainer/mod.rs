@@ -186,6 +186,7 @@ impl<'a> Trainer<'a> {
             output: folder.clone(),
             steps: progress.step,
             trainable,
+            classifier: self.labels.is_some(),
             first_loss: progress.first_loss,
             last_loss,
             elapsed_s: progress.elapsed(),
