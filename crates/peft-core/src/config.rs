@@ -36,6 +36,9 @@ pub struct Common {
     pub inference_mode: bool,
 }
 
+/// The two usual names of a classification head, which HF adds to `modules_to_save`; a model has one at most.
+pub(crate) const HF_HEADS: [&str; 2] = ["classifier", "score"];
+
 /// `bias` of HF's tuners.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Bias {
@@ -142,7 +145,7 @@ impl Common {
         let mut names = self.modules_to_save.clone();
         if self.trains_head() {
             let heads = &tree.facts().task_heads;
-            names.retain(|n| heads.contains(n) || !matches!(n.as_str(), "classifier" | "score"));
+            names.retain(|n| heads.contains(n) || !HF_HEADS.contains(&n.as_str()));
             names.extend(heads.iter().cloned());
             names.sort_unstable();
             names.dedup();

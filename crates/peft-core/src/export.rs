@@ -4,8 +4,9 @@ use peft_tensor::no_grad;
 use serde_json::{Map, Value, json};
 
 use crate::attach::{Slot, Store};
+use crate::config::HF_HEADS;
 use crate::network::Attached;
-use crate::{Error, MethodEntry, Network, Param, Parsed, Result, Tensors};
+use crate::{Common, Error, MethodEntry, Network, Param, Parsed, Result, Tensors};
 
 /// The version of HF PEFT whose files these are.
 const PEFT_VERSION: &str = "0.21.2";
@@ -17,6 +18,7 @@ impl Network {
         &self,
         entry: &MethodEntry,
         parsed: &Parsed,
+        common: &Common,
         given: &Value,
         store: &Store,
     ) -> Value {
@@ -51,19 +53,16 @@ impl Network {
         {
             out.insert("target_modules".to_owned(), json!(paths));
         }
-        let heads = ["classifier", "score"].map(Value::from);
-        let trains_head = matches!(out["task_type"].as_str(), Some("SEQ_CLS" | "TOKEN_CLS"));
-        if trains_head && out.contains_key("modules_to_save") {
+        if common.trains_head() && out.contains_key("modules_to_save") {
             let mut names = out["modules_to_save"]
                 .as_array()
                 .cloned()
                 .unwrap_or_default();
-            names.extend(
-                heads
-                    .into_iter()
-                    .filter(|h| !names.contains(h))
-                    .collect::<Vec<_>>(),
-            );
+            for head in HF_HEADS.map(Value::from) {
+                if !names.contains(&head) {
+                    names.push(head);
+                }
+            }
             out.insert("modules_to_save".to_owned(), Value::Array(names));
         }
         parsed.method.finish_config(&mut out, self.tree());

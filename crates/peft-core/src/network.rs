@@ -131,7 +131,7 @@ impl Network {
                 "has nothing to train on this model",
             ));
         }
-        let config = self.saved_config(entry, &parsed, config, &store);
+        let config = self.saved_config(entry, &parsed, &common, config, &store);
         Ok(Attached {
             name: name.to_owned(),
             entry,

@@ -270,12 +270,10 @@ impl ModuleTree {
     ) -> Result<Vec<Site>> {
         let targets = common.target_modules.clone().or(defaults);
         if targets.is_none() {
-            let known = matcher::default_targets(&self.facts.model_type).is_some();
-            debug_assert!(!known, "defaults are the caller's to look up");
             return Err(Error::config(
                 "target_modules",
                 format!(
-                    "has to be given: there is no default for model_type {:?}",
+                    "has to be given: this method has no default for model_type {:?}",
                     self.facts.model_type
                 ),
             ));
