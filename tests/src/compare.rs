@@ -143,7 +143,7 @@ pub fn slopes(
         told("gradient", grad.to_f64())?,
     );
     let set = |values: Vec<f64>| {
-        let value = Tensor::from_f64(values, param.shape(), start.device());
+        let value = Tensor::from_f64(values, &param.shape(), start.device());
         told("set", value.map_err(Into::into).and_then(|v| param.set(v)))
     };
     let largest = (0..grad.len()).max_by(|&i, &j| grad[i].abs().total_cmp(&grad[j].abs()));

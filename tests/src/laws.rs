@@ -5,7 +5,11 @@ use crate::compare::{Check, close, differ, same_bits, size, slopes};
 use crate::state::{base_bits, exported, running_weights, same_tensors, values};
 use crate::subject::{Subject, every_method, example, refused, told};
 use crate::toy::Toy;
-use peft::core::{Family, Grads, Network, Pass, RngKey, Tensor, TrainCx, entry_for};
+use std::cell::Cell;
+
+use peft::core::{
+    Family, Grads, Network, Param, Pass, RngKey, Tensor, TrainCx, TrainData, entry_for,
+};
 use serde_json::{Value, json};
 
 /// What is exported is a fixed point: it keeps fields nobody knows, means the same method, and attaches to itself.
@@ -204,10 +208,11 @@ pub fn export_then_load() {
             .map(|(k, t)| Ok((k.clone(), (t.shape().to_vec(), told("values", t.to_vec())?))));
         told(
             "write",
-            peft::io::write_adapter(
+            peft::io::write_adapter_with(
                 folder.path(),
                 &config,
                 &named.collect::<Result<_, String>>()?,
+                &told("integer_keys", toy.network.integer_keys("a"))?,
             ),
         )?;
         let files = told("read", peft::io::read_adapter(folder.path()))?;
@@ -302,7 +307,7 @@ pub fn gradients() {
             // Differences are only sharp in f64.
             if s.device.backend().name() == "reference" {
                 let key = RngKey::new(s.case.seed).fork_n(at as u64);
-                slopes(param, grad, key, || s.loss(&toy, &Pass::eval()))?;
+                slopes(param, grad, key, || s.loss(&toy, &s.exact()))?;
             }
         }
         Ok(())
@@ -341,54 +346,115 @@ pub fn training_leaves_the_base_alone() {
 fn descend(s: &Subject<'_>, toy: &Toy, steps: u64) -> Check {
     let network = &toy.network;
     let mut hooks = network.trainers();
+    let run = Run {
+        network,
+        steps,
+        rows: Rows { s, toy },
+        reset: Cell::new(false),
+    };
     for step in 0..steps {
-        let params = network.parameters();
+        let mut params = network.parameters();
         let mut grads = Grads::default();
-        let mut cx = TrainCx {
-            step,
-            total_steps: steps,
-            network,
-            params: &params,
-            grads: &mut grads,
-        };
         for (_, hook) in &mut hooks {
             if step == 0 {
+                let mut cx = run.cx(&params, &mut grads, &[], step);
                 told("prepare", hook.prepare(&mut cx))?;
             }
+        }
+        params = network.parameters();
+        for (_, hook) in &mut hooks {
+            let mut cx = run.cx(&params, &mut grads, &[], step);
             told("before_forward", hook.before_forward(&mut cx))?;
         }
+        params = network.parameters();
         let mut loss = s.loss(toy, &Pass::train(RngKey::new(s.case.seed).fork_n(step)))?;
         for (_, hook) in &hooks {
+            let cx = run.cx(&params, &mut grads, &[], step);
             if let Some(penalty) = told("penalty", hook.penalty(&cx))? {
                 loss = told("penalty", loss.add(&penalty))?;
             }
         }
         let mut grads = told("backward", loss.backward())?;
-        let mut cx = TrainCx {
-            step,
-            total_steps: steps,
-            network,
-            params: &params,
-            grads: &mut grads,
-        };
         for (_, hook) in &mut hooks {
+            let mut cx = run.cx(&params, &mut grads, &[], step);
             told("after_backward", hook.after_backward(&mut cx))?;
         }
+        let mut used = Vec::new();
         for param in &params {
             let value = param.tensor();
-            if let Some(grad) = cx.grads.get(&value) {
+            let grad = grads.get(&value).cloned();
+            if let Some(grad) = &grad {
                 let moved = grad
-                    .scale(0.05)
+                    .scale(RATE as f32)
                     .and_then(|g| value.detach().sub(&g))
                     .map_err(Into::into);
                 told("step", moved.and_then(|v| param.set(v)))?;
             }
+            used.push(grad);
         }
         for (_, hook) in &mut hooks {
+            let mut cx = run.cx(&params, &mut grads, &used, step + 1);
             told("after_step", hook.after_step(&mut cx))?;
         }
     }
     Ok(())
+}
+
+/// Learning rate of the laws' gradient descent.
+const RATE: f64 = 0.05;
+
+/// What the hooks see of the laws' gradient descent.
+struct Run<'a> {
+    network: &'a Network,
+    steps: u64,
+    rows: Rows<'a>,
+    reset: Cell<bool>,
+}
+
+impl Run<'_> {
+    fn cx<'b>(
+        &'b self,
+        params: &'b [Param],
+        grads: &'b mut Grads,
+        used: &'b [Option<Tensor>],
+        step: u64,
+    ) -> TrainCx<'b> {
+        TrainCx {
+            step,
+            total_steps: self.steps,
+            network: self.network,
+            params,
+            grads,
+            used,
+            learning_rate: RATE,
+            data: Some(&self.rows),
+            reset_optimizer: &self.reset,
+        }
+    }
+}
+
+/// The drawn batch as the rows a method may ask about.
+struct Rows<'a> {
+    s: &'a Subject<'a>,
+    toy: &'a Toy,
+}
+
+impl TrainData for Rows<'_> {
+    fn rows(&self) -> usize {
+        self.s.case.batch
+    }
+
+    fn gradient(&self, rows: &[usize]) -> peft::Result<(f64, Grads)> {
+        let mut ids = self.s.ids();
+        ids.ids = rows
+            .iter()
+            .flat_map(|&r| ids.ids[r * ids.seq..(r + 1) * ids.seq].to_vec())
+            .collect();
+        ids.batch = rows.len();
+        let logits = self.toy.logits(&ids, &Pass::eval())?;
+        let loss = logits.mul(&logits)?.mean_all()?;
+        Ok((f64::from(loss.item()?), loss.backward()?))
+    }
 }
 
 /// Switched off, an adapter is not there; switched on again, it is.

@@ -157,6 +157,9 @@ fn configs() -> Vec<(&'static MethodEntry, Value)> {
     let variants: BTreeMap<String, Vec<Value>> =
         serde_json::from_str(include_str!("../variants.json"))
             .expect("variants.json maps a peft_type to configurations");
+    // One's own methods alone while they are worked on; the suite in full takes minutes.
+    let wanted = std::env::var("PEFT_METHODS").unwrap_or_default();
+    let wanted: Vec<&str> = wanted.split(',').filter(|id| !id.is_empty()).collect();
     let mut all: Vec<_> = peft::methods()
         .into_iter()
         .map(|e| {
@@ -174,6 +177,7 @@ fn configs() -> Vec<(&'static MethodEntry, Value)> {
             all.push((entry, config));
         }
     }
+    all.retain(|(entry, _)| wanted.is_empty() || wanted.contains(&entry.id));
     all
 }
 
@@ -345,11 +349,11 @@ impl Subject<'_> {
     /// If it has none.
     pub fn perturb(&self, toy: &Toy, name: &str) -> Check {
         let params = told("parameters", toy.network.adapter_parameters(name))?;
-        for param in &params {
+        for param in params.iter().filter(|p| !p.is_frozen()) {
             let key = RngKey::new(self.case.seed).fork(name).fork(param.key());
             let noise = told(
                 "noise",
-                Tensor::normal(key, 0.0, 0.15, param.shape(), self.device),
+                Tensor::normal(key, 0.0, 0.15, &param.shape(), self.device),
             )?;
             told(
                 "perturb",
@@ -409,12 +413,20 @@ impl Subject<'_> {
         told("loss", loss())
     }
 
-    /// Gradients of [`Subject::loss`].
+    /// A pass whose gradients are true slopes throughout.
+    pub fn exact(&self) -> Pass {
+        Pass {
+            exact: true,
+            ..Pass::eval()
+        }
+    }
+
+    /// Gradients of [`Subject::loss`], true slopes throughout.
     ///
     /// # Errors
     /// Whatever the model says.
     pub fn grads(&self, toy: &Toy) -> Result<(Vec<Param>, Grads), String> {
-        let grads = told("backward", self.loss(toy, &Pass::eval())?.backward())?;
+        let grads = told("backward", self.loss(toy, &self.exact())?.backward())?;
         Ok((toy.network.parameters(), grads))
     }
 

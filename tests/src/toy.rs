@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use peft::core::{
-    Base, BaseWeight, Device, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result,
-    RngKey, Tensor,
+    AttentionCall, Base, BaseWeight, Device, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network,
+    Pass, Result, RngKey, Tensor, Tokens,
 };
 use peft::tensor::{Attention, Bytes, FrozenWeight, Glu, Mask, Rope, WeightFormat, concat, encode};
 
@@ -52,6 +52,7 @@ struct Layer {
     qkvo: [ModuleId; 4],
     mlp: [ModuleId; 3],
     junctions: [ModuleId; 2],
+    end: ModuleId,
 }
 
 /// A toy model with its network.
@@ -60,8 +61,10 @@ pub struct Toy {
     pub network: Network,
     spec: Spec,
     embedding: ModuleId,
+    start: ModuleId,
     layers: Vec<Layer>,
     norm: ModuleId,
+    end: ModuleId,
     head: ModuleId,
 }
 
@@ -171,12 +174,14 @@ impl Builder<'_> {
         ];
         let mut junction = |name: &str| self.tree.push(ModuleInfo::junction(&at(name), hidden));
         let junctions = [junction("attention_adapters"), junction("output_adapters")];
+        let end = self.tree.push(ModuleInfo::stream(&at("refts"), hidden));
         Ok(Layer {
             norms,
             attention,
             qkvo,
             mlp,
             junctions,
+            end,
         })
     }
 }
@@ -195,6 +200,7 @@ impl Toy {
             num_kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
             vocab_size: spec.vocab,
+            max_positions: 0,
             input_embedding: Some("model.embed_tokens".to_owned()),
             output_embedding: Some("lm_head".to_owned()),
             tied: spec.tied,
@@ -211,10 +217,14 @@ impl Toy {
         let embedding = b
             .tree
             .push(ModuleInfo::embedding(table, spec.vocab, spec.hidden));
+        let stream =
+            |b: &mut Builder<'_>, path: &str| b.tree.push(ModuleInfo::stream(path, spec.hidden));
+        let start = stream(&mut b, "model.invertible_adapters");
         let layers = (0..spec.layers)
             .map(|i| b.layer(i))
             .collect::<Result<_>>()?;
         let norm = b.norm("model.norm")?;
+        let end = stream(&mut b, "model.invertible_adapters_rev");
         let mut head = ModuleInfo::linear("lm_head", spec.hidden, spec.vocab, false);
         if spec.tied {
             head = head.with_weight(format!("{table}.weight"));
@@ -232,8 +242,10 @@ impl Toy {
             network: Network::new(base),
             spec: spec.clone(),
             embedding,
+            start,
             layers,
             norm,
+            end,
             head,
         })
     }
@@ -259,6 +271,18 @@ impl Toy {
         if let Some(prompt) = net.prompt(batch, pass)? {
             x = concat(&[&per_row(&prompt, batch)?, &x], 1)?;
         }
+        let width = x.dims3()?.1;
+        let pass = &Pass {
+            tokens: Some(Arc::new(Tokens {
+                batch,
+                seq: width,
+                seen: 0,
+                virtual_tokens: width - seq,
+                mask: None,
+            })),
+            ..pass.clone()
+        };
+        let mut x = net.stream(self.start, &x, pass)?;
         let rope = |heads: usize, seq: usize| self.rope(heads, batch, seq);
         for layer in &self.layers {
             let h = if self.spec.style == Style::Decoder {
@@ -277,8 +301,10 @@ impl Toy {
             let inside = gate.glu(Glu::Silu, &net.linear(layer.mlp[1], &h, pass)?)?;
             let down = net.linear(layer.mlp[2], &inside, pass)?;
             x = self.meet(layer, 1, &down, &x, pass)?;
+            x = net.stream(layer.end, &x, pass)?;
         }
-        net.linear(self.head, &self.normed(self.norm, &x, pass)?, pass)
+        let x = net.stream(self.end, &self.normed(self.norm, &x, pass)?, pass)?;
+        net.linear(self.head, &x, pass)
     }
 
     /// A sublayer's output and its residual.
@@ -316,13 +342,20 @@ impl Toy {
         let q = net
             .linear(layer.qkvo[0], h, pass)?
             .rope(&rope(heads, seq))?;
-        let mut k = net
-            .linear(layer.qkvo[1], h, pass)?
-            .rope(&rope(kv_heads, seq))?;
-        let mut v = net.linear(layer.qkvo[2], h, pass)?;
-        if let Some(prefix) = net.prefix(layer.attention, batch, pass)? {
-            k = concat(&[&per_row(&prefix.k, batch)?, &k], 1)?;
-            v = concat(&[&per_row(&prefix.v, batch)?, &v], 1)?;
+        let project = |x: &Tensor| {
+            Ok((
+                net.linear(layer.qkvo[1], x, pass)?,
+                net.linear(layer.qkvo[2], x, pass)?,
+            ))
+        };
+        let (k, mut v) = project(h)?;
+        let mut k = k.rope(&rope(kv_heads, seq))?;
+        let mut prefixed = 0;
+        if let Some(prefix) = net.prefix(layer.attention, h, pass)? {
+            let (pk, pv) = (per_row(&prefix.k, batch)?, per_row(&prefix.v, batch)?);
+            prefixed = pk.dims3()?.1;
+            k = concat(&[&pk, &k], 1)?;
+            v = concat(&[&pv, &v], 1)?;
         }
         let spec = Attention {
             heads,
@@ -331,11 +364,23 @@ impl Toy {
             scale: 1.0 / (head_dim as f32).sqrt(),
             causal: self.spec.style == Style::Decoder,
             window: None,
-            prefix: net.prefix_len(),
+            prefix: prefixed,
             softcap: None,
             mask: Mask::default(),
         };
-        net.linear(layer.qkvo[3], &q.attention(&k, &v, &spec)?, pass)
+        let call = AttentionCall {
+            q,
+            k,
+            v,
+            spec: &spec,
+            hidden: h,
+            project: &project,
+        };
+        net.linear(
+            layer.qkvo[3],
+            &net.attention(layer.attention, &call, pass)?,
+            pass,
+        )
     }
 
     /// Both styles rotate: without positions a bias of keys moves nothing, and the laws want a gradient everywhere.

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use peft_tensor::{Device, RngKey, Tensor};
 use serde_json::Value;
 
+use crate::param::Role;
 use crate::{
     Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, PeftMethod,
-    Result, Site, Targets, entry_for,
+    Result, Site, Targets, Tensors, entry_for,
 };
 
 /// Which parameter of a module.
@@ -181,6 +182,21 @@ impl<'a> Injector<'a> {
         });
     }
 
+    /// Runs `place` and takes the adapters it placed out of the network's stacks, so that a composition can wrap and
+    /// [`Injector::place`] them itself. Their parameters stay this adapter's.
+    ///
+    /// # Errors
+    /// Whatever `place` returns.
+    pub fn capture(
+        &mut self,
+        place: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<Vec<(Site, Arc<dyn Adapter>)>> {
+        let before = self.store.sites.len();
+        place(self)?;
+        let placed = self.store.sites.split_off(before);
+        Ok(placed.into_iter().map(|p| (p.site, p.adapter)).collect())
+    }
+
     /// Both sides of a tied pair of embeddings, input and output.
     pub fn tied_pair(&self) -> Option<(Site, Site)> {
         let facts = self.tree().facts();
@@ -287,7 +303,75 @@ impl Attach<'_> {
         } else {
             format!("{}.", self.site.path)
         };
-        self.make(format!("base_model.model.{path}{name}"), shape, init, true)
+        self.make(
+            format!("base_model.model.{path}{name}"),
+            shape,
+            init,
+            Role::Plain,
+        )
+    }
+
+    /// As [`Attach::param`], but never trained.
+    ///
+    /// # Errors
+    /// As [`Attach::param`].
+    pub fn frozen(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        let key = format!("base_model.model.{}.{name}", self.site.path);
+        self.make(key, shape, init, Role::Frozen)
+    }
+
+    /// As [`Attach::param`]; a file may hold another last dimension, which the parameter then takes over.
+    ///
+    /// # Errors
+    /// As [`Attach::param`].
+    pub fn ragged(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        let key = format!("base_model.model.{}.{name}", self.site.path);
+        self.make(key, shape, init, Role::Ragged)
+    }
+
+    /// Whole numbers, at most 2^24, saved as such and never trained; a file may hold another last dimension.
+    ///
+    /// # Errors
+    /// As [`Attach::param`].
+    pub fn integers(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        let key = format!("base_model.model.{}.{name}", self.site.path);
+        self.make(key, shape, init, Role::Integers)
+    }
+
+    /// The ids of a text, special tokens included.
+    ///
+    /// # Errors
+    /// If the network was given no tokenizer, or it cannot encode the text.
+    pub fn tokens(&self, text: &str) -> Result<Vec<u32>> {
+        match self.cx.base().tokenizer() {
+            Some(tokenizer) => tokenizer.tokens(text),
+            None => Err(Error::other(
+                "this start needs the model's tokenizer, and none was found beside the model",
+            )),
+        }
+    }
+
+    /// The tensors of a file or an adapter's folder, on this network's device.
+    ///
+    /// # Errors
+    /// If the network was given nothing to read with, or the file cannot be read.
+    pub fn tensors(&self, path: &str) -> Result<Tensors> {
+        let Some(read) = self.cx.base().reader() else {
+            return Err(Error::other("nothing was set up to read other adapters with"));
+        };
+        let device = self.device();
+        read(path)?
+            .into_iter()
+            .map(|(key, value)| Ok((key, value.to_device(&device)?)))
+            .collect()
+    }
+
+    /// As [`Attach::bare`], but never trained.
+    ///
+    /// # Errors
+    /// As [`Attach::bare`].
+    pub fn bare_frozen(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        self.make(name.to_owned(), shape, init, Role::Frozen)
     }
 
     /// A parameter saved under `name` alone, as prompt methods do.
@@ -295,7 +379,7 @@ impl Attach<'_> {
     /// # Errors
     /// If there is one of that name already, or given values have another shape.
     pub fn bare(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
-        self.make(name.to_owned(), shape, init, true)
+        self.make(name.to_owned(), shape, init, Role::Plain)
     }
 
     /// A parameter of the whole model, saved as `base_model.<name>`, made at the first site that asks for it.
@@ -306,7 +390,7 @@ impl Attach<'_> {
         let key = format!("{}base_model.{name}", self.cx.scope());
         match self.cx.store().get(&key) {
             Some(param) => Ok(param.clone()),
-            None => self.make(format!("base_model.{name}"), shape, init, true),
+            None => self.make(format!("base_model.{name}"), shape, init, Role::Plain),
         }
     }
 
@@ -315,13 +399,25 @@ impl Attach<'_> {
     /// # Errors
     /// If there is one of that name already, or given values have another shape.
     pub fn transient(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
-        self.make(name.to_owned(), shape, init, false)
+        self.make(name.to_owned(), shape, init, Role::Transient)
     }
 
-    fn make(&mut self, key: String, shape: &[usize], init: &Init, saved: bool) -> Result<Param> {
+    /// A parameter of the whole model that is saved as `base_model.<name>` and never trained.
+    ///
+    /// # Errors
+    /// As [`Attach::shared`].
+    pub fn shared_frozen(&mut self, name: &str, shape: &[usize], init: &Init) -> Result<Param> {
+        let key = format!("{}base_model.{name}", self.cx.scope());
+        match self.cx.store().get(&key) {
+            Some(param) => Ok(param.clone()),
+            None => self.make(format!("base_model.{name}"), shape, init, Role::Frozen),
+        }
+    }
+
+    fn make(&mut self, key: String, shape: &[usize], init: &Init, role: Role) -> Result<Param> {
         let value = init.tensor(shape, self.cx.key().fork(&key), self.cx.base().device())?;
         let key = format!("{}{key}", self.cx.scope());
-        self.cx.store().insert(Param::new(key, &value, saved))
+        self.cx.store().insert(Param::with_role(key, &value, role))
     }
 
     /// Trains a copy of a parameter of this module in its place, saved as `base_model.model.<module>.<name>`.

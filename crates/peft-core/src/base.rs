@@ -1,11 +1,24 @@
 //! The base model: its modules and their frozen parameters.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ndarray::{Array1, Array2};
 use peft_tensor::{BaseWeight, Device, FrozenWeight, Tensor};
 
-use crate::{Error, ModelFacts, ModuleInfo, ModuleKind, ModuleTree, Result};
+use crate::{Error, ModelFacts, ModuleInfo, ModuleKind, ModuleTree, Result, Tensors};
+
+/// Text to ids, for methods that start from text.
+pub trait Tokenize: Send + Sync {
+    /// The ids of a text with the special tokens the tokenizer adds.
+    ///
+    /// # Errors
+    /// If the text cannot be encoded.
+    fn tokens(&self, text: &str) -> Result<Vec<u32>>;
+}
+
+/// The tensors of a file or an adapter's folder by its path, for methods that start from another adapter.
+pub type ReadTensors = dyn Fn(&str) -> Result<Tensors> + Send + Sync;
 
 /// A module tree with the parameters it names. Methods read it and never change it.
 #[derive(Clone)]
@@ -13,6 +26,8 @@ pub struct Base {
     tree: ModuleTree,
     weights: BTreeMap<String, BaseWeight>,
     device: Device,
+    tokenizer: Option<Arc<dyn Tokenize>>,
+    reader: Option<Arc<ReadTensors>>,
 }
 
 impl Base {
@@ -22,7 +37,25 @@ impl Base {
             tree,
             weights: BTreeMap::new(),
             device: device.clone(),
+            tokenizer: None,
+            reader: None,
         }
+    }
+
+    pub(crate) fn set_tokenizer(&mut self, tokenizer: Arc<dyn Tokenize>) {
+        self.tokenizer = Some(tokenizer);
+    }
+
+    pub(crate) fn tokenizer(&self) -> Option<&dyn Tokenize> {
+        self.tokenizer.as_deref()
+    }
+
+    pub(crate) fn set_reader(&mut self, reader: Arc<ReadTensors>) {
+        self.reader = Some(reader);
+    }
+
+    pub(crate) fn reader(&self) -> Option<&ReadTensors> {
+        self.reader.as_deref()
     }
 
     /// An empty model on the processor, for programs that bring their own layers: see [`Base::linear`] and the others.

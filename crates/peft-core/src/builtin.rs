@@ -1,12 +1,9 @@
 //! What any method's configuration may ask for besides: biases, whole modules, single rows of embeddings.
 
-use std::sync::Arc;
-
-use peft_tensor::Tensor;
-
 use crate::attach::Injector;
 use crate::config::Bias;
-use crate::{Adapter, Call, Error, Init, ModuleId, ModuleKind, Param, PeftMethod, Result, Slot};
+use crate::tokens::TokenRows;
+use crate::{Error, ModuleId, PeftMethod, Result, Slot};
 
 /// Injects a method and what its configuration asks for besides.
 pub(crate) fn inject(method: &dyn PeftMethod, cx: &mut Injector<'_>) -> Result<()> {
@@ -17,7 +14,7 @@ pub(crate) fn inject(method: &dyn PeftMethod, cx: &mut Injector<'_>) -> Result<(
     train_tokens(cx)
 }
 
-fn key_of(cx: &Injector<'_>, path: &str, name: &str) -> String {
+pub(crate) fn key_of(cx: &Injector<'_>, path: &str, name: &str) -> String {
     format!("{}{}{path}.{name}", cx.scope, cx.prefix)
 }
 
@@ -93,120 +90,9 @@ pub(crate) fn tied_partner(cx: &Injector<'_>, id: ModuleId) -> Option<ModuleId> 
 }
 
 fn train_tokens(cx: &mut Injector<'_>) -> Result<()> {
-    const FIELD: &str = "trainable_token_indices";
-    for (name, ids) in &cx.common.trainable_token_indices {
-        let name = match name {
-            Some(name) => name.clone(),
-            None => cx.tree().facts().input_embedding.clone().ok_or_else(|| {
-                Error::config(
-                    FIELD,
-                    "the model has no input embedding; give {\"module\": [rows]}",
-                )
-            })?,
-        };
-        let found = cx.tree().subtree(FIELD, std::slice::from_ref(&name))?;
-        for id in found {
-            if cx.tree().info(id).weight.is_none() {
-                continue;
-            }
-            let site = cx.tree().site(id);
-            let rows = if site.kind == ModuleKind::Embedding {
-                site.in_features
-            } else {
-                site.out_features
-            };
-            let mut unique = ids.clone();
-            unique.sort_unstable();
-            unique.dedup();
-            if ids.is_empty()
-                || unique.len() != ids.len()
-                || ids.iter().any(|&i| i as usize >= rows)
-            {
-                let detail = format!(
-                    "has to be different rows of `{}`, 0 to {}",
-                    site.path,
-                    rows.saturating_sub(1)
-                );
-                return Err(Error::config(FIELD, detail));
-            }
-            if cx.store.selected.contains_key(&(id, Slot::Weight)) {
-                let detail = format!(
-                    "`{}` is in modules_to_save, which trains all of its rows",
-                    site.path
-                );
-                return Err(Error::config(FIELD, detail));
-            }
-            let weight = cx
-                .tree()
-                .info(id)
-                .weight
-                .as_ref()
-                .and_then(|n| cx.base.weight(n));
-            let weight = weight.ok_or_else(|| Error::module(&site.path, "has no weight"))?;
-            let table = weight.to_dense()?;
-            let value = Init::Value(table.gather_rows(ids)?).tensor(
-                &[ids.len(), table.last_dim()],
-                cx.key,
-                cx.base.device(),
-            )?;
-            let key = key_of(cx, &site.path, "token_adapter.trainable_tokens_delta");
-            let rows = cx.store.insert(Param::new(key, &value, true))?;
-            let adapter: Arc<dyn Adapter> = Arc::new(TokenRows {
-                ids: ids.clone(),
-                rows,
-            });
-            cx.place(site, adapter.clone(), false);
-            if let Some(other) = tied_partner(cx, id) {
-                cx.place(cx.tree().site(other), adapter, true);
-            }
-        }
+    for (module, ids) in &cx.common.trainable_token_indices {
+        let key = "token_adapter.trainable_tokens_delta";
+        TokenRows::attach(cx, module.as_deref(), ids, "trainable_token_indices", key)?;
     }
     Ok(())
-}
-
-/// Some rows of an embedding, trained; saved as the rows themselves. On the tied head the same rows act as outputs.
-struct TokenRows {
-    ids: Vec<u32>,
-    /// `[ids, dim]`
-    rows: Param,
-}
-
-impl TokenRows {
-    /// Trained rows minus what is there, `[ids, dim]`.
-    fn change(&self, present: &Tensor) -> Result<Tensor> {
-        Ok(self.rows.tensor().sub(present)?)
-    }
-}
-
-impl Adapter for TokenRows {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        let rows = w.shape().first().copied().unwrap_or(0);
-        let change = self.change(&w.gather_rows(&self.ids)?)?;
-        Ok(Some(w.add(&change.scatter_rows(&self.ids, rows)?)?))
-    }
-
-    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
-        if !call.is_embedding() {
-            return call.through_weight(self);
-        }
-        // Only the positions that hold one of the trained ids change.
-        let (mut positions, mut which) = (Vec::new(), Vec::new());
-        for (position, id) in call.ids()?.iter().enumerate() {
-            if let Some(row) = self.ids.iter().position(|known| known == id) {
-                positions.push(position as u32);
-                which.push(row as u32);
-            }
-        }
-        let base = call.base()?;
-        if positions.is_empty() {
-            return Ok(base);
-        }
-        let rows = base.shape()[0];
-        let change = self
-            .rows
-            .tensor()
-            .gather_rows(&which)?
-            .sub(&base.gather_rows(&positions)?)?;
-        Ok(base.add(&change.scatter_rows(&positions, rows)?)?)
-    }
 }

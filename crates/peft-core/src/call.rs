@@ -1,8 +1,9 @@
 //! A module's call on its way through the adapters stacked on it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use peft_tensor::{BaseWeight, RngKey, Tensor};
+use peft_tensor::{Attention, BaseWeight, RngKey, Tensor};
 
 use crate::{Adapter, Error, Result, Site};
 
@@ -17,6 +18,49 @@ pub struct Pass {
     pub checkpoint: bool,
     /// Task of each row, for methods that learn several.
     pub task_ids: Option<Arc<Vec<u32>>>,
+    /// The adapter that acts on each row of the batch, None being the base model; without it, all active ones act on all
+    /// rows.
+    pub adapter_names: Option<Arc<Vec<Option<String>>>>,
+    /// Where the rows' tokens are; models set it.
+    pub tokens: Option<Arc<Tokens>>,
+    /// Whether gradients are to be the true slopes also where a method's paper takes something as constant:
+    /// [`Call::stop`].
+    pub exact: bool,
+}
+
+/// The tokens of one run.
+#[derive(Clone, Debug)]
+pub struct Tokens {
+    /// Rows.
+    pub batch: usize,
+    /// Positions of a row in this run, virtual ones included.
+    pub seq: usize,
+    /// Positions of a row that were run before and are cached.
+    pub seen: usize,
+    /// Virtual tokens at the start of this run's positions.
+    pub virtual_tokens: usize,
+    /// Which positions are no padding, `[batch * (seen + seq)]`; None = all.
+    pub mask: Option<Arc<Vec<bool>>>,
+}
+
+impl Tokens {
+    /// The real tokens of a row, neither virtual nor padding, as a range of this run's positions. Padding between tokens
+    /// is taken as part of them.
+    pub fn span(&self, row: usize) -> Range<usize> {
+        let first = self.virtual_tokens.min(self.seq);
+        let Some(mask) = &self.mask else {
+            return first..self.seq;
+        };
+        let width = self.seen + self.seq;
+        let row = mask
+            .get(row * width + self.seen..(row + 1) * width)
+            .unwrap_or(&[]);
+        let real = |&at: &usize| at >= first && row[at];
+        match ((0..row.len()).find(real), (0..row.len()).rev().find(real)) {
+            (Some(start), Some(last)) => start..last + 1,
+            _ => first..first,
+        }
+    }
 }
 
 impl Pass {
@@ -27,6 +71,9 @@ impl Pass {
             key: RngKey::new(0),
             checkpoint: false,
             task_ids: None,
+            adapter_names: None,
+            tokens: None,
+            exact: false,
         }
     }
 
@@ -52,6 +99,36 @@ pub(crate) enum Input<'a> {
         residual: &'a Tensor,
         norm: Option<NormFn<'a>>,
     },
+    /// A norm: `apply` takes its effective weight and its bias.
+    Norm {
+        x: &'a Tensor,
+        apply: ApplyFn<'a>,
+    },
+    Stream(&'a Tensor),
+    Attention(&'a AttentionCall<'a>),
+}
+
+/// A norm's arithmetic on whatever weight and bias it is given.
+pub(crate) type ApplyFn<'a> = &'a dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
+
+/// Maps the hidden states of some tokens to a layer's keys and values.
+pub type ProjectFn<'a> = &'a dyn Fn(&Tensor) -> Result<(Tensor, Tensor)>;
+
+/// A layer's attention as an adapter on it sees it.
+#[derive(Clone)]
+pub struct AttentionCall<'a> {
+    /// Queries `[batch, seq, heads * head_dim]`, rotated.
+    pub q: Tensor,
+    /// Keys `[batch, total, kv_heads * head_dim]`, rotated, those of prefixes and cached tokens in front.
+    pub k: Tensor,
+    /// Values of the same shape.
+    pub v: Tensor,
+    /// Heads, scale and mask.
+    pub spec: &'a Attention,
+    /// The sublayer's input `[batch, seq, hidden]`, normed where the model norms in front.
+    pub hidden: &'a Tensor,
+    /// This layer's keys and values for any `[batch, n, hidden]`, not rotated.
+    pub project: ProjectFn<'a>,
 }
 
 /// One adapter of a module's stack, innermost first.
@@ -74,13 +151,18 @@ pub struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// The input `[.., in]` of a linear layer, or the sublayer's output of a junction.
+    /// The input `[.., in]` of a linear layer or a norm, the sublayer's output of a junction, the hidden states of a
+    /// stream, the input of an attention sublayer.
     ///
     /// # Errors
     /// If the module is an embedding.
     pub fn x(&self) -> Result<&'a Tensor> {
         match self.input {
-            Input::Rows(x) | Input::Junction { x, .. } => Ok(x),
+            Input::Rows(x)
+            | Input::Junction { x, .. }
+            | Input::Norm { x, .. }
+            | Input::Stream(x) => Ok(x),
+            Input::Attention(call) => Ok(call.hidden),
             Input::Ids(_) => Err(self.wrong("takes ids, not a tensor")),
         }
     }
@@ -93,6 +175,56 @@ impl<'a> Call<'a> {
         match self.input {
             Input::Ids(ids) => Ok(ids),
             _ => Err(self.wrong("takes a tensor, not ids")),
+        }
+    }
+
+    /// The attention this module is.
+    ///
+    /// # Errors
+    /// If the module is none.
+    pub fn attention(&self) -> Result<&'a AttentionCall<'a>> {
+        match self.input {
+            Input::Attention(call) => Ok(call),
+            _ => Err(self.wrong("is no attention")),
+        }
+    }
+
+    /// What attention gives for other queries, keys and values, without this adapter.
+    ///
+    /// # Errors
+    /// If the module is no attention, or shapes do not fit.
+    pub fn base_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        spec: &Attention,
+    ) -> Result<Tensor> {
+        let given = self.attention()?;
+        let call = AttentionCall {
+            q: q.clone(),
+            k: k.clone(),
+            v: v.clone(),
+            spec,
+            ..given.clone()
+        };
+        Call {
+            input: Input::Attention(&call),
+            below: self.below,
+            current: self.current,
+            weight: None,
+            bias: None,
+            pass: self.pass,
+        }
+        .base()
+    }
+
+    /// `t` as a constant: no gradient flows into it, except where [`Pass::exact`] asks for the true slope.
+    pub fn stop(&self, t: &Tensor) -> Tensor {
+        if self.pass.exact {
+            t.clone()
+        } else {
+            t.detach()
         }
     }
 
@@ -170,6 +302,9 @@ impl<'a> Call<'a> {
                     None => Ok(sum),
                 }
             }
+            Input::Norm { x, apply } => apply(x, &self.weight()?.to_dense()?, self.bias),
+            Input::Stream(x) => Ok(x.clone()),
+            Input::Attention(at) => Ok(at.q.attention(&at.k, &at.v, at.spec)?),
         }
     }
 
@@ -180,7 +315,11 @@ impl<'a> Call<'a> {
     pub fn base_with(&self, x: &Tensor) -> Result<Tensor> {
         let input = match self.input {
             Input::Junction { residual, norm, .. } => Input::Junction { x, residual, norm },
-            _ => Input::Rows(x),
+            Input::Stream(_) => Input::Stream(x),
+            Input::Norm { .. } | Input::Attention(_) => {
+                return Err(self.wrong("takes no other input"));
+            }
+            Input::Rows(_) | Input::Ids(_) => Input::Rows(x),
         };
         Call { input, ..*self }.base()
     }
@@ -221,7 +360,8 @@ impl<'a> Call<'a> {
         match self.input {
             Input::Rows(x) => with_bias(x.matmul_t(&changed)?, bias.as_ref()),
             Input::Ids(ids) => Ok(changed.gather_rows(ids)?),
-            Input::Junction { .. } => self.base(),
+            Input::Norm { x, apply } => apply(x, &changed, bias.as_ref()),
+            Input::Junction { .. } | Input::Stream(_) | Input::Attention(_) => self.base(),
         }
     }
 }

@@ -92,6 +92,16 @@ impl Network {
         Ok((attached.config.clone(), saved))
     }
 
+    /// Keys of an adapter whose values are whole numbers, which a file holds as such.
+    ///
+    /// # Errors
+    /// If there is no such adapter.
+    pub fn integer_keys(&self, name: &str) -> Result<Vec<String>> {
+        let params = &self.find(name)?.store.params;
+        let whole = params.iter().filter(|p| p.is_integer());
+        Ok(whole.map(|p| p.key().to_owned()).collect())
+    }
+
     /// Attaches an adapter with the values a file holds, trainable or frozen; other adapters are left as they are.
     ///
     /// # Errors
@@ -176,7 +186,7 @@ impl Network {
         for param in attached.store.params.iter().filter(|p| p.is_saved()) {
             match tensors.remove(param.key()) {
                 None => missing.push(param.key().to_owned()),
-                Some(t) if t.shape() == param.shape() => values.push((param, t)),
+                Some(t) if param.accepts(t.shape()) => values.push((param, t)),
                 Some(t) => misshaped.push(format!(
                     "{}: {:?}, expected {:?}",
                     param.key(),

@@ -1,5 +1,7 @@
 //! What a method does between the steps of training.
 
+use std::cell::Cell;
+
 use peft_tensor::{Grads, Tensor};
 
 use crate::{Network, Param, Result};
@@ -79,8 +81,30 @@ pub struct TrainCx<'a> {
     pub network: &'a Network,
     /// Its trainable parameters.
     pub params: &'a [Param],
-    /// Gradients of this step; empty before the backward pass.
+    /// Gradients of this step; empty before the backward pass and after the optimiser took them.
     pub grads: &'a mut Grads,
+    /// In `after_step`: the gradients as the optimiser took them, clipped, one for each of `params`. The parameters
+    /// themselves have moved by then.
+    pub used: &'a [Option<Tensor>],
+    /// This step's learning rate, before the factors of parameter groups.
+    pub learning_rate: f64,
+    /// The training rows, where there are any: for starts and masks that depend on data.
+    pub data: Option<&'a dyn TrainData>,
+    /// Set to true to make the optimiser forget its moments (a rewind).
+    pub reset_optimizer: &'a Cell<bool>,
+}
+
+/// The rows a run trains on, as a method may ask about them.
+pub trait TrainData {
+    /// Number of rows.
+    fn rows(&self) -> usize;
+
+    /// The mean loss over these rows and its gradient with respect to the parameters that are trainable now, without
+    /// dropout.
+    ///
+    /// # Errors
+    /// If a row does not exist, or whatever the model returns.
+    fn gradient(&self, rows: &[usize]) -> Result<(f64, Grads)>;
 }
 
 /// Rules that set parameters apart, later ones first.

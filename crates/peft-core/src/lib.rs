@@ -22,21 +22,24 @@ mod method;
 mod network;
 mod param;
 mod registry;
+mod rows;
 mod run;
+mod tokens;
 mod tree;
 
 pub use attach::{Attach, Injector, Slot};
-pub use base::Base;
-pub use call::{Call, Pass};
+pub use base::{Base, ReadTensors, Tokenize};
+pub use call::{AttentionCall, Call, Pass, ProjectFn, Tokens};
 pub use config::Common;
 pub use error::{Error, Result, nearest};
-pub use hooks::{GroupRule, ParamGroups, TrainCx, TrainHooks};
+pub use hooks::{GroupRule, ParamGroups, TrainCx, TrainData, TrainHooks};
 pub use matcher::Targets;
 pub use merge::Merged;
-pub use method::{Adapter, PeftMethod, Prefix, PrefixCx, PromptCx, Selected};
+pub use method::{Adapter, PeftMethod, Prefix, PrefixCx, PromptCx, PromptLabel, Selected};
 pub use network::Network;
 pub use param::{Init, Param, Tensors};
 pub use registry::{Family, MethodEntry, Parsed, entry_for, known_fields, methods, parse_fields};
+pub use tokens::TokenRows;
 pub use tree::{ModelFacts, ModuleId, ModuleInfo, ModuleKind, ModuleTree, Site};
 
 pub use inventory;

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use peft_tensor::{BaseWeight, Tensor, no_grad};
 
 use crate::attach::{Slot, stored_values};
-use crate::{Error, ModuleId, Network, Result};
+use crate::{Error, ModuleId, ModuleKind, Network, Result};
 
 /// A module after the merge.
 #[derive(Clone)]
@@ -60,8 +60,12 @@ impl Network {
             if replaced.is_some() || !stack.is_empty() {
                 let mut merged = match replaced {
                     Some(param) => self.stand_in(id, param).to_dense()?.detach(),
+                    None if info.kind == ModuleKind::Norm => stored_values(weight)?,
                     None => weight.to_dense()?,
                 };
+                if info.offset != 0.0 {
+                    merged = merged.affine(1.0, info.offset)?;
+                }
                 for stacked in stack {
                     merged = stacked.adapter.weight(&merged)?.ok_or_else(|| {
                         let detail = format!(
@@ -70,6 +74,9 @@ impl Network {
                         );
                         Error::module(&info.path, detail)
                     })?;
+                }
+                if info.offset != 0.0 {
+                    merged = merged.affine(1.0, -info.offset)?;
                 }
                 finite(&info.path, &merged)?;
                 out.weight = Some(if weight.is_transposed() {

@@ -107,6 +107,16 @@ pub trait Adapter: Send + Sync {
         call.through_weight(self)
     }
 
+    /// What this adapter adds to what is below it: its share of a linear module's output, or the part that joins a
+    /// sublayer's output before the norm of a junction. For compositions, which weigh and sum such parts; None = it does
+    /// not work by adding.
+    ///
+    /// # Errors
+    /// Whatever its arithmetic returns.
+    fn added(&self, _call: &Call<'_>) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
     /// Keys and values in front of a layer's own.
     ///
     /// # Errors
@@ -132,6 +142,22 @@ pub trait Adapter: Send + Sync {
     fn prompt_len(&self) -> usize {
         0
     }
+
+    /// Tokens that a language model is to say inside the prompt, which training asks for along with the text's.
+    fn prompt_labels(&self) -> Vec<PromptLabel> {
+        Vec::new()
+    }
+}
+
+/// A token that belongs at a position of a prompt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PromptLabel {
+    /// The position, from 0; the model is asked for the token one position earlier.
+    pub position: usize,
+    /// The token.
+    pub token: u32,
+    /// What its loss counts, beside 1 for a token of the text.
+    pub weight: f32,
 }
 
 /// An adapter that only trains stand-ins for base parameters ([`Attach::select`]) and does nothing on its own.
@@ -155,6 +181,8 @@ pub struct PrefixCx<'a> {
     pub facts: &'a ModelFacts,
     /// Rows of the batch.
     pub batch: usize,
+    /// The sublayer's input `[batch, seq, hidden]`, normed where the model norms in front.
+    pub hidden: &'a Tensor,
     /// The pass.
     pub pass: &'a Pass,
 }

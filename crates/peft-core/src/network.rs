@@ -1,6 +1,8 @@
 //! A base model with adapters on it, run module by module.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use peft_tensor::{Device, RngKey, Tensor};
 use serde_json::Value;
@@ -9,8 +11,8 @@ use crate::attach::{Injector, Slot, Store};
 use crate::call::Stacked;
 use crate::merge::MergedModule;
 use crate::{
-    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Param, PeftMethod, Result,
-    TrainHooks, builtin, entry_for,
+    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Param, PeftMethod, ReadTensors, Result,
+    Tokenize, TrainHooks, builtin, entry_for,
 };
 
 /// One attached adapter: a method with its parameters on this model.
@@ -39,6 +41,8 @@ pub struct Network {
     /// Biases and norm weights as tensors, made once.
     pub(crate) vectors: HashMap<String, Tensor>,
     pub(crate) merged: Option<HashMap<ModuleId, MergedModule>>,
+    /// Adapters in layers below this one do not act.
+    pub(crate) skipped: AtomicUsize,
 }
 
 impl Network {
@@ -71,6 +75,7 @@ impl Network {
             base_params: BTreeMap::new(),
             vectors,
             merged: None,
+            skipped: AtomicUsize::new(0),
         }
     }
 
@@ -87,6 +92,22 @@ impl Network {
     /// Where it runs.
     pub fn device(&self) -> &Device {
         self.base.device()
+    }
+
+    /// Gives methods that start from text a tokenizer.
+    pub fn set_tokenizer(&mut self, tokenizer: Arc<dyn Tokenize>) {
+        self.base.set_tokenizer(tokenizer);
+    }
+
+    /// Gives methods that start from another adapter's tensors a way to read them.
+    pub fn set_tensors(&mut self, read: Arc<ReadTensors>) {
+        self.base.set_reader(read);
+    }
+
+    /// Leaves the adapters of the first `layers` layers out, as AdapterDrop does; 0 = none. Merged weights and trained
+    /// stand-ins for base parameters stay.
+    pub fn set_skipped_layers(&self, layers: usize) {
+        self.skipped.store(layers, Ordering::Relaxed);
     }
 
     // --- adapters ---

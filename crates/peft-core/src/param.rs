@@ -17,21 +17,39 @@ pub struct Param(Arc<Inner>);
 
 struct Inner {
     key: String,
-    shape: Vec<usize>,
     value: RwLock<Tensor>,
     trainable: AtomicBool,
-    saved: bool,
+    role: Role,
+}
+
+/// What a parameter is to training and to files.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Role {
+    /// Trained and saved.
+    Plain,
+    /// Trained, and in no file.
+    Transient,
+    /// Saved, never trained.
+    Frozen,
+    /// As plain; a file's last dimension may be another.
+    Ragged,
+    /// Whole numbers: as frozen, a file's last dimension may be another.
+    Integers,
 }
 
 impl Param {
     /// A trainable parameter under its key on disk; `saved` is false for what a file does not hold.
     pub fn new(key: impl Into<String>, value: &Tensor, saved: bool) -> Self {
+        let role = if saved { Role::Plain } else { Role::Transient };
+        Self::with_role(key, value, role)
+    }
+
+    pub(crate) fn with_role(key: impl Into<String>, value: &Tensor, role: Role) -> Self {
         Self(Arc::new(Inner {
             key: key.into(),
-            shape: value.shape().to_vec(),
             value: RwLock::new(value.leaf()),
-            trainable: AtomicBool::new(true),
-            saved,
+            trainable: AtomicBool::new(!matches!(role, Role::Frozen | Role::Integers)),
+            role,
         }))
     }
 
@@ -41,23 +59,36 @@ impl Param {
     }
 
     /// Its shape.
-    pub fn shape(&self) -> &[usize] {
-        &self.0.shape
+    pub fn shape(&self) -> Vec<usize> {
+        self.value().shape().to_vec()
     }
 
     /// Number of elements.
     pub fn numel(&self) -> usize {
-        self.0.shape.iter().product()
+        self.value().numel()
+    }
+
+    fn value(&self) -> Tensor {
+        self.0
+            .value
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Whether a value of that shape can be taken over: the same one, or another last dimension where that is free.
+    pub fn accepts(&self, shape: &[usize]) -> bool {
+        let own = self.shape();
+        let free = matches!(self.0.role, Role::Ragged | Role::Integers);
+        own == shape
+            || free
+                && own.len() == shape.len()
+                && own.iter().rev().skip(1).eq(shape.iter().rev().skip(1))
     }
 
     /// Its current value: a leaf that gets a gradient if the parameter is trainable.
     pub fn tensor(&self) -> Tensor {
-        let value = self
-            .0
-            .value
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let value = self.value();
         if self.is_trainable() {
             value
         } else {
@@ -70,7 +101,7 @@ impl Param {
     /// # Errors
     /// If the shape differs.
     pub fn set(&self, value: Tensor) -> Result<()> {
-        if value.shape() != self.shape() {
+        if !self.accepts(value.shape()) {
             let detail = format!(
                 "{} has shape {:?}, not {:?}",
                 self.key(),
@@ -88,14 +119,25 @@ impl Param {
         self.0.trainable.load(Ordering::Relaxed)
     }
 
-    /// Freezes or unfreezes it.
+    /// Freezes or unfreezes it; one that is never trained stays frozen.
     pub fn set_trainable(&self, trainable: bool) {
+        let trainable = trainable && !self.is_frozen();
         self.0.trainable.store(trainable, Ordering::Relaxed);
+    }
+
+    /// Whether it is never trained: part of the method's form, not of what it learns.
+    pub fn is_frozen(&self) -> bool {
+        matches!(self.0.role, Role::Frozen | Role::Integers)
+    }
+
+    /// Whether it holds whole numbers, which a file holds as such.
+    pub fn is_integer(&self) -> bool {
+        self.0.role == Role::Integers
     }
 
     /// Whether a file holds it.
     pub fn is_saved(&self) -> bool {
-        self.0.saved
+        self.0.role != Role::Transient
     }
 }
 

@@ -1,11 +1,13 @@
 //! Running a network module by module, through the adapters stacked on each.
 
+use std::sync::atomic::Ordering;
+
 use peft_tensor::{BaseWeight, Tensor, concat};
 
 use crate::attach::Slot;
-use crate::call::{Call, Input, NormFn, Stacked};
+use crate::call::{AttentionCall, Call, Input, NormFn, Stacked};
 use crate::{
-    Error, ModuleId, ModuleKind, Network, Param, Pass, Prefix, PrefixCx, PromptCx, Result,
+    Error, ModuleId, ModuleKind, Network, Param, Pass, Prefix, PrefixCx, PromptCx, PromptLabel, Result,
 };
 
 impl Network {
@@ -20,7 +22,7 @@ impl Network {
         })
     }
 
-    fn vector(&self, name: &str) -> Result<Tensor> {
+    pub(crate) fn vector(&self, name: &str) -> Result<Tensor> {
         if let Some(param) = self.base_params.get(name) {
             return Ok(param.tensor());
         }
@@ -53,6 +55,12 @@ impl Network {
         }
     }
 
+    /// The base's own weight of a module, whatever stands in for it.
+    pub(crate) fn own_weight(&self, id: ModuleId) -> Result<Option<BaseWeight>> {
+        let name = self.tree().info(id).weight.as_ref();
+        name.map(|name| self.base_weight(name)).transpose()
+    }
+
     /// A trained weight in a module's place. It is kept in the layout of HF's class, whatever the checkpoint's.
     pub(crate) fn stand_in(&self, id: ModuleId, param: &Param) -> BaseWeight {
         BaseWeight::dense(
@@ -72,8 +80,27 @@ impl Network {
         }
     }
 
+    /// The adapters on a module, innermost first, as far as they act in its layer.
+    pub(crate) fn stack(&self, id: ModuleId) -> &[Stacked] {
+        if self.is_skipped(id) {
+            return &[];
+        }
+        self.stacks.get(&id).map_or(&[][..], Vec::as_slice)
+    }
+
+    fn is_skipped(&self, id: ModuleId) -> bool {
+        let skipped = self.skipped.load(Ordering::Relaxed);
+        self.tree()
+            .info(id)
+            .layer
+            .is_some_and(|layer| layer < skipped)
+    }
+
     /// Runs a module through the adapters on it.
-    fn call(&self, id: ModuleId, input: Input<'_>, pass: &Pass) -> Result<Tensor> {
+    pub(crate) fn call(&self, id: ModuleId, input: Input<'_>, pass: &Pass) -> Result<Tensor> {
+        if pass.adapter_names.is_some() {
+            return self.call_by_rows(id, input, pass);
+        }
         let run = || {
             if let Some(merged) = self.merged.as_ref().and_then(|m| m.get(&id)) {
                 return Call {
@@ -86,11 +113,13 @@ impl Network {
                 }
                 .base();
             }
-            let (weight, bias) = (self.weight_of(id)?, self.bias_of(id)?);
-            let below = self.stacks.get(&id).map_or(&[][..], Vec::as_slice);
+            let (mut weight, bias) = (self.weight_of(id)?, self.bias_of(id)?);
+            if matches!(input, Input::Norm { .. }) {
+                weight = Some(self.effective_norm(id, &self.norm_weight(id)?)?);
+            }
             Call {
                 input,
-                below,
+                below: self.stack(id),
                 current: None,
                 weight: weight.as_ref(),
                 bias: bias.as_ref(),
@@ -98,10 +127,18 @@ impl Network {
             }
             .base()
         };
-        run().map_err(|e| match e {
-            Error::Tensor(e) => Error::module(&self.tree().info(id).path, e.to_string()),
-            e => e,
-        })
+        run().map_err(|e| self.named(id, e))
+    }
+
+    /// A norm's weight as it multiplies.
+    pub(crate) fn effective_norm(&self, id: ModuleId, stored: &Tensor) -> Result<BaseWeight> {
+        let offset = self.tree().info(id).offset;
+        let weight = if offset == 0.0 {
+            stored.clone()
+        } else {
+            stored.affine(1.0, offset)?
+        };
+        Ok(BaseWeight::dense(weight, false))
     }
 
     /// A Linear or Conv1D module: `[.., in] -> [.., out]`.
@@ -147,6 +184,34 @@ impl Network {
         }
     }
 
+    /// A place that hidden states `[batch, seq, dim]` pass.
+    ///
+    /// # Errors
+    /// Whatever the adapters there return.
+    pub fn stream(&self, id: ModuleId, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        if self.stacks.contains_key(&id) {
+            self.call(id, Input::Stream(x), pass)
+        } else {
+            Ok(x.clone())
+        }
+    }
+
+    /// A layer's attention: `[batch, seq, heads * head_dim]`, before the output projection.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn attention(&self, id: ModuleId, at: &AttentionCall<'_>, pass: &Pass) -> Result<Tensor> {
+        if self.stacks.contains_key(&id) {
+            self.call(id, Input::Attention(at), pass)
+        } else {
+            Ok(at.q.attention(&at.k, &at.v, at.spec)?)
+        }
+    }
+
+    fn needs_stack(&self, id: ModuleId, pass: &Pass) -> bool {
+        pass.adapter_names.is_some() || (self.merged.is_none() && !self.stack(id).is_empty())
+    }
+
     /// An RMSNorm whose weight is `weight + offset` (Gemma's offset is 1).
     ///
     /// # Errors
@@ -157,21 +222,44 @@ impl Network {
         x: &Tensor,
         eps: f32,
         offset: f32,
-        _pass: &Pass,
+        pass: &Pass,
     ) -> Result<Tensor> {
+        let apply = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
+            crate::call::with_bias(x.rms_norm(weight, eps)?, bias)
+        };
+        if self.needs_stack(id, pass) {
+            return self.call(id, Input::Norm { x, apply: &apply }, pass);
+        }
         let mut weight = self.norm_weight(id)?;
         if offset != 0.0 {
             weight = weight.affine(1.0, offset)?;
         }
-        x.rms_norm(&weight, eps)
-            .map_err(|e| Error::module(&self.tree().info(id).path, e.to_string()))
+        apply(x, &weight, self.merged_bias(id).as_ref()).map_err(|e| self.named(id, e))
+    }
+
+    /// A bias that a merge brought to a module without one.
+    fn merged_bias(&self, id: ModuleId) -> Option<Tensor> {
+        self.merged.as_ref()?.get(&id)?.bias.clone()
+    }
+
+    pub(crate) fn named(&self, id: ModuleId, e: Error) -> Error {
+        match e {
+            Error::Tensor(e) => Error::module(&self.tree().info(id).path, e.to_string()),
+            e => e,
+        }
     }
 
     /// A LayerNorm.
     ///
     /// # Errors
     /// If `x` does not fit.
-    pub fn layer_norm(&self, id: ModuleId, x: &Tensor, eps: f32, _pass: &Pass) -> Result<Tensor> {
+    pub fn layer_norm(&self, id: ModuleId, x: &Tensor, eps: f32, pass: &Pass) -> Result<Tensor> {
+        if self.needs_stack(id, pass) {
+            let apply = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
+                Ok(x.layer_norm(weight, bias, eps)?)
+            };
+            return self.call(id, Input::Norm { x, apply: &apply }, pass);
+        }
         let merged = self.merged.as_ref().and_then(|m| m.get(&id));
         let bias = match merged {
             Some(m) => m.bias.clone(),
@@ -238,31 +326,41 @@ impl Network {
             .chain(self.stacks.get(&attention).into_iter().flatten())
     }
 
-    /// Keys and values to put in front of a layer's own, `[P, kv]` or `[batch, P, kv]`.
+    /// Keys and values to put in front of a layer's own, `[P, kv]` or `[batch, P, kv]`; `hidden` is what the layer
+    /// projects its own from.
     ///
     /// # Errors
     /// Whatever the adapters return.
-    pub fn prefix(&self, attention: ModuleId, batch: usize, pass: &Pass) -> Result<Option<Prefix>> {
+    pub fn prefix(
+        &self,
+        attention: ModuleId,
+        hidden: &Tensor,
+        pass: &Pass,
+    ) -> Result<Option<Prefix>> {
+        if self.is_skipped(attention) {
+            return Ok(None);
+        }
         let layer = self.tree().info(attention).layer.unwrap_or(0);
+        let batch = hidden.shape().first().copied().unwrap_or(0);
         let mut all = Vec::new();
         for stacked in self.around(attention) {
             let at = PrefixCx {
                 layer,
                 facts: self.tree().facts(),
                 batch,
+                hidden,
                 pass,
             };
             all.extend(stacked.adapter.prefix(&at)?);
         }
-        let axis = all.first().map_or(0, |p| p.k.rank() - 2);
-        let k: Vec<&Tensor> = all.iter().map(|p| &p.k).collect();
-        let v: Vec<&Tensor> = all.iter().map(|p| &p.v).collect();
         if all.is_empty() {
             return Ok(None);
         }
+        let k = all.iter().map(|p| p.k.clone()).collect();
+        let v = all.iter().map(|p| p.v.clone()).collect();
         Ok(Some(Prefix {
-            k: concat(&k, axis)?,
-            v: concat(&v, axis)?,
+            k: in_a_row(k, batch)?,
+            v: in_a_row(v, batch)?,
         }))
     }
 
@@ -276,25 +374,61 @@ impl Network {
     /// # Errors
     /// Whatever the adapters return.
     pub fn prompt(&self, batch: usize, pass: &Pass) -> Result<Option<Tensor>> {
+        if let Some(names) = &pass.adapter_names {
+            return self.prompt_by_rows(names, pass);
+        }
         let mut all = Vec::new();
         for stacked in &self.roots {
-            all.extend(stacked.adapter.prompt(&PromptCx {
-                facts: self.tree().facts(),
-                batch,
-                pass,
-            })?);
+            all.extend(self.prompt_of(stacked, batch, pass)?);
         }
-        match &all[..] {
-            [] => Ok(None),
-            [first, ..] => {
-                let parts: Vec<&Tensor> = all.iter().collect();
-                Ok(Some(concat(&parts, first.rank() - 2)?))
-            }
+        if all.is_empty() {
+            return Ok(None);
         }
+        in_a_row(all, batch).map(Some)
+    }
+
+    pub(crate) fn prompt_of(
+        &self,
+        stacked: &Stacked,
+        batch: usize,
+        pass: &Pass,
+    ) -> Result<Option<Tensor>> {
+        stacked.adapter.prompt(&PromptCx {
+            facts: self.tree().facts(),
+            batch,
+            pass,
+        })
+    }
+
+    /// Tokens to be said inside the virtual tokens of [`Network::prompt`].
+    pub fn prompt_labels(&self) -> Vec<PromptLabel> {
+        let (mut all, mut first) = (Vec::new(), 0);
+        for stacked in &self.roots {
+            let labels = stacked.adapter.prompt_labels().into_iter();
+            all.extend(labels.map(|label| PromptLabel {
+                position: first + label.position,
+                ..label
+            }));
+            first += stacked.adapter.prompt_len();
+        }
+        all
     }
 
     /// Positions [`Network::prompt`] adds.
     pub fn prompt_len(&self) -> usize {
         self.roots.iter().map(|s| s.adapter.prompt_len()).sum()
     }
+}
+
+/// Parts `[n, dim]` or `[batch, n, dim]` behind each other; if any differs by row, all are given their rows.
+fn in_a_row(mut parts: Vec<Tensor>, batch: usize) -> Result<Tensor> {
+    if parts.iter().any(|p| p.rank() == 3) {
+        for part in &mut parts {
+            if let [n, dim] = *part.shape() {
+                *part = part.reshape(&[1, n, dim])?.broadcast_to(&[batch, n, dim])?;
+            }
+        }
+    }
+    let axis = parts.first().map_or(0, |p| p.rank() - 2);
+    Ok(concat(&parts.iter().collect::<Vec<_>>(), axis)?)
 }

@@ -26,6 +26,8 @@ pub enum ModuleKind {
     Junction,
     /// A layer's attention, where prefixes go
     Attention,
+    /// A place that hidden states pass, unchanged: behind the embeddings, behind a block, in front of the head
+    Stream,
     /// A module that only holds others
     Container,
 }
@@ -45,6 +47,7 @@ impl ModuleKind {
             Self::Norm => "Norm",
             Self::Junction => "Junction",
             Self::Attention => "Attention",
+            Self::Stream => "Stream",
             Self::Container => "Container",
         }
     }
@@ -67,6 +70,8 @@ pub struct ModuleInfo {
     pub bias: Option<String>,
     /// Index of the layer it is in: the first number in its path.
     pub layer: Option<usize>,
+    /// What a norm adds to its stored weight (Gemma's 1).
+    pub offset: f32,
 }
 
 impl ModuleInfo {
@@ -87,6 +92,7 @@ impl ModuleInfo {
             weight: named(weight, "weight"),
             bias: named(bias, "bias"),
             layer: path.split('.').find_map(|part| part.parse().ok()),
+            offset: 0.0,
         }
     }
 
@@ -139,10 +145,22 @@ impl ModuleInfo {
         Self::sized(path, ModuleKind::Attention, dim, dim, false, false)
     }
 
+    /// A place that hidden states pass, `dim` wide.
+    pub fn stream(path: &str, dim: usize) -> Self {
+        Self::sized(path, ModuleKind::Stream, dim, dim, false, false)
+    }
+
     /// With the weight of another module (a tied head).
     #[must_use]
     pub fn with_weight(mut self, name: impl Into<String>) -> Self {
         self.weight = Some(name.into());
+        self
+    }
+
+    /// A norm that adds `offset` to its stored weight.
+    #[must_use]
+    pub fn with_offset(mut self, offset: f32) -> Self {
+        self.offset = offset;
         self
     }
 
@@ -180,6 +198,8 @@ pub struct ModelFacts {
     pub head_dim: usize,
     /// Rows of the input embedding.
     pub vocab_size: usize,
+    /// Longest text the model was made for, in tokens; 0 = not known.
+    pub max_positions: usize,
     /// Path of the input embedding.
     pub input_embedding: Option<String>,
     /// Path of the output embedding (`lm_head`).
@@ -358,6 +378,7 @@ impl ModuleTree {
                 .as_u64()
                 .map_or(hidden_size / heads.max(1), |n| n as usize),
             vocab_size: number("vocab_size"),
+            max_positions: number("max_position_embeddings"),
             ..ModelFacts::default()
         });
         for name in names {

@@ -117,6 +117,19 @@ fn no_weights(folder: &Path) -> Error {
 /// When the configuration is not an object, a shape disagrees with its values, a value is not finite, or
 /// a file cannot be written; the folder is then as before.
 pub fn write_adapter(folder: &Path, config: &Value, tensors: &NamedTensors) -> Result<()> {
+    write_adapter_with(folder, config, tensors, &[])
+}
+
+/// As [`write_adapter`], with the tensors named in `integers` written as whole numbers (I32).
+///
+/// # Errors
+/// As [`write_adapter`], and when one of those values is no whole number.
+pub fn write_adapter_with(
+    folder: &Path,
+    config: &Value,
+    tensors: &NamedTensors,
+    integers: &[String],
+) -> Result<()> {
     if !config.is_object() {
         return Err(Error::format(
             folder.join(ADAPTER_CONFIG),
@@ -128,7 +141,7 @@ pub fn write_adapter(folder: &Path, config: &Value, tensors: &NamedTensors) -> R
     }
     let mut stage = Stage::new(folder)?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    stage_tensors(&mut stage, ADAPTER_WEIGHTS, tensors, &metadata)?;
+    stage_tensors(&mut stage, ADAPTER_WEIGHTS, tensors, integers, &metadata)?;
     stage.add(ADAPTER_CONFIG, pretty_json(config).as_bytes())?;
     if !folder.join(CARD).exists() {
         stage.add(CARD, card(config).as_bytes())?;

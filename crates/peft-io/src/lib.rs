@@ -41,6 +41,7 @@ mod tensors;
 
 pub use adapter::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, is_adapter_folder, read_adapter, write_adapter,
+    write_adapter_with,
 };
 pub use checkpoint::{Checkpoint, StoredFormat, TensorMeta};
 pub use error::{Error, Result};

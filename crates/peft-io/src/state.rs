@@ -43,7 +43,7 @@ pub fn write_state(dir: &Path, name: &str, tensors: &NamedTensors, json: &Value)
 
 fn fill(partial: &Path, tensors: &NamedTensors, json: &Value) -> Result<()> {
     let mut stage = Stage::new(partial)?;
-    stage_tensors(&mut stage, TENSORS, tensors, &BTreeMap::new())?;
+    stage_tensors(&mut stage, TENSORS, tensors, &[], &BTreeMap::new())?;
     stage.add(JSON, pretty_json(json).as_bytes())?;
     stage.commit()
 }

@@ -60,15 +60,17 @@ pub fn write_tensors(
         )));
     };
     let mut stage = Stage::new(parent(path))?;
-    stage_tensors(&mut stage, name, tensors, metadata)?;
+    stage_tensors(&mut stage, name, tensors, &[], metadata)?;
     stage.commit()
 }
 
-/// As [`write_tensors`], as one of several files that are put in place together.
+/// As [`write_tensors`], as one of several files that are put in place together; `integers` names those whose values
+/// are whole numbers, which are written as I32.
 pub(crate) fn stage_tensors(
     stage: &mut Stage,
     name: &str,
     tensors: &NamedTensors,
+    integers: &[String],
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
     use std::io::Write as _;
@@ -86,21 +88,40 @@ pub(crate) fn stage_tensors(
                 ),
             ));
         }
-        plan.push((key.clone(), Dtype::F32, shape.clone()));
+        let dtype = if integers.contains(key) {
+            if let Some(bad) = values.iter().find(|v| !is_whole(**v)) {
+                let detail = format!("{bad} is no whole number of at most 2^24");
+                return Err(Error::tensor(&path, key, detail));
+            }
+            Dtype::I32
+        } else {
+            Dtype::F32
+        };
+        plan.push((key.clone(), dtype, shape.clone()));
     }
     let (head, _) = header::build(&path, &plan, metadata)?;
     let temp = stage.temp(name)?;
     let mut out = std::io::BufWriter::with_capacity(1 << 20, temp);
     let written = out.write_all(&head).and_then(|()| {
-        tensors
-            .values()
-            .try_for_each(|(_, values)| write_le(&mut out, values))
+        tensors.iter().try_for_each(|(key, (_, values))| {
+            if !integers.contains(key) {
+                return write_le(&mut out, values);
+            }
+            values
+                .iter()
+                .try_for_each(|v| out.write_all(&(*v as i32).to_le_bytes()))
+        })
     });
     written.map_err(|e| Error::io("write", &path, e))?;
     let temp = out
         .into_inner()
         .map_err(|e| Error::io("write", &path, e.into_error()))?;
     stage.push(name, temp)
+}
+
+/// Whether f32 holds this whole number exactly, its neighbours too.
+fn is_whole(value: f32) -> bool {
+    value.fract() == 0.0 && value.abs() <= 16_777_216.0
 }
 
 fn write_le(out: &mut impl std::io::Write, values: &[f32]) -> std::io::Result<()> {

@@ -48,6 +48,11 @@ impl Builder {
         self.push(ModuleInfo::linear(&path, from, to, bias))
     }
 
+    /// A place that hidden states pass.
+    pub(crate) fn stream(&mut self, path: String, dim: usize) -> ModuleId {
+        self.push(ModuleInfo::stream(&path, dim))
+    }
+
     pub(crate) fn norm(&mut self, path: String, dim: usize, bias: bool) -> ModuleId {
         self.push(ModuleInfo::norm(&path, dim, bias))
     }
@@ -69,11 +74,13 @@ pub(crate) fn embedded(
     }
     let mut x = x.reshape(&[batch.batch, batch.seq, x.last_dim()])?;
     let mut keys = batch.mask.clone();
+    let mut added = 0;
     if seen == 0
         && let Some(prompt) = network.prompt(batch.batch, pass)?
     {
         let prompt = per_row(&prompt, batch.batch)?;
         let virtual_tokens = prompt.dims3()?.1;
+        added = virtual_tokens;
         x = concat(&[&prompt, &x], 1)?;
         keys = keys.map(|mask| {
             let row = |r: &[bool]| {
@@ -91,6 +98,8 @@ pub(crate) fn embedded(
             batch: batch.batch,
             seq,
             keys: keys.map(Arc::new),
+            seen,
+            virtual_tokens: added,
         },
     ))
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use peft_core::{ModuleId, Network, Pass, Result};
+use peft_core::{AttentionCall, ModuleId, Network, Pass, ProjectFn, Result, Tokens};
 use peft_tensor::{Attention, Mask, Tensor, concat};
 
 /// Keys and values of the tokens a model has seen, one entry per layer.
@@ -37,9 +37,28 @@ pub(crate) struct Rows {
     pub(crate) seq: usize,
     /// Which may be seen, `[B * (seen + seq)]`; None = all.
     pub(crate) keys: Option<Arc<Vec<bool>>>,
+    /// Positions run before and cached.
+    pub(crate) seen: usize,
+    /// Virtual tokens in front.
+    pub(crate) virtual_tokens: usize,
 }
 
 impl Rows {
+    /// The pass with what adapters may want to know of the rows.
+    pub(crate) fn pass(&self, pass: &Pass) -> Pass {
+        let tokens = Tokens {
+            batch: self.batch,
+            seq: self.seq,
+            seen: self.seen,
+            virtual_tokens: self.virtual_tokens,
+            mask: self.keys.clone(),
+        };
+        Pass {
+            tokens: Some(Arc::new(tokens)),
+            ..pass.clone()
+        }
+    }
+
     /// The mask with `prefix` keys in front of each row.
     fn mask(&self, prefix: usize) -> Mask {
         let keys = self.keys.as_ref().map(|keys| {
@@ -58,10 +77,19 @@ impl Rows {
     }
 }
 
+/// What a layer's attention module is to adapters: its id, the sublayer's input `[B, S, hidden]`, and its keys and values
+/// for any hidden states.
+#[derive(Clone, Copy)]
+pub(crate) struct Sublayer<'a> {
+    pub(crate) module: ModuleId,
+    pub(crate) hidden: &'a Tensor,
+    pub(crate) project: ProjectFn<'a>,
+}
+
 /// Attention of `q` over the layer's prefix, the cached keys and `k`, `v`; all `[B, S, width]`, keys rotated already.
 pub(crate) fn attend(
     network: &Network,
-    module: ModuleId,
+    sublayer: Sublayer<'_>,
     (q, k, v): (&Tensor, Tensor, Tensor),
     spec: &Attention,
     rows: &Rows,
@@ -75,7 +103,7 @@ pub(crate) fn attend(
             concat(&[&seen.v, &v], 1)?,
             seen.prefix,
         ),
-        None => match network.prefix(module, rows.batch, pass)? {
+        None => match network.prefix(sublayer.module, sublayer.hidden, pass)? {
             Some(p) => {
                 let (pk, pv) = (per_row(&p.k, rows.batch)?, per_row(&p.v, rows.batch)?);
                 let prefix = pk.shape()[1];
@@ -89,7 +117,15 @@ pub(crate) fn attend(
         mask: rows.mask(prefix),
         ..spec.clone()
     };
-    let out = q.attention(&k, &v, &spec)?;
+    let call = AttentionCall {
+        q: q.clone(),
+        k: k.clone(),
+        v: v.clone(),
+        spec: &spec,
+        hidden: sublayer.hidden,
+        project: sublayer.project,
+    };
+    let out = network.attention(sublayer.module, &call, pass)?;
     if let Some(place) = cache {
         *place = Some(LayerCache { k, v, prefix });
     }

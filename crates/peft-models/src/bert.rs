@@ -6,7 +6,7 @@ use peft_core::{Error, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pa
 use peft_tensor::{Attention, Mask, Tensor};
 
 use crate::arch::{Architecture, Builder, embedded, labels, layer, positions};
-use crate::attend::{KvCache, Rows, attend};
+use crate::attend::{KvCache, Rows, Sublayer, attend};
 use crate::config::{Activation, ModelConfig};
 use crate::gpt2::check_length;
 use crate::model::{Batch, Task};
@@ -18,6 +18,7 @@ pub(crate) struct Bert {
     places: ModuleId,
     segments: ModuleId,
     norm: ModuleId,
+    start: ModuleId,
     layers: Vec<Arc<Block>>,
     pooler: ModuleId,
     head: Option<ModuleId>,
@@ -36,6 +37,7 @@ struct Block {
     down: ModuleId,
     second_junction: ModuleId,
     second_norm: ModuleId,
+    block_end: ModuleId,
 }
 
 impl Bert {
@@ -51,6 +53,7 @@ impl Bert {
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             vocab_size: config.vocab_size,
+            max_positions: config.max_positions,
             input_embedding: Some(format!("{prefix}embeddings.word_embeddings")),
             output_embedding: None,
             tied: false,
@@ -79,6 +82,7 @@ impl Bert {
         let places = table(&mut b, "position_embeddings", config.max_positions);
         let segments = table(&mut b, "token_type_embeddings", config.type_vocab_size);
         let norm = b.norm(format!("{prefix}embeddings.LayerNorm"), hidden, true);
+        let start = b.stream(format!("{prefix}invertible_adapters"), hidden);
         b.container(&format!("{prefix}encoder"));
         let layers = (0..config.num_layers)
             .map(|i| {
@@ -100,6 +104,7 @@ impl Bert {
                 places,
                 segments,
                 norm,
+                start,
                 layers,
                 pooler,
                 head,
@@ -136,6 +141,7 @@ impl Block {
         let second_junction = b.push(ModuleInfo::junction(&format!("{path}.output"), hidden));
         let down = b.linear(format!("{path}.output.dense"), inner, hidden, true);
         let second_norm = b.norm(format!("{path}.output.LayerNorm"), hidden, true);
+        let block_end = b.stream(format!("{path}.refts"), hidden);
         Self {
             config,
             attention,
@@ -149,6 +155,7 @@ impl Block {
             down,
             second_junction,
             second_norm,
+            block_end,
         }
     }
 
@@ -168,14 +175,26 @@ impl Block {
             softcap: None,
             mask: Mask::default(),
         };
-        let h = attend(network, self.attention, (&q, k, v), &spec, rows, None, pass)?;
+        let project = |x: &Tensor| {
+            Ok((
+                network.linear(self.key, x, pass)?,
+                network.linear(self.value, x, pass)?,
+            ))
+        };
+        let sublayer = Sublayer {
+            module: self.attention,
+            hidden: x,
+            project: &project,
+        };
+        let h = attend(network, sublayer, (&q, k, v), &spec, rows, None, pass)?;
         let h = network.linear(self.output, &h, pass)?;
         let norm = |x: &Tensor| network.layer_norm(self.first_norm, x, c.norm_eps, pass);
         let x = network.junction(self.first_junction, &h, x, Some(&norm), pass)?;
         let h = activate(&network.linear(self.up, &x, pass)?, c.activation)?;
         let h = network.linear(self.down, &h, pass)?;
         let norm = |x: &Tensor| network.layer_norm(self.second_norm, x, c.norm_eps, pass);
-        network.junction(self.second_junction, &h, &x, Some(&norm), pass)
+        let x = network.junction(self.second_junction, &h, &x, Some(&norm), pass)?;
+        network.stream(self.block_end, &x, pass)
     }
 }
 
@@ -193,6 +212,7 @@ impl Architecture for Bert {
             ));
         }
         let (x, rows) = embedded(network, self.words, None, batch, 0, pass)?;
+        let pass = &rows.pass(pass);
         let first = network.prefix_len();
         check_length(first + rows.seq, &self.config, "max_position_embeddings")?;
         let shape = x.shape().to_vec();
@@ -203,7 +223,8 @@ impl Architecture for Bert {
             .embed(self.places, &positions(&rows, first)?, pass)?
             .reshape(&shape)?;
         let x = x.add(&segments)?.add(&places)?;
-        let mut x = network.layer_norm(self.norm, &x, self.config.norm_eps, pass)?;
+        let x = network.layer_norm(self.norm, &x, self.config.norm_eps, pass)?;
+        let mut x = network.stream(self.start, &x, pass)?;
         for block in &self.layers {
             let (block, rows) = (block.clone(), rows.clone());
             x = layer(network, &x, pass, move |network, x, pass| {

@@ -7,7 +7,7 @@ use peft_core::{ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Res
 use peft_tensor::{Attention, Glu, Mask, Rope, Tensor};
 
 use crate::arch::{Architecture, Builder, embedded, labels, last_tokens, layer, positions};
-use crate::attend::{KvCache, LayerCache, Rows, attend};
+use crate::attend::{KvCache, LayerCache, Rows, Sublayer, attend};
 use crate::config::{Activation, ModelConfig};
 use crate::model::{Batch, Task};
 use crate::rope::RopeTables;
@@ -16,8 +16,10 @@ use crate::rope::RopeTables;
 pub(crate) struct Decoder {
     config: Arc<ModelConfig>,
     embedding: ModuleId,
+    start: ModuleId,
     layers: Vec<Arc<Layer>>,
     norm: ModuleId,
+    end: Option<ModuleId>,
     head: Option<ModuleId>,
     rope: Option<RopeTables>,
 }
@@ -37,9 +39,11 @@ struct Layer {
     after_norms: Option<(ModuleId, ModuleId)>,
     attention_junction: ModuleId,
     output_junction: ModuleId,
+    block_end: ModuleId,
     window: Option<usize>,
 }
 
+#[derive(Clone, Copy)]
 enum Qkv {
     Split(ModuleId, ModuleId, ModuleId),
     Fused(ModuleId),
@@ -80,6 +84,7 @@ impl Decoder {
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             vocab_size: config.vocab_size,
+            max_positions: config.max_positions,
             input_embedding: Some(embedding_path.clone()),
             output_embedding: causal.then(|| "lm_head".to_owned()),
             tied: causal && config.tied,
@@ -102,6 +107,7 @@ impl Decoder {
             config.vocab_size,
             hidden,
         ));
+        let start = b.stream(format!("{prefix}invertible_adapters"), hidden);
         let layers = (0..config.num_layers)
             .map(|i| {
                 Arc::new(Layer::build(
@@ -112,7 +118,11 @@ impl Decoder {
                 ))
             })
             .collect();
-        let norm = b.norm(format!("{prefix}norm"), hidden, false);
+        let norm = b.push(
+            ModuleInfo::norm(&format!("{prefix}norm"), hidden, false)
+                .with_offset(config.norm_offset),
+        );
+        let end = causal.then(|| b.stream(format!("{prefix}invertible_adapters_rev"), hidden));
         let head = head_path.map(|path| {
             let out = labels(task).unwrap_or(config.vocab_size);
             let head = ModuleInfo::linear(path, hidden, out, false);
@@ -132,8 +142,10 @@ impl Decoder {
             Self {
                 config: shared,
                 embedding,
+                start,
                 layers,
                 norm,
+                end,
                 head,
                 rope,
             },
@@ -161,8 +173,11 @@ impl Layer {
             output = b.linear(at("o_proj"), q_width, hidden, c.output_bias);
         }
         let qk_norms = c.qk_norm.then(|| {
-            let q = b.norm(at("q_norm"), c.head_dim, false);
-            (q, b.norm(at("k_norm"), c.head_dim, false))
+            let mut norm = |name: &str| {
+                let norm = ModuleInfo::norm(&at(name), c.head_dim, false);
+                b.push(norm.with_offset(c.norm_offset))
+            };
+            (norm("q_norm"), norm("k_norm"))
         });
         b.container(&format!("{path}.mlp"));
         let at = |name: &str| format!("{path}.mlp.{name}");
@@ -173,7 +188,10 @@ impl Layer {
             GateUp::Split(gate, b.linear(at("up_proj"), hidden, inner, c.mlp_bias))
         };
         let down = b.linear(at("down_proj"), inner, hidden, c.mlp_bias);
-        let mut norm = |name: &str| b.norm(format!("{path}.{name}"), hidden, false);
+        let mut norm = |name: &str| {
+            let norm = ModuleInfo::norm(&format!("{path}.{name}"), hidden, false);
+            b.push(norm.with_offset(c.norm_offset))
+        };
         let input_norm = norm("input_layernorm");
         let (middle_norm, after_norms) = if c.sandwich_norms {
             let after_attention = norm("post_attention_layernorm");
@@ -189,6 +207,7 @@ impl Layer {
             |name: &str| b.push(ModuleInfo::junction(&format!("{path}.{name}"), hidden));
         let attention_junction = junction("attention_adapters");
         let output_junction = junction("output_adapters");
+        let block_end = b.stream(format!("{path}.refts"), hidden);
         let window = config.windows.get(index).copied().flatten();
         Self {
             config,
@@ -203,6 +222,7 @@ impl Layer {
             after_norms,
             attention_junction,
             output_junction,
+            block_end,
             window,
         }
     }
@@ -230,7 +250,8 @@ impl Layer {
         if let Some((_, after)) = self.after_norms {
             h = self.norm(network, after, &h, pass)?;
         }
-        network.junction(self.output_junction, &h, &x, None, pass)
+        let x = network.junction(self.output_junction, &h, &x, None, pass)?;
+        network.stream(self.block_end, &x, pass)
     }
 
     fn attend(
@@ -243,29 +264,36 @@ impl Layer {
     ) -> Result<Tensor> {
         let c = &self.config;
         let (q_width, kv_width) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let (mut q, mut k, v) = match self.qkv {
-            Qkv::Split(q, k, v) => (
-                network.linear(q, x, pass)?,
-                network.linear(k, x, pass)?,
+        let per_head = |norm: Option<ModuleId>, x: Tensor| -> Result<Tensor> {
+            let Some(id) = norm else { return Ok(x) };
+            let rows = x.reshape(&[x.numel() / c.head_dim, c.head_dim])?;
+            Ok(self.norm(network, id, &rows, pass)?.reshape(x.shape())?)
+        };
+        let (q_norm, k_norm) = (self.qk_norms.map(|n| n.0), self.qk_norms.map(|n| n.1));
+        let keys_values = |x: &Tensor, fused: Option<&Tensor>| match (self.qkv, fused) {
+            (Qkv::Split(_, k, v), _) => Ok((
+                per_head(k_norm, network.linear(k, x, pass)?)?,
                 network.linear(v, x, pass)?,
-            ),
-            Qkv::Fused(qkv) => {
-                let all = network.linear(qkv, x, pass)?;
-                let part = |start, len| all.narrow(2, start, len);
-                (
-                    part(0, q_width)?,
-                    part(q_width, kv_width)?,
-                    part(q_width + kv_width, kv_width)?,
-                )
+            )),
+            (Qkv::Fused(qkv), fused) => {
+                let all = match fused {
+                    Some(all) => all.clone(),
+                    None => network.linear(qkv, x, pass)?,
+                };
+                let k = all.narrow(2, q_width, kv_width)?;
+                let v = all.narrow(2, q_width + kv_width, kv_width)?;
+                Ok((per_head(k_norm, k)?, v))
             }
         };
-        if let Some((q_norm, k_norm)) = self.qk_norms {
-            let per_head = |id, x: &Tensor| -> Result<Tensor> {
-                let rows = x.reshape(&[x.numel() / c.head_dim, c.head_dim])?;
-                Ok(self.norm(network, id, &rows, pass)?.reshape(x.shape())?)
-            };
-            (q, k) = (per_head(q_norm, &q)?, per_head(k_norm, &k)?);
-        }
+        let project = |x: &Tensor| keys_values(x, None);
+        let (q, (mut k, v)) = match self.qkv {
+            Qkv::Split(q, ..) => (network.linear(q, x, pass)?, project(x)?),
+            Qkv::Fused(qkv) => {
+                let all = network.linear(qkv, x, pass)?;
+                (all.narrow(2, 0, q_width)?, keys_values(x, Some(&all))?)
+            }
+        };
+        let mut q = per_head(q_norm, q)?;
         if let Some((rope_q, rope_k)) = &step.rope {
             (q, k) = (q.rope(rope_q)?, k.rope(rope_k)?);
         }
@@ -282,7 +310,11 @@ impl Layer {
         };
         let out = attend(
             network,
-            self.attention,
+            Sublayer {
+                module: self.attention,
+                hidden: x,
+                project: &project,
+            },
             (&q, k, v),
             &spec,
             &step.rows,
@@ -322,7 +354,7 @@ impl Architecture for Decoder {
         pass: &Pass,
     ) -> Result<Tensor> {
         let seen = cache.as_ref().map_or(0, |c| c.seen);
-        let (mut x, rows) = embedded(
+        let (x, rows) = embedded(
             network,
             self.embedding,
             self.config.embed_scale,
@@ -330,6 +362,8 @@ impl Architecture for Decoder {
             seen,
             pass,
         )?;
+        let pass = &rows.pass(pass);
+        let mut x = network.stream(self.start, &x, pass)?;
         let positions = positions(&rows, network.prefix_len() + seen)?;
         let rope = self
             .rope
@@ -362,6 +396,10 @@ impl Architecture for Decoder {
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {
         let Some(head) = self.head else {
             return Ok(rows.clone());
+        };
+        let rows = match self.end {
+            Some(end) => &network.stream(end, rows, pass)?,
+            None => rows,
         };
         let logits = network.linear(head, rows, pass)?;
         match self.config.logit_softcap {

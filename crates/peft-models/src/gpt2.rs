@@ -6,7 +6,7 @@ use peft_core::{Error, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pa
 use peft_tensor::{Attention, Mask, Tensor};
 
 use crate::arch::{Architecture, Builder, embedded, labels, last_tokens, layer, positions};
-use crate::attend::{KvCache, LayerCache, Rows, attend};
+use crate::attend::{KvCache, LayerCache, Rows, Sublayer, attend};
 use crate::bert::activate;
 use crate::config::ModelConfig;
 use crate::model::{Batch, Task};
@@ -16,8 +16,10 @@ pub(crate) struct Gpt2 {
     config: Arc<ModelConfig>,
     tokens: ModuleId,
     places: ModuleId,
+    start: ModuleId,
     layers: Vec<Arc<Block>>,
     norm: ModuleId,
+    end: Option<ModuleId>,
     head: Option<ModuleId>,
 }
 
@@ -33,6 +35,7 @@ struct Block {
     down: ModuleId,
     attention_junction: ModuleId,
     output_junction: ModuleId,
+    block_end: ModuleId,
 }
 
 impl Gpt2 {
@@ -53,6 +56,7 @@ impl Gpt2 {
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             vocab_size: config.vocab_size,
+            max_positions: config.max_positions,
             input_embedding: Some(tokens_path.clone()),
             output_embedding: causal.then(|| "lm_head".to_owned()),
             tied: causal && config.tied,
@@ -80,6 +84,7 @@ impl Gpt2 {
             config.max_positions,
             hidden,
         ));
+        let start = b.stream(format!("{prefix}invertible_adapters"), hidden);
         let layers = (0..config.num_layers)
             .map(|i| {
                 Arc::new(Block::build(
@@ -91,6 +96,7 @@ impl Gpt2 {
             })
             .collect();
         let norm = b.norm(format!("{prefix}ln_f"), hidden, true);
+        let end = causal.then(|| b.stream(format!("{prefix}invertible_adapters_rev"), hidden));
         let head = match task {
             Task::CausalLm => {
                 let head = ModuleInfo::linear("lm_head", hidden, config.vocab_size, false);
@@ -111,8 +117,10 @@ impl Gpt2 {
                 config: shared,
                 tokens,
                 places,
+                start,
                 layers,
                 norm,
+                end,
                 head,
             },
         )
@@ -159,6 +167,7 @@ impl Block {
             &format!("{path}.output_adapters"),
             hidden,
         ));
+        let block_end = b.stream(format!("{path}.refts"), hidden);
         let by_layer = if config.scale_by_layer {
             (index + 1) as f32
         } else {
@@ -177,6 +186,7 @@ impl Block {
             down,
             attention_junction,
             output_junction,
+            block_end,
         }
     }
 
@@ -203,9 +213,19 @@ impl Block {
             softcap: None,
             mask: Mask::default(),
         };
+        let project = |x: &Tensor| {
+            let all = network.linear(self.qkv, x, pass)?;
+            let part = |i: usize| all.narrow(2, i * c.hidden_size, c.hidden_size);
+            Ok((part(1)?, part(2)?))
+        };
+        let sublayer = Sublayer {
+            module: self.attention,
+            hidden: &h,
+            project: &project,
+        };
         let h = attend(
             network,
-            self.attention,
+            sublayer,
             (&part(0)?, part(1)?, part(2)?),
             &spec,
             rows,
@@ -217,7 +237,8 @@ impl Block {
         let h = network.layer_norm(self.second_norm, &x, c.norm_eps, pass)?;
         let h = activate(&network.linear(self.up, &h, pass)?, c.activation)?;
         let h = network.linear(self.down, &h, pass)?;
-        network.junction(self.output_junction, &h, &x, None, pass)
+        let x = network.junction(self.output_junction, &h, &x, None, pass)?;
+        network.stream(self.block_end, &x, pass)
     }
 }
 
@@ -231,10 +252,12 @@ impl Architecture for Gpt2 {
     ) -> Result<Tensor> {
         let seen = cache.as_ref().map_or(0, |c| c.seen);
         let (x, rows) = embedded(network, self.tokens, None, batch, seen, pass)?;
+        let pass = &rows.pass(pass);
         let first = network.prefix_len() + seen;
         check_length(first + rows.seq, &self.config, "n_positions")?;
         let places = network.embed(self.places, &positions(&rows, first)?, pass)?;
-        let mut x = x.add(&places.reshape(x.shape())?)?;
+        let x = x.add(&places.reshape(x.shape())?)?;
+        let mut x = network.stream(self.start, &x, pass)?;
         for (i, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
                 Some(cache) => block.run(network, &x, &rows, Some(cache.layer(i)), pass)?,
@@ -254,7 +277,10 @@ impl Architecture for Gpt2 {
 
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {
         match self.head {
-            Some(head) => network.linear(head, rows, pass),
+            Some(head) => match self.end {
+                Some(end) => network.linear(head, &network.stream(end, rows, pass)?, pass),
+                None => network.linear(head, rows, pass),
+            },
             None => Ok(rows.clone()),
         }
     }

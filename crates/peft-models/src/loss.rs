@@ -75,13 +75,16 @@ impl Model {
         };
         let count = labelled.targets.len();
         let counted = !pass.train || matches!(labels, Labels::Classes(_));
+        let chunk_pass = |chunk: usize, len: usize| {
+            for_rows(pass, labelled.places.iter().skip(chunk * ROWS).take(len))
+        };
         let (mut total, mut sum, mut correct) = (None::<Tensor>, 0.0, 0);
         for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
             let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
             let part = eager(&[&rows], |x| {
                 let logits = self
                     .architecture
-                    .head(&self.network, &x[0], pass)
+                    .head(&self.network, &x[0], &chunk_pass(chunk, targets.len()))
                     .map_err(into_tensor_error)?;
                 if counted {
                     let values = logits.to_vec()?;
@@ -124,9 +127,10 @@ impl Model {
             let mut scored = Vec::with_capacity(labelled.targets.len());
             for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
                 let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
+                let places = &labelled.places[chunk * ROWS..];
+                let pass = &for_rows(pass, places.iter().take(targets.len()));
                 let logits = self.architecture.head(&self.network, &rows, pass)?;
                 let values = logits.to_vec()?;
-                let places = &labelled.places[chunk * ROWS..];
                 for ((row, &target), &(at, position)) in values
                     .chunks(logits.last_dim().max(1))
                     .zip(targets)
@@ -164,7 +168,7 @@ impl Model {
                     );
                     return Err(Error::config("labels", detail));
                 }
-                let added = self.network.prompt_len();
+                let added = self.network.prompt_len_in(pass);
                 let width = added + batch.seq;
                 let (mut ids, mut targets, mut places) = (Vec::new(), Vec::new(), Vec::new());
                 for (row, tokens) in tokens.chunks(batch.seq).enumerate() {
@@ -231,6 +235,16 @@ impl Model {
     fn is_token(&self, label: i64) -> bool {
         usize::try_from(label).is_ok_and(|t| t < self.config().vocab_size)
     }
+}
+
+/// The pass for hidden states picked from the batch: each goes through its own row's adapter.
+fn for_rows<'a>(pass: &Pass, places: impl Iterator<Item = &'a (usize, usize)>) -> Pass {
+    let mut pass = pass.clone();
+    if let Some(names) = &pass.adapter_names {
+        let picked = places.filter_map(|&(row, _)| names.get(row).cloned());
+        pass.adapter_names = Some(picked.collect::<Vec<_>>().into());
+    }
+    pass
 }
 
 /// Index of the largest value, the first of equals.

@@ -109,6 +109,11 @@ impl AdamW {
         param.set(Tensor::from_vec(weight, before.shape(), before.device())?)
     }
 
+    /// Forgets everything: the next step is a first one.
+    pub fn reset(&mut self) {
+        self.state.clear();
+    }
+
     /// The moments as tensors, `mean/KEY` and `square/KEY`, and the steps by key.
     pub fn export(&self) -> (NamedTensors, BTreeMap<String, u64>) {
         let mut tensors = NamedTensors::new();

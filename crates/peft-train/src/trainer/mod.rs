@@ -9,10 +9,13 @@ mod setup;
 mod state;
 mod step;
 
+use std::cell::Cell;
 use std::path::Path;
 use std::time::Instant;
 
-use peft_core::{Grads, Param, ParamGroups, Result, TrainCx, TrainHooks};
+use peft_core::{
+    Error, Grads, Param, ParamGroups, Pass, Result, Tensor, TrainCx, TrainData, TrainHooks,
+};
 use peft_io::LineLog;
 use peft_models::Model;
 use peft_tensor::RngKey;
@@ -20,7 +23,7 @@ use peft_tensor::RngKey;
 pub use setup::{encode_for, task_for};
 
 use crate::config::TrainConfig;
-use crate::data::{Dataset, LabelNames, plan_epoch};
+use crate::data::{Dataset, Example, LabelNames, collate, plan_epoch};
 use crate::optim::{AdamW, Groups};
 use crate::{EvalOptions, EvalReport, Observer, Summary, evaluate, io};
 
@@ -242,18 +245,55 @@ impl<'a> Trainer<'a> {
         grads: &mut Grads,
         call: impl Fn(&mut dyn TrainHooks, &mut TrainCx<'_>) -> Result<()>,
     ) -> Result<()> {
+        self.hook_after(progress, params, grads, &[], call)
+    }
+
+    /// As [`Trainer::hook`], with the gradients the optimiser used.
+    fn hook_after(
+        &self,
+        progress: &mut Progress,
+        params: &[Param],
+        grads: &mut Grads,
+        used: &[Option<Tensor>],
+        call: impl Fn(&mut dyn TrainHooks, &mut TrainCx<'_>) -> Result<()>,
+    ) -> Result<()> {
         let (_, total_steps) = self.steps();
+        let reset = Cell::new(false);
+        let rows = Rows(self);
+        // After a step, the rate that step was taken with.
+        let step = progress.step;
+        let taken = if used.is_empty() {
+            step
+        } else {
+            step.saturating_sub(1)
+        };
         let mut cx = TrainCx {
-            step: progress.step,
+            step,
             total_steps,
             network: self.model.network(),
             params,
             grads,
+            used,
+            learning_rate: self.learning_rate(taken),
+            data: Some(&rows),
+            reset_optimizer: &reset,
         };
         progress
             .hooks
             .iter_mut()
-            .try_for_each(|(_, hook)| call(hook.as_mut(), &mut cx))
+            .try_for_each(|(_, hook)| call(hook.as_mut(), &mut cx))?;
+        if reset.get() {
+            progress.optimizer.reset();
+        }
+        Ok(())
+    }
+
+    /// The learning rate of the step after `step`, before the factors of parameter groups.
+    fn learning_rate(&self, step: u64) -> f64 {
+        let (_, total) = self.steps();
+        let train = &self.config.train;
+        let warmup = self.config.warmup(total);
+        train.learning_rate * train.schedule.factor(step, warmup, total)
     }
 
     fn evaluate(
@@ -320,6 +360,35 @@ fn holds_a_run(folder: &Path) -> bool {
     ]
     .iter()
     .any(|name| folder.join(name).exists())
+}
+
+/// The run's training rows, as methods may ask about them.
+struct Rows<'a>(&'a Trainer<'a>);
+
+impl TrainData for Rows<'_> {
+    fn rows(&self) -> usize {
+        self.0.train.examples.len()
+    }
+
+    fn gradient(&self, rows: &[usize]) -> Result<(f64, Grads)> {
+        let all = &self.0.train.examples;
+        let examples: Vec<&Example> = rows.iter().filter_map(|&row| all.get(row)).collect();
+        if examples.len() != rows.len() {
+            return Err(Error::other(format!(
+                "a method asked for training rows beyond the {} there are",
+                all.len()
+            )));
+        }
+        let collated = collate(&examples, self.0.train.pad);
+        let mut pass = Pass::eval();
+        pass.checkpoint = self.0.config.train.gradient_checkpointing;
+        let model = &self.0.model;
+        let out = model.loss(&collated.batch, &collated.labels, &pass)?;
+        if out.count == 0 {
+            return Ok((0.0, Grads::default()));
+        }
+        Ok((out.sum / out.count as f64, out.loss.backward()?))
+    }
 }
 
 #[cfg(test)]

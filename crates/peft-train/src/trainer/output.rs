@@ -58,7 +58,8 @@ pub(super) fn write(
             .iter()
             .map(|(key, tensor)| Ok((key.clone(), named(tensor)?)))
             .collect::<Result<_>>()?;
-        return peft_io::write_adapter(folder, &settings, &tensors).map_err(io);
+        let integers = network.integer_keys(ADAPTER_NAME)?;
+        return peft_io::write_adapter_with(folder, &settings, &tensors, &integers).map_err(io);
     }
     write_model(config, model, labels)
 }

@@ -115,7 +115,7 @@ pub(super) fn restore(
     for param in params {
         let key = format!("param/{}", param.key());
         match tensors.remove(&key) {
-            Some((shape, data)) if shape == param.shape() => {
+            Some((shape, data)) if param.accepts(&shape) => {
                 values.push(Tensor::from_vec(data, &shape, trainer.model.device())?);
             }
             Some((shape, _)) => {

@@ -1,10 +1,11 @@
 //! One optimiser step: the mean loss over all labels of its batches, its gradient, hooks, clipping, AdamW.
 
+use std::cell::Cell;
 use std::time::Instant;
 
-use peft_core::{Error, Grads, Pass, Result, TrainCx};
+use peft_core::{Error, Grads, Param, Pass, Result, Tensor, TrainCx};
 
-use super::{Progress, Trainer};
+use super::{Progress, Rows, Trainer};
 use crate::data::{Example, collate};
 use crate::optim::{clip_factor, norms, take_gradients, total_norm};
 use crate::report::StepReport;
@@ -61,6 +62,7 @@ impl Trainer<'_> {
         }
 
         let mut penalty = None;
+        let (reset, rows) = (Cell::new(false), Rows(self));
         for (_, hook) in &progress.hooks {
             let cx = TrainCx {
                 step,
@@ -68,6 +70,10 @@ impl Trainer<'_> {
                 network,
                 params: &params,
                 grads: &mut grads,
+                used: &[],
+                learning_rate: self.learning_rate(step),
+                data: Some(&rows),
+                reset_optimizer: &reset,
             };
             let Some(term) = hook.penalty(&cx)? else {
                 continue;
@@ -103,18 +109,16 @@ impl Trainer<'_> {
             return Err(self.not_finite(step, &what, norm, &examples().collect::<Vec<_>>()));
         }
         let factor = clip_factor(norm, train.max_grad_norm);
-        let learning_rate = train.learning_rate
-            * train
-                .schedule
-                .factor(step, self.config.warmup(total_steps), total_steps);
+        let learning_rate = self.learning_rate(step);
         for (param, grad) in params.iter().zip(&taken) {
             if let Some(grad) = grad {
                 let rate = progress.groups.rate(param.key(), learning_rate);
                 progress.optimizer.step(param, grad, factor, rate)?;
             }
         }
+        let used = used(&params, &taken, factor)?;
         progress.step += 1;
-        self.hook(progress, &params, &mut grads, |hook, cx| {
+        self.hook_after(progress, &params, &mut grads, &used, |hook, cx| {
             hook.after_step(cx)
         })?;
 
@@ -150,4 +154,19 @@ impl Trainer<'_> {
             lines.join(", ")
         ))
     }
+}
+
+/// Gradients as the optimiser took them.
+fn used(params: &[Param], taken: &[Option<Vec<f32>>], factor: f32) -> Result<Vec<Option<Tensor>>> {
+    let one = |(param, grad): (&Param, &Option<Vec<f32>>)| {
+        let Some(grad) = grad else { return Ok(None) };
+        let clipped = grad.iter().map(|g| g * factor).collect();
+        let value = param.tensor();
+        Ok(Some(Tensor::from_vec(
+            clipped,
+            value.shape(),
+            value.device(),
+        )?))
+    };
+    params.iter().zip(taken).map(one).collect()
 }

@@ -62,6 +62,7 @@ pub fn write_adapter(
     if let Some(fields) = config.as_object_mut() {
         fields.insert("base_model_name_or_path".to_owned(), Value::from(base));
     }
-    peft_io::write_adapter(folder, &config, &named_tensors(&tensors)?)?;
+    let integers = network.integer_keys(name)?;
+    peft_io::write_adapter_with(folder, &config, &named_tensors(&tensors)?, &integers)?;
     Ok(folder.to_owned())
 }
