@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use peft::ops::MergeDType;
+use peft::ops::{Compose, MergeDType};
 
 /// Fine-tune large pretrained models by training few parameters.
 #[derive(Debug, Parser)]
@@ -41,6 +41,8 @@ pub(crate) enum Verb {
     Methods(Methods),
     /// Write a fresh adapter
     Init(Init),
+    /// Write an adapter in another library's layout
+    Export(Export),
 }
 
 /// A model with adapters stacked on it.
@@ -49,9 +51,18 @@ pub(crate) struct Subject {
     /// Model folder, .gguf file or hub id
     #[arg(long)]
     pub(crate) model: String,
-    /// Adapter folder or hub id; repeat it to stack several, the first innermost
+    /// Adapter folder or hub id, or NAME=ADAPTER; repeat it to stack several, the first innermost
     #[arg(long)]
     pub(crate) adapter: Vec<String>,
+}
+
+/// How several adapters combine.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Combine {
+    /// How several adapters combine: stack, fuse (by an AdapterHub fusion that is among them), average, or parallel (each on
+    /// its own, a result for each)
+    #[arg(long, default_value = "stack", value_parser = compose)]
+    pub(crate) compose: Compose,
 }
 
 #[derive(Args, Debug)]
@@ -70,6 +81,8 @@ pub(crate) struct Train {
 pub(crate) struct Eval {
     #[command(flatten)]
     pub(crate) subject: Subject,
+    #[command(flatten)]
+    pub(crate) combine: Combine,
     /// Rows: .jsonl or .csv
     #[arg(long)]
     pub(crate) data: PathBuf,
@@ -85,12 +98,17 @@ pub(crate) struct Eval {
     /// Also choose among the completions the data has (done by itself where they are few)
     #[arg(long)]
     pub(crate) choices: bool,
+    /// The task of rows that do not say theirs, for methods that learn several
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) task: Option<u32>,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Generate {
     #[command(flatten)]
     pub(crate) subject: Subject,
+    #[command(flatten)]
+    pub(crate) combine: Combine,
     /// What to go on from, or what the user says in a chat
     #[arg(long)]
     pub(crate) prompt: String,
@@ -124,13 +142,19 @@ pub(crate) struct Generate {
     /// End where this text comes; may be repeated
     #[arg(long)]
     pub(crate) stop: Vec<String>,
+    /// The task, for methods that learn several
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) task: Option<u32>,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Logits {
     #[command(flatten)]
     pub(crate) subject: Subject,
-    /// JSON: {"input_ids": [[..]], "attention_mask": [[..]]?, "task_ids": [..]?}
+    #[command(flatten)]
+    pub(crate) combine: Combine,
+    /// JSON: {"input_ids": [[..]], "attention_mask": [[..]]?, "task_ids": [..]?, "adapter_names": [..]?}; names are those of
+    /// --adapter NAME=ADAPTER, or "__base__"
     #[arg(long)]
     pub(crate) input: PathBuf,
     /// The safetensors file to write
@@ -194,6 +218,28 @@ pub(crate) struct Methods {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct Export {
+    /// The model the adapter is for: folder, .gguf file or hub id
+    #[arg(long)]
+    pub(crate) model: String,
+    /// Adapter folder or hub id
+    #[arg(long)]
+    pub(crate) adapter: String,
+    /// adapterhub: folders of AdapterHub's `adapters` library, read there with use_safetensors=True
+    #[arg(long, default_value = "adapterhub", value_parser = ["adapterhub"])]
+    pub(crate) format: String,
+    /// The adapter's name in there
+    #[arg(long, default_value = "adapter")]
+    pub(crate) name: String,
+    /// Folder to write; a fusion makes one folder in it for each member and one for the fusion
+    #[arg(long)]
+    pub(crate) output: PathBuf,
+    /// Replace an adapter that is there already
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct Init {
     /// Model folder, .gguf file or hub id
     #[arg(long)]
@@ -216,6 +262,11 @@ pub(crate) struct Init {
     /// Replace an adapter that is there already
     #[arg(long)]
     pub(crate) overwrite: bool,
+}
+
+fn compose(text: &str) -> Result<Compose, String> {
+    text.parse()
+        .map_err(|_| format!("has to be one of {}", Compose::NAMES.join(", ")))
 }
 
 fn positive(text: &str) -> Result<usize, String> {

@@ -65,6 +65,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Inspect(args) => verbs::inspect::run(&args, &out),
         Verb::Methods(args) => verbs::methods::run(&args, &out),
         Verb::Init(args) => verbs::init::run(&args, &out),
+        Verb::Export(args) => verbs::export::run(&args, &out),
     }
 }
 

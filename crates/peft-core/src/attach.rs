@@ -4,12 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use peft_tensor::{Device, RngKey, Tensor};
-use serde_json::Value;
 
 use crate::param::Role;
 use crate::{
-    Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, PeftMethod,
-    Result, Site, Targets, Tensors, entry_for,
+    Adapter, Base, BaseWeight, Common, Error, Init, ModuleId, ModuleTree, Param, Result, Site,
+    Targets, Tensors,
 };
 
 /// Which parameter of a module.
@@ -119,6 +118,8 @@ pub struct Injector<'a> {
     pub(crate) scope: String,
     /// In front of a base module's path in a key.
     pub(crate) prefix: &'static str,
+    /// Whether what is made is never trained: a member of a composition that only uses it.
+    pub(crate) frozen: bool,
 }
 
 impl<'a> Injector<'a> {
@@ -211,44 +212,23 @@ impl<'a> Injector<'a> {
             None
         }
     }
-
-    /// Attaches another method from its own configuration, its keys behind `scope`.
-    ///
-    /// # Errors
-    /// If the configuration is wrong or the method cannot be attached.
-    pub fn member(&mut self, config: &Value, scope: &str) -> Result<Box<dyn PeftMethod>> {
-        let inside = |e: Error| e.context(scope.trim_end_matches('.').to_owned());
-        let parsed = entry_for(config)
-            .and_then(|entry| (entry.parse)(config))
-            .map_err(inside)?;
-        let common = Common::from_config(config).map_err(inside)?;
-        let mut cx = Injector {
-            base: self.base,
-            common: &common,
-            store: self.store,
-            key: self.key.fork(scope),
-            scope: format!("{}{scope}", self.scope),
-            prefix: parsed.method.module_prefix(),
-        };
-        crate::builtin::inject(&*parsed.method, &mut cx).map_err(inside)?;
-        Ok(parsed.method)
-    }
 }
 
 /// Makes the parameters of one adapter at one site.
 pub struct Attach<'a> {
-    cx: &'a mut dyn Injection,
-    site: &'a Site,
+    pub(crate) cx: &'a mut dyn Injection,
+    pub(crate) site: &'a Site,
 }
 
 /// Erases the injector's lifetime, so that [`Attach`] needs only one of its own.
-trait Injection {
+pub(crate) trait Injection {
     fn base(&self) -> &Base;
     fn common(&self) -> &Common;
     fn store(&mut self) -> &mut Store;
     fn select(&mut self, module: ModuleId, slot: Slot, key: String) -> Result<Param>;
     fn key(&self) -> RngKey;
     fn scope(&self) -> &str;
+    fn frozen(&self) -> bool;
 }
 
 impl Injection for Injector<'_> {
@@ -269,6 +249,9 @@ impl Injection for Injector<'_> {
     }
     fn scope(&self) -> &str {
         &self.scope
+    }
+    fn frozen(&self) -> bool {
+        self.frozen
     }
 }
 
@@ -356,14 +339,7 @@ impl Attach<'_> {
     /// # Errors
     /// If the network was given nothing to read with, or the file cannot be read.
     pub fn tensors(&self, path: &str) -> Result<Tensors> {
-        let Some(read) = self.cx.base().reader() else {
-            return Err(Error::other("nothing was set up to read other adapters with"));
-        };
-        let device = self.device();
-        read(path)?
-            .into_iter()
-            .map(|(key, value)| Ok((key, value.to_device(&device)?)))
-            .collect()
+        crate::members::read(self.cx.base(), path).map(|(_, tensors)| tensors)
     }
 
     /// As [`Attach::bare`], but never trained.
@@ -415,6 +391,10 @@ impl Attach<'_> {
     }
 
     fn make(&mut self, key: String, shape: &[usize], init: &Init, role: Role) -> Result<Param> {
+        let role = match role {
+            Role::Plain | Role::Transient if self.cx.frozen() => Role::Frozen,
+            role => role,
+        };
         let value = init.tensor(shape, self.cx.key().fork(&key), self.cx.base().device())?;
         let key = format!("{}{key}", self.cx.scope());
         self.cx.store().insert(Param::with_role(key, &value, role))

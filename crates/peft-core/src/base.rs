@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ndarray::{Array1, Array2};
 use peft_tensor::{BaseWeight, Device, FrozenWeight, Tensor};
+use serde_json::Value;
 
 use crate::{Error, ModelFacts, ModuleInfo, ModuleKind, ModuleTree, Result, Tensors};
 
@@ -17,8 +18,9 @@ pub trait Tokenize: Send + Sync {
     fn tokens(&self, text: &str) -> Result<Vec<u32>>;
 }
 
-/// The tensors of a file or an adapter's folder by its path, for methods that start from another adapter.
-pub type ReadTensors = dyn Fn(&str) -> Result<Tensors> + Send + Sync;
+/// The configuration (null for a bare file) and the tensors of a file or an adapter's folder by its path, for methods
+/// that start from another adapter.
+pub type ReadTensors = dyn Fn(&str) -> Result<(Value, Tensors)> + Send + Sync;
 
 /// A module tree with the parameters it names. Methods read it and never change it.
 #[derive(Clone)]

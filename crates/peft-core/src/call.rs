@@ -233,6 +233,11 @@ impl<'a> Call<'a> {
         matches!(self.input, Input::Ids(_))
     }
 
+    /// Whether the module is where a sublayer meets its residual.
+    pub fn is_junction(&self) -> bool {
+        matches!(self.input, Input::Junction { .. })
+    }
+
     /// The residual of a junction.
     ///
     /// # Errors

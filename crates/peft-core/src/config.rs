@@ -34,6 +34,8 @@ pub struct Common {
     pub ensure_weight_tying: bool,
     /// Whether the configuration comes from a saved adapter: HF writes true into every file.
     pub inference_mode: bool,
+    /// Whether a classification task brings its head along.
+    pub(crate) implies_head: bool,
 }
 
 /// The two usual names of a classification head, which HF adds to `modules_to_save`; a model has one at most.
@@ -86,11 +88,23 @@ fn pairs<T: for<'a> Deserialize<'a>>(config: &Value, name: &str) -> Result<Vec<(
     }
 }
 
+/// Ranks by pattern. HF keeps something else under the same name where ranks are found by training, masks of its triplets:
+/// those are the method's.
+fn rank_pattern(config: &Value) -> Result<Vec<(String, usize)>> {
+    let masks = config["rank_pattern"]
+        .as_object()
+        .is_some_and(|map| !map.is_empty() && map.values().all(Value::is_array));
+    if masks {
+        return Ok(Vec::new());
+    }
+    pairs(config, "rank_pattern")
+}
+
 impl Common {
     /// Whether a classification head is trained along: HF adds its two usual names to `modules_to_save` then, of which
     /// a model has one at most.
     pub fn trains_head(&self) -> bool {
-        matches!(self.task_type.as_deref(), Some("SEQ_CLS" | "TOKEN_CLS"))
+        self.implies_head && matches!(self.task_type.as_deref(), Some("SEQ_CLS" | "TOKEN_CLS"))
     }
 
     /// Reads the shared fields.
@@ -118,21 +132,24 @@ impl Common {
                 ));
             }
         };
-        let common = Self {
+        let mut common = Self {
             task_type: field(config, "task_type")?,
             base_model_name_or_path: field(config, "base_model_name_or_path")?,
             target_modules: field(config, "target_modules")?,
             exclude_modules: field(config, "exclude_modules")?,
             layers_to_transform: one_or_many(config, "layers_to_transform")?,
             layers_pattern: one_or_many(config, "layers_pattern")?.unwrap_or_default(),
-            rank_pattern: pairs(config, "rank_pattern")?,
+            rank_pattern: rank_pattern(config)?,
             alpha_pattern: pairs(config, "alpha_pattern")?,
             modules_to_save: one_or_many(config, "modules_to_save")?.unwrap_or_default(),
             trainable_token_indices: tokens,
             bias,
             ensure_weight_tying: field(config, "ensure_weight_tying")?.unwrap_or(false),
             inference_mode: field(config, "inference_mode")?.unwrap_or(false),
+            implies_head: true,
         };
+        // HF's configurations without that field train no head, and their files hold none.
+        common.implies_head = !common.inference_mode || config.get("modules_to_save").is_some();
         if !common.layers_pattern.is_empty() && common.layers_to_transform.is_none() {
             return Err(Error::config("layers_pattern", "needs layers_to_transform"));
         }

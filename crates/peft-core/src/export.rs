@@ -53,11 +53,9 @@ impl Network {
         {
             out.insert("target_modules".to_owned(), json!(paths));
         }
-        if common.trains_head() && out.contains_key("modules_to_save") {
-            let mut names = out["modules_to_save"]
-                .as_array()
-                .cloned()
-                .unwrap_or_default();
+        if common.trains_head() {
+            let given = out.get("modules_to_save").and_then(Value::as_array);
+            let mut names = given.cloned().unwrap_or_default();
             for head in HF_HEADS.map(Value::from) {
                 if !names.contains(&head) {
                     names.push(head);
@@ -89,7 +87,13 @@ impl Network {
         for (key, param) in self.twins(attached) {
             saved.insert(key, param.tensor().detach());
         }
-        Ok((attached.config.clone(), saved))
+        let mut config = attached.config.clone();
+        if let Value::Object(fields) = &mut config {
+            // Training may have decided some of them (ranks, who shares).
+            attached.method.finish_config(fields, self.tree());
+            fields.sort_keys();
+        }
+        Ok((config, saved))
     }
 
     /// Keys of an adapter whose values are whole numbers, which a file holds as such.

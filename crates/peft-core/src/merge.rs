@@ -85,7 +85,7 @@ impl Network {
                     merged
                 });
             }
-        } else if let Some(stacked) = stack.first() {
+        } else if let Some(stacked) = stack.iter().find(|s| !s.adapter.only_in_training()) {
             let detail = format!(
                 "adapter {:?} acts on the {} as it runs and cannot be merged",
                 stacked.name,
@@ -182,6 +182,27 @@ impl Network {
             ));
         }
         Ok(())
+    }
+
+    /// Makes other adapters act, also where those that did are merged: their change is taken out of the weights and the
+    /// others' put in, both from the base's own values, so that nothing is left of the first however often one switches.
+    ///
+    /// # Errors
+    /// If one is not attached or cannot be merged; everything is as before then.
+    pub fn switch(&mut self, names: &[&str]) -> Result<()> {
+        let merged = self.merged.take();
+        let before = self.active().to_vec();
+        let was_merged = merged.is_some();
+        let mut switched = self.set_active(names);
+        if was_merged && switched.is_ok() {
+            switched = self.merge();
+        }
+        if switched.is_err() {
+            let before: Vec<&str> = before.iter().map(String::as_str).collect();
+            self.set_active(&before)?;
+            self.merged = merged;
+        }
+        switched
     }
 
     /// Goes back to the base's weights with the adapters beside them, bit for bit.

@@ -76,7 +76,8 @@ pub trait PeftMethod: Send + Sync {
         "base_model.model."
     }
 
-    /// Last word on the fields to be saved, once the model is known (number of layers, token width).
+    /// Last word on the fields to be saved, once the model is known (number of layers, token width), and again when the
+    /// adapter is saved.
     fn finish_config(&self, _config: &mut serde_json::Map<String, Value>, _tree: &ModuleTree) {}
 }
 
@@ -117,6 +118,15 @@ pub trait Adapter: Send + Sync {
         Ok(None)
     }
 
+    /// What [`Adapter::added`] is computed from (a bottleneck's input, behind the norm in front of it): compositions
+    /// decide by it how much each part counts.
+    ///
+    /// # Errors
+    /// Whatever its arithmetic returns.
+    fn reads(&self, call: &Call<'_>) -> Result<Tensor> {
+        call.x().cloned()
+    }
+
     /// Keys and values in front of a layer's own.
     ///
     /// # Errors
@@ -130,6 +140,17 @@ pub trait Adapter: Send + Sync {
         0
     }
 
+    /// How much closer together rotary positions are than the model has them (position interpolation): they are divided
+    /// by it. Asked of adapters of the model as a whole.
+    fn position_scale(&self) -> f32 {
+        1.0
+    }
+
+    /// Whether it leaves its module as it is outside of training: a merge may leave it out.
+    fn only_in_training(&self) -> bool {
+        false
+    }
+
     /// Virtual tokens in front of the input embeddings: `[V, hidden]`, or `[batch, V, hidden]` where rows differ.
     ///
     /// # Errors
@@ -141,6 +162,11 @@ pub trait Adapter: Send + Sync {
     /// Positions [`Adapter::prompt`] adds.
     fn prompt_len(&self) -> usize {
         0
+    }
+
+    /// Where [`Adapter::prompt`] comes in.
+    fn prompt_place(&self) -> PromptPlace {
+        PromptPlace::Input
     }
 
     /// Tokens that a language model is to say inside the prompt, which training asks for along with the text's.
@@ -185,6 +211,18 @@ pub struct PrefixCx<'a> {
     pub hidden: &'a Tensor,
     /// The pass.
     pub pass: &'a Pass,
+}
+
+/// Where virtual tokens come in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PromptPlace {
+    /// In front of the input embeddings: they get positions like other tokens.
+    #[default]
+    Input,
+    /// In front of what the first block sees, behind whatever the model does to embeddings.
+    Blocks,
+    /// There, but behind the first token.
+    BlocksBehindFirst,
 }
 
 /// The model asking for virtual tokens.

@@ -9,10 +9,11 @@ use serde_json::Value;
 
 use crate::attach::{Injector, Slot, Store};
 use crate::call::Stacked;
+use crate::compose::Composition;
 use crate::merge::MergedModule;
 use crate::{
-    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Param, PeftMethod, ReadTensors, Result,
-    Tokenize, TrainHooks, builtin, entry_for,
+    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Param, PeftMethod,
+    ReadTensors, Result, Tokenize, TrainHooks, builtin, entry_for,
 };
 
 /// One attached adapter: a method with its parameters on this model.
@@ -30,6 +31,7 @@ pub struct Network {
     pub(crate) base: Base,
     pub(crate) adapters: Vec<Attached>,
     active: Vec<String>,
+    pub(crate) composition: Composition,
     /// For each module, the active adapters on it, innermost first.
     pub(crate) stacks: HashMap<ModuleId, Vec<Stacked>>,
     /// Active adapters of the model as a whole.
@@ -69,6 +71,7 @@ impl Network {
             base,
             adapters: Vec::new(),
             active: Vec::new(),
+            composition: Composition::Stack,
             stacks: HashMap::new(),
             roots: Vec::new(),
             selected: HashMap::new(),
@@ -120,6 +123,7 @@ impl Network {
         let attached = self.build(name, config, seed)?;
         self.adapters.push(attached);
         self.active.push(name.to_owned());
+        self.composition = Composition::Stack;
         self.restack();
         Ok(())
     }
@@ -144,6 +148,7 @@ impl Network {
             key: RngKey::new(seed),
             scope: String::new(),
             prefix: parsed.method.module_prefix(),
+            frozen: false,
         };
         builtin::inject(&*parsed.method, &mut cx)?;
         if store.params.is_empty() {
@@ -165,6 +170,7 @@ impl Network {
     pub(crate) fn push(&mut self, attached: Attached) {
         self.active.push(attached.name.clone());
         self.adapters.push(attached);
+        self.composition = Composition::Stack;
         self.restack();
     }
 
@@ -213,6 +219,7 @@ impl Network {
             self.find(name)?;
         }
         self.active = names.iter().map(|&n| n.to_owned()).collect();
+        self.composition = Composition::Stack;
         self.restack();
         Ok(())
     }
@@ -228,11 +235,12 @@ impl Network {
         }
         self.adapters.retain(|a| a.name != name);
         self.active.retain(|n| n != name);
+        self.composition = Composition::Stack;
         self.restack();
         Ok(())
     }
 
-    fn restack(&mut self) {
+    pub(crate) fn restack(&mut self) {
         self.stacks.clear();
         self.roots.clear();
         self.selected.clear();
@@ -259,6 +267,7 @@ impl Network {
                 .map(|(at, param)| (*at, param.clone()));
             self.selected.extend(selected);
         }
+        self.average();
     }
 
     /// Makes every base parameter trainable: full-parameter training.

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::hub::Hub;
 use crate::{Error, PeftMethod, Result};
 
 /// The four families of the survey literature.
@@ -64,6 +65,8 @@ pub struct MethodEntry {
     pub moves_base: bool,
     /// The file it is in, whose head is its documentation.
     pub file: &'static str,
+    /// Its form in AdapterHub's folders, where it has one.
+    pub hub: Option<Hub>,
     /// Reads its configuration.
     pub parse: fn(&Value) -> Result<Parsed>,
 }
@@ -209,13 +212,13 @@ where
 
 /// Registers a method: `register!(Type, id = "..", title = "..", family = Additive, subfamily = "..", peft_type = "..",
 /// paper = "..", example = r#"{..}"#, ...)`. Then, all optional: `identity_at_init = false`, `mergeable = false`,
-/// `moves_base = true`, `when = |config| ..`.
+/// `moves_base = true`, `when = |config| ..`, `hub = Hub { .. }`.
 #[macro_export]
 macro_rules! register {
     ($ty:ty, id = $id:literal, title = $title:literal, family = $family:ident, subfamily = $sub:literal,
      peft_type = $peft_type:literal, paper = $paper:literal, example = $example:expr
      $(, identity_at_init = $identity:literal)? $(, mergeable = $mergeable:literal)?
-     $(, moves_base = $moves:literal)? $(, when = $when:expr)? $(,)?) => {
+     $(, moves_base = $moves:literal)? $(, when = $when:expr)? $(, hub = $hub:expr)? $(,)?) => {
         $crate::inventory::submit! {
             $crate::MethodEntry {
                 id: $id,
@@ -230,6 +233,7 @@ macro_rules! register {
                 mergeable: $crate::register!(@or true $(, $mergeable)?),
                 moves_base: $crate::register!(@or false $(, $moves)?),
                 file: file!(),
+                hub: $crate::register!(@hub $($hub)?),
                 parse: |config| {
                     let (method, fields) = $crate::parse_fields::<$ty>(config)?;
                     Ok($crate::Parsed { method: Box::new(method), fields })
@@ -237,6 +241,8 @@ macro_rules! register {
             }
         }
     };
+    (@hub) => { None };
+    (@hub $hub:expr) => { Some($hub) };
     (@or $default:expr) => { $default };
     (@or $default:expr, $given:expr) => { $given };
 }

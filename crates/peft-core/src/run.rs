@@ -7,7 +7,8 @@ use peft_tensor::{BaseWeight, Tensor, concat};
 use crate::attach::Slot;
 use crate::call::{AttentionCall, Call, Input, NormFn, Stacked};
 use crate::{
-    Error, ModuleId, ModuleKind, Network, Param, Pass, Prefix, PrefixCx, PromptCx, PromptLabel, Result,
+    Error, ModuleId, ModuleKind, Network, Param, Pass, Prefix, PrefixCx, PromptCx, PromptLabel,
+    PromptPlace, Result,
 };
 
 impl Network {
@@ -369,6 +370,12 @@ impl Network {
         self.roots.iter().map(|s| s.adapter.prefix_len()).sum()
     }
 
+    /// What rotary positions are divided by.
+    pub fn position_scale(&self) -> f32 {
+        let all = self.roots.iter().map(|s| s.adapter.position_scale());
+        all.product()
+    }
+
     /// Virtual tokens to put in front of the input embeddings, `[V, hidden]` or `[batch, V, hidden]`.
     ///
     /// # Errors
@@ -377,12 +384,31 @@ impl Network {
         if let Some(names) = &pass.adapter_names {
             return self.prompt_by_rows(names, pass);
         }
+        self.prompts_at(PromptPlace::Input, batch, pass)
+    }
+
+    /// Virtual tokens that come in at `place`, `[V, hidden]` or `[batch, V, hidden]`.
+    ///
+    /// # Errors
+    /// Whatever the adapters return, or if rows are given to adapters by name.
+    pub fn prompts_at(
+        &self,
+        place: PromptPlace,
+        batch: usize,
+        pass: &Pass,
+    ) -> Result<Option<Tensor>> {
         let mut all = Vec::new();
-        for stacked in &self.roots {
+        let there = |s: &&Stacked| s.adapter.prompt_place() == place;
+        for stacked in self.roots.iter().filter(there) {
             all.extend(self.prompt_of(stacked, batch, pass)?);
         }
         if all.is_empty() {
             return Ok(None);
+        }
+        if pass.adapter_names.is_some() {
+            let detail =
+                "virtual tokens behind the embeddings are the same for all rows of a batch";
+            return Err(Error::config("adapter_names", detail));
         }
         in_a_row(all, batch).map(Some)
     }

@@ -206,6 +206,8 @@ pub struct ModelFacts {
     pub output_embedding: Option<String>,
     /// Whether both share one weight.
     pub tied: bool,
+    /// Whether queries and keys are rotated by position.
+    pub rotary: bool,
     /// Heads that a classification task trains along (`classifier`, `score`).
     pub task_heads: Vec<String>,
 }
@@ -325,19 +327,18 @@ impl ModuleTree {
             || self.facts.task_heads.contains(&m.path)
     }
 
-    /// Every module at or below one of `names`, which are whole dotted parts at the end of a path (or regular
-    /// expressions for them, as HF takes them).
+    /// Every module at or below one whose path ends with one of `names`, as plain text: HF PEFT asks no dot in front, so
+    /// that `norm` means `input_layernorm` too.
     ///
     /// # Errors
     /// If a name matches nothing.
     pub fn subtree(&self, field: &str, names: &[String]) -> Result<Vec<ModuleId>> {
         let mut found = Vec::new();
         for name in names {
-            let pattern = matcher::compile(field, &format!(r"(.*\.)?{name}(\..*)?"))?;
             let before = found.len();
             found.extend(
                 self.iter()
-                    .filter(|(_, m)| pattern.is_match(&m.path))
+                    .filter(|(_, m)| !name.is_empty() && is_below(&m.path, name))
                     .map(|(id, _)| id),
             );
             if found.len() == before {
@@ -477,4 +478,11 @@ impl Site {
             layer: None,
         }
     }
+}
+
+/// Whether a path, or one of the modules it lies in, ends with `name`.
+fn is_below(path: &str, name: &str) -> bool {
+    let ends = path.match_indices('.').map(|(at, _)| at);
+    ends.chain([path.len()])
+        .any(|end| path[..end].ends_with(name))
 }

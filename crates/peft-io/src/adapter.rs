@@ -32,12 +32,13 @@ pub struct AdapterFiles {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// Whether a folder has the files of an adapter in Hugging Face PEFT's layout.
+/// Whether a folder has the files of an adapter in Hugging Face PEFT's layout, or in AdapterHub's.
 pub fn is_adapter_folder(folder: &Path) -> bool {
-    folder.join(ADAPTER_CONFIG).is_file() && folder.join(ADAPTER_WEIGHTS).is_file()
+    let ours = || folder.join(ADAPTER_WEIGHTS).is_file() || crate::is_adapterhub_folder(folder);
+    folder.join(ADAPTER_CONFIG).is_file() && ours() || crate::is_fusion_folder(folder)
 }
 
-/// Reads an adapter folder.
+/// Reads an adapter folder; one in AdapterHub's layout with its fields and keys as ours.
 ///
 /// # Errors
 /// When a file is missing, a pickle, or damaged, or a tensor holds a NaN or an infinity.
@@ -49,6 +50,9 @@ pub fn read_adapter(folder: &Path) -> Result<AdapterFiles> {
         ));
     }
     let weights = folder.join(ADAPTER_WEIGHTS);
+    if !weights.is_file() && crate::is_adapterhub_folder(folder) {
+        return crate::read_adapterhub(folder);
+    }
     if !weights.is_file() {
         return Err(no_weights(folder));
     }
@@ -88,15 +92,14 @@ fn no_weights(folder: &Path) -> Error {
              \"adapter_model.safetensors\", metadata={\"format\": \"pt\"})`",
         );
     }
-    for name in ["adapter.safetensors", "pytorch_adapter.bin"] {
-        let file = folder.join(name);
-        if file.is_file() {
-            return Error::unsupported(
-                file,
-                "is an adapter of AdapterHub's `adapters` library, whose layout is not read yet; \
-                 folders of Hugging Face PEFT are",
-            );
-        }
+    if let Some(pickle) = crate::adapterhub::pickle(folder) {
+        return pickle;
+    }
+    if crate::is_fusion_folder(folder) {
+        return Error::unsupported(
+            folder,
+            "holds a fusion of AdapterHub's: give the adapters it joins as adapters besides",
+        );
     }
     if folder.join("config.json").is_file() {
         return Error::unsupported(

@@ -28,6 +28,7 @@
 //! only ever replaces files by renaming, which leaves open maps intact.
 
 mod adapter;
+mod adapterhub;
 mod checkpoint;
 mod error;
 mod files;
@@ -42,6 +43,10 @@ mod tensors;
 pub use adapter::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, is_adapter_folder, read_adapter, write_adapter,
     write_adapter_with,
+};
+pub use adapterhub::{
+    ADAPTERHUB_WEIGHTS, fusion_members, is_adapterhub_folder, is_fusion_folder, read_adapterhub,
+    read_fusion, write_adapterhub,
 };
 pub use checkpoint::{Checkpoint, StoredFormat, TensorMeta};
 pub use error::{Error, Result};

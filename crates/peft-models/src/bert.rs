@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use peft_core::{Error, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result};
-use peft_tensor::{Attention, Mask, Tensor};
+use peft_core::{
+    Error, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, PromptPlace, Result,
+};
+use peft_tensor::{Attention, Mask, Tensor, concat};
 
 use crate::arch::{Architecture, Builder, embedded, labels, layer, positions};
-use crate::attend::{KvCache, Rows, Sublayer, attend};
+use crate::attend::{KvCache, Rows, Sublayer, attend, per_row};
 use crate::config::{Activation, ModelConfig};
 use crate::gpt2::check_length;
 use crate::model::{Batch, Task};
@@ -57,6 +59,7 @@ impl Bert {
             input_embedding: Some(format!("{prefix}embeddings.word_embeddings")),
             output_embedding: None,
             tied: false,
+            rotary: false,
             task_heads: if labels(task).is_some() {
                 vec!["classifier".to_owned()]
             } else {
@@ -224,7 +227,9 @@ impl Architecture for Bert {
             .reshape(&shape)?;
         let x = x.add(&segments)?.add(&places)?;
         let x = network.layer_norm(self.norm, &x, self.config.norm_eps, pass)?;
-        let mut x = network.stream(self.start, &x, pass)?;
+        let x = network.stream(self.start, &x, pass)?;
+        let (mut x, rows) = with_prompts(network, x, rows, pass)?;
+        let pass = &rows.pass(pass);
         for block in &self.layers {
             let (block, rows) = (block.clone(), rows.clone());
             x = layer(network, &x, pass, move |network, x, pass| {
@@ -246,6 +251,38 @@ impl Architecture for Bert {
         let (b, _, width) = hidden.dims3()?;
         Ok(hidden.narrow(1, 0, 1)?.reshape(&[b, width])?)
     }
+}
+
+/// Puts virtual tokens that come in behind the embeddings in front of each row, or behind its first token.
+fn with_prompts(network: &Network, x: Tensor, rows: Rows, pass: &Pass) -> Result<(Tensor, Rows)> {
+    let (mut x, mut rows) = (x, rows);
+    for place in [PromptPlace::BlocksBehindFirst, PromptPlace::Blocks] {
+        let Some(prompt) = network.prompts_at(place, rows.batch, pass)? else {
+            continue;
+        };
+        let prompt = per_row(&prompt, rows.batch)?;
+        let (_, added, _) = prompt.dims3()?;
+        let front = usize::from(place == PromptPlace::BlocksBehindFirst).min(rows.seq);
+        x = match front {
+            0 => concat(&[&prompt, &x], 1)?,
+            _ => {
+                let (first, rest) = (x.narrow(1, 0, 1)?, x.narrow(1, 1, rows.seq - 1)?);
+                concat(&[&first, &prompt, &rest], 1)?
+            }
+        };
+        rows.keys = rows.keys.map(|keys| {
+            let row = |r: &[bool]| {
+                let (first, rest) = r.split_at(front);
+                let prompt = std::iter::repeat_n(true, added);
+                let first = first.iter().copied().chain(prompt);
+                first.chain(rest.iter().copied()).collect::<Vec<_>>()
+            };
+            Arc::new(keys.chunks(rows.seq.max(1)).flat_map(row).collect())
+        });
+        rows.seq += added;
+        rows.virtual_tokens += added;
+    }
+    Ok((x, rows))
 }
 
 /// The activation of a feed-forward layer without a gate.

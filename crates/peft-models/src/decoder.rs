@@ -88,6 +88,7 @@ impl Decoder {
             input_embedding: Some(embedding_path.clone()),
             output_embedding: causal.then(|| "lm_head".to_owned()),
             tied: causal && config.tied,
+            rotary: config.rope.is_some(),
             task_heads: if labels(task).is_some() {
                 vec!["score".to_owned()]
             } else {
@@ -368,7 +369,10 @@ impl Architecture for Decoder {
         let rope = self
             .rope
             .as_ref()
-            .map(|r| r.at(&positions, self.config.num_heads, self.config.num_kv_heads));
+            .map(|r| {
+                let heads = (self.config.num_heads, self.config.num_kv_heads);
+                r.at(&positions, network.position_scale(), heads)
+            });
         let step = Step { rows, rope };
         for (i, block) in self.layers.iter().enumerate() {
             x = match &mut cache {

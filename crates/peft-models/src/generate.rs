@@ -28,6 +28,8 @@ pub struct GenerateOptions {
     pub stop_tokens: Vec<u32>,
     /// Decides the draws.
     pub seed: u64,
+    /// The task, for methods that learn several.
+    pub task: Option<u32>,
 }
 
 impl Default for GenerateOptions {
@@ -41,6 +43,7 @@ impl Default for GenerateOptions {
             stop: Vec::new(),
             stop_tokens: Vec::new(),
             seed: 0,
+            task: None,
         }
     }
 }
@@ -174,7 +177,7 @@ impl Model {
         let mut next = prompt.to_vec();
         no_grad(|| {
             while tokens.len() < options.max_new_tokens {
-                let logits = self.next_logits(&next, &mut cache)?;
+                let logits = self.next_logits(&next, options.task, &mut cache)?;
                 let id = choose(logits, &seen, options, key, tokens.len() as u64);
                 if stops.contains(&id) {
                     return Ok((std::mem::take(&mut tokens), Finish::Stop));
@@ -191,8 +194,11 @@ impl Model {
     }
 
     /// Logits after the last of `ids`, which follow on what the cache has seen.
-    fn next_logits(&self, ids: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        let batch = Batch::single(ids.to_vec());
+    fn next_logits(&self, ids: &[u32], task: Option<u32>, cache: &mut KvCache) -> Result<Vec<f32>> {
+        let batch = Batch {
+            task_ids: task.map(|task| vec![task]),
+            ..Batch::single(ids.to_vec())
+        };
         let pass = self.pass(&batch, &Pass::eval())?;
         let hidden = self
             .architecture

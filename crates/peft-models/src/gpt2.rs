@@ -60,6 +60,7 @@ impl Gpt2 {
             input_embedding: Some(tokens_path.clone()),
             output_embedding: causal.then(|| "lm_head".to_owned()),
             tied: causal && config.tied,
+            rotary: false,
             task_heads: if labels(task).is_some() {
                 vec!["score".to_owned()]
             } else {

@@ -27,6 +27,7 @@ mod gguf_tokenizer;
 mod gpt2;
 mod loss;
 mod model;
+mod origin;
 mod rope;
 mod source;
 mod tokenizer;

@@ -1,5 +1,7 @@
 //! The training loss, and what a model predicts at labelled places, without ever holding a whole batch's logits.
 
+use std::ops::Range;
+
 use peft_core::{Error, Pass, Result};
 use peft_tensor::{IGNORE, Tensor, eager, no_grad};
 
@@ -54,17 +56,42 @@ struct Labelled {
     targets: Vec<i64>,
     /// (row, position) of each.
     places: Vec<(usize, usize)>,
+    /// What each counts, equal ones together; all 1 where it is empty.
+    weights: Vec<f32>,
+}
+
+impl Labelled {
+    fn weight(&self, at: usize) -> f32 {
+        self.weights.get(at).copied().unwrap_or(1.0)
+    }
+
+    /// Labels that go through the head together: not too many, and all of one weight.
+    fn chunks(&self) -> Vec<Range<usize>> {
+        let mut chunks: Vec<Range<usize>> = Vec::new();
+        for at in 0..self.targets.len() {
+            match chunks.last_mut() {
+                Some(chunk)
+                    if chunk.len() < ROWS && self.weight(chunk.start) == self.weight(at) =>
+                {
+                    chunk.end = at + 1;
+                }
+                _ => chunks.push(at..at + 1),
+            }
+        }
+        chunks
+    }
 }
 
 impl Model {
     /// The mean cross-entropy over all labelled tokens (after the shift) or rows, as Hugging Face computes it: with
-    /// virtual tokens in front, the last of them is asked for the first token if that one is labelled.
+    /// virtual tokens in front, the last of them is asked for the first token if that one is labelled. Tokens that an
+    /// adapter wants said inside its prompt count too, each with its weight ([`peft_core::Adapter::prompt_labels`]).
     ///
     /// # Errors
     /// If batch or labels do not fit the model or each other.
     pub fn loss(&self, batch: &Batch, labels: &Labels, pass: &Pass) -> Result<LossOutput> {
         let pass = &self.pass(batch, pass)?;
-        let Some(labelled) = self.labelled(batch, labels, pass)? else {
+        let Some(labelled) = self.labelled(batch, labels, true, pass)? else {
             let loss = Tensor::zeros(&[], self.device())?;
             return Ok(LossOutput {
                 loss,
@@ -75,16 +102,16 @@ impl Model {
         };
         let count = labelled.targets.len();
         let counted = !pass.train || matches!(labels, Labels::Classes(_));
-        let chunk_pass = |chunk: usize, len: usize| {
-            for_rows(pass, labelled.places.iter().skip(chunk * ROWS).take(len))
-        };
         let (mut total, mut sum, mut correct) = (None::<Tensor>, 0.0, 0);
-        for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
-            let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
+        for chunk in labelled.chunks() {
+            let weight = labelled.weight(chunk.start);
+            let rows = labelled.rows.narrow(0, chunk.start, chunk.len())?;
+            let pass = &for_rows(pass, labelled.places[chunk.clone()].iter());
+            let targets = &labelled.targets[chunk];
             let part = eager(&[&rows], |x| {
                 let logits = self
                     .architecture
-                    .head(&self.network, &x[0], &chunk_pass(chunk, targets.len()))
+                    .head(&self.network, &x[0], pass)
                     .map_err(into_tensor_error)?;
                 if counted {
                     let values = logits.to_vec()?;
@@ -96,6 +123,11 @@ impl Model {
                 }
                 logits.cross_entropy(targets)
             })?;
+            let part = if weight == 1.0 {
+                part
+            } else {
+                part.scale(weight)?
+            };
             sum += f64::from(part.item()?);
             total = Some(match total {
                 Some(total) => total.add(&part)?,
@@ -121,14 +153,15 @@ impl Model {
     pub fn score(&self, batch: &Batch, labels: &Labels, pass: &Pass) -> Result<Vec<Scored>> {
         no_grad(|| {
             let pass = &self.pass(batch, pass)?;
-            let Some(labelled) = self.labelled(batch, labels, pass)? else {
+            let Some(labelled) = self.labelled(batch, labels, false, pass)? else {
                 return Ok(Vec::new());
             };
             let mut scored = Vec::with_capacity(labelled.targets.len());
-            for (chunk, targets) in labelled.targets.chunks(ROWS).enumerate() {
-                let rows = labelled.rows.narrow(0, chunk * ROWS, targets.len())?;
-                let places = &labelled.places[chunk * ROWS..];
-                let pass = &for_rows(pass, places.iter().take(targets.len()));
+            for chunk in labelled.chunks() {
+                let rows = labelled.rows.narrow(0, chunk.start, chunk.len())?;
+                let places = &labelled.places[chunk.clone()];
+                let pass = &for_rows(pass, places.iter());
+                let targets = &labelled.targets[chunk];
                 let logits = self.architecture.head(&self.network, &rows, pass)?;
                 let values = logits.to_vec()?;
                 for ((row, &target), &(at, position)) in values
@@ -154,7 +187,14 @@ impl Model {
         })
     }
 
-    fn labelled(&self, batch: &Batch, labels: &Labels, pass: &Pass) -> Result<Option<Labelled>> {
+    /// The labelled places; with `prompts`, also those inside adapters' prompts.
+    fn labelled(
+        &self,
+        batch: &Batch,
+        labels: &Labels,
+        prompts: bool,
+        pass: &Pass,
+    ) -> Result<Option<Labelled>> {
         match (self.task(), labels) {
             (Task::CausalLm, Labels::Tokens(tokens)) => {
                 if tokens.len() != batch.ids.len() {
@@ -181,6 +221,25 @@ impl Model {
                         }
                     }
                 }
+                let mut weights = Vec::new();
+                if prompts && pass.adapter_names.is_none() {
+                    let mut inside = self.network.prompt_labels();
+                    inside.sort_by(|a, b| b.weight.total_cmp(&a.weight));
+                    if !inside.is_empty() {
+                        weights.resize(targets.len(), 1.0);
+                    }
+                    for label in inside {
+                        let Some(asked) = label.position.checked_sub(1) else {
+                            continue;
+                        };
+                        for row in 0..batch.batch {
+                            ids.push((row * width + asked) as u32);
+                            targets.push(i64::from(label.token));
+                            places.push((row, label.position));
+                            weights.push(label.weight);
+                        }
+                    }
+                }
                 if ids.is_empty() {
                     return Ok(None);
                 }
@@ -196,6 +255,7 @@ impl Model {
                     rows: hidden.flatten_rows()?.gather_rows(&ids)?,
                     targets,
                     places,
+                    weights,
                 }))
             }
             (Task::SequenceClassification { num_labels }, Labels::Classes(classes)) => {
@@ -216,6 +276,7 @@ impl Model {
                     rows,
                     targets,
                     places: (0..batch.batch).map(|row| (row, 0)).collect(),
+                    weights: Vec::new(),
                 }))
             }
             (Task::Features, _) => Err(Error::config(

@@ -1,7 +1,7 @@
 //! A model to run: loading, forward pass, logits.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::path::Path;
+use std::sync::Arc;
 
 use peft_core::{Device, Error, ModuleTree, Network, Pass, Result};
 use peft_io::Checkpoint;
@@ -13,6 +13,7 @@ use crate::config::ModelConfig;
 use crate::decoder::Decoder;
 use crate::gguf;
 use crate::gpt2::Gpt2;
+use crate::origin::{Origin, Place, other_adapter};
 use crate::source::{Source, base, io};
 use crate::tokenizer::Tokenizer;
 
@@ -134,21 +135,13 @@ impl Batch {
     }
 }
 
-/// Where a model's tokenizer is.
-enum Origin {
-    Folder(PathBuf),
-    Gguf(Checkpoint),
-    None,
-}
-
 /// A model with its weights, adapters and tokenizer.
 pub struct Model {
     pub(crate) network: Arc<Network>,
     pub(crate) architecture: Box<dyn Architecture>,
     config: ModelConfig,
     task: Task,
-    origin: Origin,
-    tokenizer: OnceLock<Tokenizer>,
+    origin: Arc<Origin>,
 }
 
 impl Model {
@@ -170,8 +163,8 @@ impl Model {
         };
         let config = ModelConfig::from_json(&json).map_err(name)?;
         let origin = match checkpoint.gguf() {
-            Some(_) => Origin::Gguf(checkpoint.clone()),
-            None => Origin::Folder(folder),
+            Some(_) => Place::Gguf(checkpoint.clone()),
+            None => Place::Folder(folder),
         };
         Self::build(config, Some(&checkpoint), options, origin).map_err(name)
     }
@@ -181,14 +174,14 @@ impl Model {
     /// # Errors
     /// If the task and the configuration do not fit.
     pub fn from_config(config: &ModelConfig, options: &LoadOptions) -> Result<Self> {
-        Self::build(config.clone(), None, options, Origin::None)
+        Self::build(config.clone(), None, options, Place::None)
     }
 
     fn build(
         mut config: ModelConfig,
         checkpoint: Option<&Checkpoint>,
         options: &LoadOptions,
-        origin: Origin,
+        place: Place,
     ) -> Result<Self> {
         let task = match options.task {
             Some(task) => task,
@@ -242,13 +235,16 @@ impl Model {
             options.seed,
             &options.device,
         )?;
+        let origin = Arc::new(Origin::new(place));
+        let mut network = Network::new(base);
+        network.set_tokenizer(origin.clone());
+        network.set_tensors(Arc::new(other_adapter));
         Ok(Self {
-            network: Arc::new(Network::new(base)),
+            network: Arc::new(network),
             architecture: code,
             config,
             task,
             origin,
-            tokenizer: OnceLock::new(),
         })
     }
 
@@ -284,10 +280,7 @@ impl Model {
 
     /// The folder it was loaded from; None for a GGUF or a fresh model.
     pub fn folder(&self) -> Option<&Path> {
-        match &self.origin {
-            Origin::Folder(folder) => Some(folder),
-            Origin::Gguf(_) | Origin::None => None,
-        }
+        self.origin.folder()
     }
 
     /// Its tokenizer, read on first use.
@@ -295,22 +288,7 @@ impl Model {
     /// # Errors
     /// If the model has none, or one that cannot be read.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        if let Some(tokenizer) = self.tokenizer.get() {
-            return Ok(tokenizer);
-        }
-        let made = match &self.origin {
-            Origin::Folder(folder) => Tokenizer::from_folder(folder)?,
-            Origin::Gguf(checkpoint) => match checkpoint.gguf() {
-                Some(gguf) => Tokenizer::from_gguf(gguf)?,
-                None => return Err(Error::other("the model has no tokenizer")),
-            },
-            Origin::None => {
-                return Err(Error::other(
-                    "a model made from a configuration has no tokenizer",
-                ));
-            }
-        };
-        Ok(self.tokenizer.get_or_init(|| made))
+        self.origin.tokenizer()
     }
 
     /// Gives the model a tokenizer, if it has not read one yet.
@@ -318,9 +296,7 @@ impl Model {
     /// # Errors
     /// If it has one.
     pub fn set_tokenizer(&mut self, tokenizer: Tokenizer) -> Result<()> {
-        self.tokenizer
-            .set(tokenizer)
-            .map_err(|_| Error::other("the model has a tokenizer already"))
+        self.origin.set(tokenizer)
     }
 
     /// The pass with the batch's tasks, if it has some.
@@ -336,6 +312,13 @@ impl Model {
         let mut pass = pass.clone();
         if let Some(tasks) = &batch.task_ids {
             pass.task_ids = Some(Arc::new(tasks.clone()));
+        }
+        if let Some(names) = &pass.adapter_names {
+            if names.len() != batch.batch {
+                let detail = format!("{} entries for {} rows", names.len(), batch.batch);
+                return Err(Error::config("adapter_names", detail));
+            }
+            self.network.check_adapter_names(names)?;
         }
         Ok(pass)
     }

@@ -298,6 +298,7 @@ impl RopeConfig {
 
 struct Tables {
     class: usize,
+    scale: f32,
     len: usize,
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
@@ -319,15 +320,16 @@ impl RopeTables {
         }
     }
 
-    /// Rotations of queries and keys for tokens at `positions` (one per row of `[B * S]`).
+    /// Rotations of queries and keys for tokens at `positions` (one per row of `[B * S]`), which are divided by `scale`;
+    /// `heads` are those of queries and of keys.
     pub(crate) fn at(
         &self,
         positions: &Arc<Vec<u32>>,
-        heads: usize,
-        kv_heads: usize,
+        scale: f32,
+        heads: (usize, usize),
     ) -> (Arc<Rope>, Arc<Rope>) {
         let len = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        let (cos, sin) = self.tables(len);
+        let (cos, sin) = self.tables(len, scale);
         let rope = |heads: usize| {
             Arc::new(Rope {
                 heads,
@@ -338,18 +340,22 @@ impl RopeTables {
                 positions: positions.clone(),
             })
         };
-        (rope(heads), rope(kv_heads))
+        (rope(heads.0), rope(heads.1))
     }
 
-    fn tables(&self, len: usize) -> (Arc<Vec<f32>>, Arc<Vec<f32>>) {
+    fn tables(&self, len: usize, scale: f32) -> (Arc<Vec<f32>>, Arc<Vec<f32>>) {
         let class = self.config.class(len);
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(t) = made.as_ref().filter(|t| t.class == class && t.len >= len) {
+        let same = |t: &&Tables| t.class == class && t.scale == scale && t.len >= len;
+        if let Some(t) = made.as_ref().filter(same) {
             return (t.cos.clone(), t.sin.clone());
         }
         // Room to grow, so that generation does not make a table per token.
         let rows = len.next_power_of_two().max(64);
-        let (frequencies, factor) = self.config.frequencies(len);
+        let (mut frequencies, factor) = self.config.frequencies(len);
+        if scale != 1.0 {
+            frequencies.iter_mut().for_each(|f| *f /= scale);
+        }
         let angles =
             (0..rows).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles
@@ -358,6 +364,7 @@ impl RopeTables {
         let (cos, sin) = (Arc::new(cos), Arc::new(sin));
         *made = Some(Tables {
             class,
+            scale,
             len: rows,
             cos: cos.clone(),
             sin: sin.clone(),

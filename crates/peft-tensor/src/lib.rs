@@ -21,6 +21,7 @@ mod reference;
 mod rng;
 mod tape;
 mod tensor;
+pub mod torch_rng;
 
 pub use backend::{
     Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Rope, Unary,

@@ -110,11 +110,14 @@ pub fn evaluate(
     let correct: usize = scores.iter().map(|s| s.correct).sum();
     let loss = -scores.iter().map(|s| s.log_prob).sum::<f64>() / count.max(1) as f64;
     if !loss.is_finite() {
-        let bad: Vec<String> = lines(&own, |i| !scores[i].log_prob.is_finite());
+        let bad = own.iter().zip(&scores);
+        let bad: Vec<&Example> = bad
+            .filter(|(_, score)| !score.log_prob.is_finite())
+            .map(|(example, _)| *example)
+            .collect();
         return Err(Error::other(format!(
-            "the evaluation's loss is {loss}, from {} line {}",
-            data.path.display(),
-            bad.join(", ")
+            "the evaluation's loss is {loss}, from {}",
+            data.places(&bad)
         )));
     }
     let causal = own.iter().any(|e| matches!(e.goal, Goal::Tokens { .. }));
@@ -268,7 +271,7 @@ fn with_completion(example: &Example, completion: &[u32], max_length: usize) -> 
             prompt: Some(border - start),
         },
         ids,
-        line: example.line,
+        ..example.clone()
     })
 }
 
@@ -277,15 +280,4 @@ fn border(example: &Example) -> Option<usize> {
         Goal::Tokens { prompt, .. } => prompt,
         Goal::Class(_) => None,
     }
-}
-
-/// Line numbers of some rows, at most ten.
-fn lines(examples: &[&Example], bad: impl Fn(usize) -> bool) -> Vec<String> {
-    examples
-        .iter()
-        .enumerate()
-        .filter(|(i, _)| bad(*i))
-        .take(10)
-        .map(|(_, e)| e.line.to_string())
-        .collect()
 }

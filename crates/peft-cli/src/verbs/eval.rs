@@ -1,6 +1,6 @@
 //! `peft eval`
 
-use peft::ops::{self, EvaluateOptions};
+use peft::ops::{self, Compose, EvaluateOptions};
 use peft::train::{EvalOptions, EvalReport, Observer};
 use serde_json::json;
 
@@ -14,20 +14,18 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
     let options = EvaluateOptions {
         max_length: args.max_length,
         limit: args.limit,
+        task: args.task,
+        compose: args.combine.compose,
         eval: EvalOptions {
             batch_size: args.batch_size,
             choices: args.choices.then_some(true),
         },
     };
-    let mut watch = Watch { out, bar: None };
-    let report = ops::evaluate(
-        &args.subject.model,
-        &args.subject.adapter,
-        &args.data,
-        &options,
-        &mut watch,
-    )?;
-    drop(watch);
+    let adapters = &args.subject.adapter;
+    if args.combine.compose == Compose::Parallel && adapters.len() > 1 {
+        return each(args, &options, out);
+    }
+    let report = measured(args, adapters, &options, out)?;
     if out.json {
         return out.value(&to_json(&report));
     }
@@ -42,6 +40,44 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
             .into_iter()
             .map(|(name, value)| vec![name.to_owned(), format!("{value:.4}")]),
     );
+    out.table(&rows)
+}
+
+fn measured(
+    args: &Eval,
+    adapters: &[String],
+    options: &EvaluateOptions,
+    out: &Out,
+) -> Result<EvalReport, Failure> {
+    let mut watch = Watch { out, bar: None };
+    let (model, data) = (&args.subject.model, &args.data);
+    Ok(ops::evaluate(model, adapters, data, options, &mut watch)?)
+}
+
+/// Every adapter on its own, side by side.
+fn each(args: &Eval, options: &EvaluateOptions, out: &Out) -> Result<(), Failure> {
+    let adapters = &args.subject.adapter;
+    let mut reports = Vec::new();
+    for adapter in adapters {
+        reports.push(measured(args, std::slice::from_ref(adapter), options, out)?);
+    }
+    if out.json {
+        let all = adapters.iter().zip(&reports);
+        let all: Vec<_> = all
+            .map(|(adapter, report)| json!({ "adapter": adapter, "report": to_json(report) }))
+            .collect();
+        return out.value(&json!(all));
+    }
+    let mut rows = vec![row(["adapter", "metric", "value"])];
+    for (adapter, report) in adapters.iter().zip(&reports) {
+        for (name, value) in metrics(report) {
+            rows.push(vec![
+                adapter.clone(),
+                name.to_owned(),
+                format!("{value:.4}"),
+            ]);
+        }
+    }
     out.table(&rows)
 }
 

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use peft::models::{Finish, GenerateOptions, LoadOptions, Model};
-use peft::ops;
+use peft::ops::{self, Compose};
 use serde_json::json;
 
 use crate::args::Generate;
@@ -12,10 +12,23 @@ use crate::out::Out;
 use crate::progress::Progress;
 
 pub(crate) fn run(args: &Generate, out: &Out) -> Result<(), Failure> {
+    let adapters = &args.subject.adapter;
+    if args.combine.compose != Compose::Parallel || adapters.len() < 2 {
+        return one(args, adapters, out);
+    }
+    for adapter in adapters {
+        out.note(&format!("{adapter}:"));
+        one(args, std::slice::from_ref(adapter), out)?;
+    }
+    Ok(())
+}
+
+fn one(args: &Generate, adapters: &[String], out: &Out) -> Result<(), Failure> {
     let waiting = Progress::spinner(out, "loading the model");
-    let (model, _) = ops::open(
+    let (model, _) = ops::open_composed(
         &args.subject.model,
-        &args.subject.adapter,
+        adapters,
+        args.combine.compose,
         &LoadOptions::default(),
     )?;
     let (prompt, special) = prompt(args, &model)?;
@@ -29,6 +42,7 @@ pub(crate) fn run(args: &Generate, out: &Out) -> Result<(), Failure> {
         stop: args.stop.clone(),
         stop_tokens: Vec::new(),
         seed: args.seed,
+        task: args.task,
     };
     let begun = Instant::now();
     let mut printed = Ok(());

@@ -1,7 +1,7 @@
 //! `peft logits`
 
 use peft::models::LoadOptions;
-use peft::ops::{self, LogitsInput};
+use peft::ops::{self, Compose, LogitsInput};
 use serde_json::json;
 
 use crate::args::Logits;
@@ -12,11 +12,19 @@ use crate::progress::Progress;
 pub(crate) fn run(args: &Logits, out: &Out) -> Result<(), Failure> {
     let input = LogitsInput::read(&args.input)?;
     let waiting = Progress::spinner(out, "running the model");
-    let (model, _) = ops::open(
+    let (model, adapters) = ops::open_composed(
         &args.subject.model,
         &args.subject.adapter,
+        args.combine.compose,
         &LoadOptions::default(),
     )?;
+    let input = match args.combine.compose {
+        Compose::Parallel => {
+            let names: Vec<&str> = adapters.iter().map(|a| a.name.as_str()).collect();
+            input.through_each(&names)?
+        }
+        _ => input,
+    };
     let report = ops::write_logits(&model, &input, &args.output)?;
     drop(waiting);
     if out.json {

@@ -1,6 +1,7 @@
 //! One file a verb: reads its arguments, calls the library, prints the result.
 
 pub(crate) mod eval;
+pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;

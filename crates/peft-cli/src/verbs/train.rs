@@ -55,11 +55,11 @@ fn plan(config: &TrainConfig, out: &Out) -> Result<(), Failure> {
     out.note(&format!("adapter  {method}"));
     let data = &config.data;
     let held_out = match (&data.eval, data.eval_split) {
-        (Some(path), _) => format!(", evaluated on {}", path.display()),
+        (Some(files), _) => format!(", evaluated on {files}"),
         (None, Some(share)) => format!(", {share} of it held out"),
         (None, None) => String::new(),
     };
-    out.note(&format!("data     {}{held_out}", data.train.display()));
+    out.note(&format!("data     {}{held_out}", data.train));
     let t = &config.train;
     let length = t
         .steps
@@ -127,9 +127,16 @@ fn next_commands(config: &TrainConfig, summary: &Summary, out: &Out) {
     out.note("next:");
     // As this program was called: `peft`, or target/release/peft from `cargo run`.
     let peft = shell_word(&std::env::args().next().unwrap_or_else(|| "peft".to_owned()));
-    if let Some(data) = config.data.eval.as_ref() {
+    let evaluated = config.data.eval.iter().flat_map(|files| files.0.iter());
+    for (task, data) in evaluated.clone().enumerate() {
+        // As in training, each file of several is a task of its own.
+        let task = if evaluated.clone().count() > 1 {
+            format!(" --task {task}")
+        } else {
+            String::new()
+        };
         out.note(&format!(
-            "  {peft} eval {subject} --data {}",
+            "  {peft} eval {subject} --data {}{task}",
             shell_word(&data.display().to_string())
         ));
     }
@@ -165,8 +172,8 @@ fn mergeable(config: &TrainConfig) -> bool {
 
 /// Something to go on from, the data's own where it is short text, and whether it stands without a chat template.
 fn example_prompt(config: &TrainConfig) -> (String, bool) {
-    let path = config.data.eval.as_deref().unwrap_or(&config.data.train);
-    let rows = RawData::read(path, config.data.format)
+    let files = config.data.eval.as_ref().unwrap_or(&config.data.train);
+    let rows = RawData::read_all(files, config.data.format)
         .map(|raw| raw.rows)
         .unwrap_or_default();
     let shown = |text: &str| text.len() <= 200 && !text.contains('\r');

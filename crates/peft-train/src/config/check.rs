@@ -18,8 +18,8 @@ impl TrainConfig {
         )?;
         required(
             "data.train",
-            self.data.train.as_os_str().is_empty(),
-            "a .jsonl or .csv file",
+            self.data.train.is_empty(),
+            "a .jsonl or .csv file, or a list of them",
         )?;
         required(
             "output.dir",
@@ -82,6 +82,12 @@ impl TrainConfig {
             return Err(Error::config(
                 "data.max_length",
                 format!("has to be at least 2, not {}", data.max_length),
+            ));
+        }
+        if data.eval.as_ref().is_some_and(super::Files::is_empty) {
+            return Err(Error::config(
+                "data.eval",
+                "is an empty name, or an empty list",
             ));
         }
         let Some(split) = data.eval_split else {

@@ -4,9 +4,11 @@
 //! go into it with [`apply_set`], and [`TrainConfig::from_value`] checks names, types and ranges, in this order.
 
 mod check;
+mod files;
 mod keys;
 mod set;
 
+pub use files::Files;
 pub use keys::validate_keys;
 pub use set::apply_set;
 
@@ -79,10 +81,10 @@ pub enum ModelInit {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DataSection {
-    /// Rows to train on.
-    pub train: PathBuf,
-    /// Rows to evaluate on.
-    pub eval: Option<PathBuf>,
+    /// Rows to train on: a file, or a list of files, whose rows belong to the tasks 0, 1, .. where they say nothing else.
+    pub train: Files,
+    /// Rows to evaluate on, written the same way.
+    pub eval: Option<Files>,
     /// Instead of `eval`: the share (below 1) or number (from 1) of training rows set aside, drawn by the seed.
     pub eval_split: Option<f64>,
     /// How the files are written.
@@ -102,7 +104,7 @@ pub struct DataSection {
 impl Default for DataSection {
     fn default() -> Self {
         Self {
-            train: PathBuf::new(),
+            train: Files::default(),
             eval: None,
             eval_split: None,
             format: DataFormat::Auto,

@@ -88,7 +88,7 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
             batch: examples.len(),
             seq,
             mask,
-            task_ids: None,
+            task_ids: examples.iter().map(|e| e.task).collect(),
         },
         labels,
         tokens: examples.iter().map(|e| e.tokens()).sum(),

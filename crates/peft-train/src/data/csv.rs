@@ -18,6 +18,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<RawRow>> {
     let column = |name: &str| header.iter().position(|h| h.trim() == name);
     let (text, label) = (column("text"), column("label"));
     let (prompt, completion) = (column("prompt"), column("completion"));
+    let task = column("task");
     let pair = match (prompt, completion) {
         (Some(prompt), Some(completion)) => Some((prompt, completion)),
         (Some(_), None) => {
@@ -59,6 +60,8 @@ pub(super) fn read(path: &Path) -> Result<Vec<RawRow>> {
         };
         rows.push(RawRow {
             line,
+            file: 0,
+            task: task.and_then(|i| cell(i).trim().parse().ok()),
             kind: kind.map_err(|detail| Error::data(path, line, detail))?,
         });
     }

@@ -1,13 +1,12 @@
 //! Encoded rows.
 
-use std::path::PathBuf;
-
 use peft_core::{Error, Result};
 use peft_tensor::{IGNORE, RngKey};
 use rayon::prelude::*;
 
 use super::encode::{Cut, RowEncoder};
 use super::{EncodeOptions, Encoder, LabelNames, RawData};
+use crate::config::Files;
 
 /// One row as the model sees it.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +19,10 @@ pub struct Example {
     pub goal: Goal,
     /// The row's line in its file.
     pub line: usize,
+    /// Its file, by number.
+    pub file: usize,
+    /// The task it belongs to, where there are several.
+    pub task: Option<u32>,
 }
 
 /// What a row teaches.
@@ -43,6 +46,8 @@ impl Example {
             mask: None,
             goal,
             line: 0,
+            file: 0,
+            task: None,
         }
     }
 
@@ -66,11 +71,11 @@ impl Example {
     }
 }
 
-/// Encoded rows of one file.
+/// Encoded rows of one file, or of several.
 #[derive(Clone, Debug)]
 pub struct Dataset {
-    /// The file.
-    pub path: PathBuf,
+    /// The files.
+    pub files: Files,
     /// Its rows.
     pub examples: Vec<Example>,
     /// The token that fills rows up.
@@ -98,7 +103,7 @@ impl Dataset {
         let mut cuts = [0usize; 3];
         // Looked through in order, so that the error is the same on every run.
         for (row, encoded) in raw.rows.iter().zip(encoded) {
-            let (example, cut) = encoded.map_err(|detail| raw.at(row.line, detail))?;
+            let (example, cut) = encoded.map_err(|detail| raw.at(row, detail))?;
             match cut {
                 Cut::None => {}
                 Cut::End => cuts[0] += 1,
@@ -110,7 +115,7 @@ impl Dataset {
         let silent = examples.iter().filter(|e| e.labelled(false) == 0).count();
         if examples.iter().all(|e| e.labelled(true) == 0) {
             return Err(Error::file(
-                &raw.path,
+                raw.files.to_string(),
                 "no row has a token to learn; are all labels -100 or all texts one token?",
             ));
         }
@@ -123,7 +128,7 @@ impl Dataset {
         ];
         let counts = cuts.into_iter().chain([silent]);
         let of = examples.len();
-        let name = raw.path.display();
+        let name = &raw.files;
         let notes = counts
             .zip(what)
             .filter(|(n, _)| *n > 0)
@@ -132,12 +137,34 @@ impl Dataset {
             .and_then(|t| t.pad().or_else(|| t.eos()))
             .filter(|&id| (id as usize) < options.vocab_size);
         Ok(Self {
-            path: raw.path.clone(),
+            files: raw.files.clone(),
             pad: pad.unwrap_or(0),
             max_length: max,
             notes: notes.collect(),
             examples,
         })
+    }
+
+    /// Where these rows stand, by file, for messages; of many only the first.
+    pub fn places(&self, examples: &[&Example]) -> String {
+        const SHOWN: usize = 32;
+        let mut places: Vec<String> = Vec::new();
+        let mut last = None;
+        for example in examples.iter().take(SHOWN) {
+            match places.last_mut().filter(|_| last == Some(example.file)) {
+                Some(place) => *place += &format!(", {}", example.line),
+                None => {
+                    let path = self.files.0.get(example.file).map(|p| p.display());
+                    let path = path.map_or(String::new(), |p| p.to_string());
+                    places.push(format!("{path} line {}", example.line));
+                }
+            }
+            last = Some(example.file);
+        }
+        if examples.len() > SHOWN {
+            places.push(format!("and {} more", examples.len() - SHOWN));
+        }
+        places.join("; ")
     }
 
     /// Lengths of the rows in tokens.
@@ -182,7 +209,7 @@ impl Dataset {
         }
         self.examples = train;
         let eval = Self {
-            path: self.path.clone(),
+            files: self.files.clone(),
             examples: eval,
             pad: self.pad,
             max_length: self.max_length,
@@ -205,6 +232,9 @@ impl Dataset {
             match &example.goal {
                 Goal::Tokens { labels, .. } => labels.iter().for_each(|&l| put(l as u64)),
                 Goal::Class(class) => put(1 << 40 | u64::from(*class)),
+            }
+            if let Some(task) = example.task {
+                put(3 << 40 | u64::from(task));
             }
             for &m in example.mask.iter().flatten() {
                 put(2 << 40 | u64::from(m));

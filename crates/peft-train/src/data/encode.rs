@@ -156,6 +156,8 @@ impl<'a> RowEncoder<'a> {
         Ok((
             Example {
                 line: row.line,
+                file: row.file,
+                task: row.task,
                 ..example
             },
             cut,

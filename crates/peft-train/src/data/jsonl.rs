@@ -17,15 +17,21 @@ pub(super) fn read(path: &Path) -> Result<Vec<RawRow>> {
         if text.trim().is_empty() {
             continue;
         }
-        let kind = row(&text).map_err(|detail| Error::data(path, line, detail))?;
-        rows.push(RawRow { line, kind });
+        let (kind, task) = row(&text).map_err(|detail| Error::data(path, line, detail))?;
+        rows.push(RawRow {
+            line,
+            file: 0,
+            task,
+            kind,
+        });
     }
     Ok(rows)
 }
 
 type Parsed<T> = std::result::Result<T, String>;
 
-fn row(text: &str) -> Parsed<RowKind> {
+/// The row and its task, if it has one: a `task` that is no whole number is a field like any other.
+fn row(text: &str) -> Parsed<(RowKind, Option<u32>)> {
     let row: Value = serde_json::from_str(text).map_err(|e| {
         // One line is parsed, so serde's own line number says nothing.
         let message = e.to_string();
@@ -35,13 +41,19 @@ fn row(text: &str) -> Parsed<RowKind> {
     let Value::Object(fields) = row else {
         return Err(format!("expected an object, got {}; {KINDS}", short(&row)));
     };
-    if let Some(ids) = field(&fields, "input_ids") {
-        return tokens(&fields, ids);
+    let task = fields.get("task").and_then(Value::as_u64);
+    let task = task.and_then(|task| u32::try_from(task).ok());
+    Ok((kind(&fields)?, task))
+}
+
+fn kind(fields: &Map<String, Value>) -> Parsed<RowKind> {
+    if let Some(ids) = field(fields, "input_ids") {
+        return tokens(fields, ids);
     }
-    if let Some(messages) = field(&fields, "messages") {
+    if let Some(messages) = field(fields, "messages") {
         return conversation(messages).map(RowKind::Messages);
     }
-    match (field(&fields, "prompt"), field(&fields, "completion")) {
+    match (field(fields, "prompt"), field(fields, "completion")) {
         (Some(prompt), Some(completion)) => {
             return completion_row(string("prompt", prompt)?, string("completion", completion)?);
         }
@@ -49,7 +61,7 @@ fn row(text: &str) -> Parsed<RowKind> {
         (None, Some(_)) => return Err("has `completion` but no `prompt`".to_owned()),
         (None, None) => {}
     }
-    match (field(&fields, "text"), field(&fields, "label")) {
+    match (field(fields, "text"), field(fields, "label")) {
         (Some(text), label) => text_row(string("text", text)?, label.map(label_of).transpose()?),
         (None, Some(_)) => Err("has `label` but no `text`".to_owned()),
         (None, None) => {

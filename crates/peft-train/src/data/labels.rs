@@ -37,7 +37,7 @@ impl LabelNames {
                     "`label` {label} is a {}, but in rows before it is not",
                     if is_name { "name" } else { "number" }
                 );
-                return Err(data.at(row.line, detail));
+                return Err(data.at(row, detail));
             }
             match label {
                 RawLabel::Name(name) => names.push(name.clone()),
@@ -47,7 +47,7 @@ impl LabelNames {
                             "`label` {index} is beyond `model.num_labels` = {}",
                             num_labels.unwrap_or_default()
                         );
-                        return Err(data.at(row.line, detail));
+                        return Err(data.at(row, detail));
                     }
                     highest = highest.max(*index);
                 }
@@ -64,7 +64,7 @@ impl LabelNames {
         if there > wanted {
             let detail = format!(
                 "{wanted}, but {} has {there} classes: {}",
-                data.path.display(),
+                data.files,
                 names.join(", ")
             );
             return Err(Error::config("model.num_labels", detail));

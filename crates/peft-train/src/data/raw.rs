@@ -1,12 +1,12 @@
 //! Rows as they stand in a file, typed but not yet tokens.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use peft_core::{Error, Result};
 use serde_json::Value;
 
 use super::{csv, jsonl};
-use crate::config::DataFormat;
+use crate::config::{DataFormat, Files};
 use crate::io;
 
 /// What a row is of. Where it has the fields of several, the first of these wins: `input_ids`, `messages`,
@@ -78,16 +78,20 @@ impl std::fmt::Display for RawLabel {
 pub struct RawRow {
     /// Its line in the file, from 1.
     pub line: usize,
+    /// Its file, by number.
+    pub file: usize,
+    /// The task it belongs to, where there are several: its whole number `task`, or else that of its file.
+    pub task: Option<u32>,
     /// What it is.
     pub kind: RowKind,
 }
 
-/// The rows of one file.
+/// The rows of one file, or of several.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RawData {
-    /// The file.
-    pub path: PathBuf,
-    /// Its rows, in order.
+    /// The files.
+    pub files: Files,
+    /// Their rows, in order.
     pub rows: Vec<RawRow>,
 }
 
@@ -97,6 +101,41 @@ impl RawData {
     /// # Errors
     /// When the file cannot be read or has no rows; for a bad row, its line and what is wrong with it.
     pub fn read(path: &Path, format: DataFormat) -> Result<Self> {
+        Self::read_all(&Files::from(path), format)
+    }
+
+    /// Reads several files of rows as one.
+    ///
+    /// # Errors
+    /// As [`RawData::read`], and where some rows of a single file have a `task` and others have none.
+    pub fn read_all(files: &Files, format: DataFormat) -> Result<Self> {
+        let mut rows = Vec::new();
+        for (file, path) in files.0.iter().enumerate() {
+            let own = Self::rows_of(path, format)?.into_iter();
+            rows.extend(own.map(|row| RawRow { file, ..row }));
+        }
+        let raw = Self {
+            files: files.clone(),
+            rows,
+        };
+        raw.with_tasks()
+    }
+
+    fn with_tasks(mut self) -> Result<Self> {
+        if self.files.0.len() > 1 {
+            for row in &mut self.rows {
+                row.task = row.task.or_else(|| u32::try_from(row.file).ok());
+            }
+        }
+        if self.rows.iter().any(|row| row.task.is_some())
+            && let Some(row) = self.rows.iter().find(|row| row.task.is_none())
+        {
+            return Err(self.at(row, "has no `task`, a whole number, but other rows have"));
+        }
+        Ok(self)
+    }
+
+    fn rows_of(path: &Path, format: DataFormat) -> Result<Vec<RawRow>> {
         let is_csv = path
             .extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("csv"));
@@ -108,10 +147,14 @@ impl RawData {
         if rows.is_empty() {
             return Err(Error::file(path, "has no rows"));
         }
-        Ok(Self {
-            path: path.to_owned(),
-            rows,
-        })
+        Ok(rows)
+    }
+
+    /// Gives every row that has none this task.
+    pub fn set_task(&mut self, task: u32) {
+        for row in &mut self.rows {
+            row.task.get_or_insert(task);
+        }
     }
 
     /// Whether the rows are for classification: all have a class, or none has.
@@ -130,15 +173,16 @@ impl RawData {
         {
             None => Ok(classed),
             Some(row) if classed => {
-                Err(self.at(row.line, "has no `label`, but the rows before it have"))
+                Err(self.at(row, "has no `label`, but the rows before it have"))
             }
-            Some(row) => Err(self.at(row.line, "has a `label`, but the rows before it have none")),
+            Some(row) => Err(self.at(row, "has a `label`, but the rows before it have none")),
         }
     }
 
-    /// An error about one line.
-    pub(super) fn at(&self, line: usize, detail: impl Into<String>) -> Error {
-        Error::data(&self.path, line, detail)
+    /// An error about one row.
+    pub(super) fn at(&self, row: &RawRow, detail: impl Into<String>) -> Error {
+        let path = self.files.0.get(row.file).cloned().unwrap_or_default();
+        Error::data(path, row.line, detail)
     }
 }
 

@@ -10,6 +10,8 @@ use super::*;
 use crate::config::{DataFormat, TaskKind};
 use peft_models::Labels;
 
+mod files;
+
 /// Bytes as tokens, 256 in front of every text, 257 at its end; the assistant's turns are what is said.
 pub(crate) struct Bytes {
     /// Put after a text like BERT's `[SEP]`.

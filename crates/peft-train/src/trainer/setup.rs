@@ -1,16 +1,18 @@
 //! From a configuration to a run: data, task, model, adapter, in the order that finds a user's mistakes soonest.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use peft_core::{Error, Result, Tensors};
+use peft_core::{Error, Network, Pass, Result, Tensors};
 use peft_io::resolve_model;
 use peft_models::{LoadOptions, Model, ModelConfig, Task, Tokenizer};
-use peft_tensor::{RngKey, Tensor};
+use peft_tensor::{RngKey, Tensor, no_grad};
 use serde_json::{Value, json};
 
 use super::{ADAPTER_NAME, Trainer, output};
 use crate::config::{DataSection, ModelInit, TaskKind, TrainConfig};
-use crate::data::{Dataset, EncodeOptions, Encoder, LabelNames, RawData, RowKind};
+use crate::data::{Dataset, EncodeOptions, Encoder, Example, LabelNames, RawData, RowKind};
 use crate::{Observer, io};
 
 /// Everything that `train` does before the first step.
@@ -21,22 +23,31 @@ pub(super) fn trainer<'a>(
 ) -> Result<Trainer<'a>> {
     config.check()?;
     output::check_free(&config.output.dir, config.output.overwrite || resume)?;
-    let raw = RawData::read(&config.data.train, config.data.format)?;
+    let raw = RawData::read_all(&config.data.train, config.data.format)?;
     let raw_eval = config
         .data
         .eval
-        .as_deref()
-        .map(|path| RawData::read(path, config.data.format))
+        .as_ref()
+        .map(|files| RawData::read_all(files, config.data.format))
         .transpose()?;
     let path = resolve_model(&config.model.path).map_err(io)?;
     let (task, labels) = task_and_labels(config, &raw, &path)?;
     let mut model = load(config, &path, task)?;
-    attach(config, &mut model)?;
+    if let Some(note) = attach(config, &mut model)? {
+        observer.message(&note);
+    }
     let data = &config.data;
     let train = encode_for(&model, &raw, labels.as_ref(), data)?;
     let eval = raw_eval
         .map(|raw| encode_for(&model, &raw, labels.as_ref(), data))
         .transpose()?;
+    check_tasks(
+        &model,
+        train
+            .examples
+            .iter()
+            .chain(eval.iter().flat_map(|e| &e.examples)),
+    )?;
     for note in train.notes.iter().chain(eval.iter().flat_map(|e| &e.notes)) {
         observer.message(note);
     }
@@ -89,14 +100,14 @@ fn task_and_labels(
         Some(TaskKind::CausalLm) if has_classes => {
             let detail = format!(
                 "\"causal_lm\", but the rows of {} have a `label`; leave it out or use \"sequence_classification\"",
-                raw.path.display()
+                raw.files
             );
             return Err(Error::config("model.task", detail));
         }
         Some(TaskKind::SequenceClassification) if !has_classes => {
             let detail = format!(
                 "\"sequence_classification\", but the rows of {} have no `label`",
-                raw.path.display()
+                raw.files
             );
             return Err(Error::config("model.task", detail));
         }
@@ -149,11 +160,12 @@ fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
     }
 }
 
-fn attach(config: &TrainConfig, model: &mut Model) -> Result<()> {
+/// Attaches what is to be trained; what a user should know of it comes back.
+fn attach(config: &TrainConfig, model: &mut Model) -> Result<Option<String>> {
     let task = model.task();
     let network = model.network_mut()?;
     let Some(fields) = &config.adapter else {
-        return network.train_base();
+        return network.train_base().map(|()| None);
     };
     let mut fields = fields.clone();
     fields.shift_remove("init_from");
@@ -170,6 +182,7 @@ fn attach(config: &TrainConfig, model: &mut Model) -> Result<()> {
         fill(&mut fields, defaults);
         return network
             .attach(ADAPTER_NAME, &Value::Object(fields), config.train.seed)
+            .map(|()| None)
             .map_err(|e| e.context("[adapter]"));
     };
     let folder: PathBuf = peft_io::resolve_adapter(folder).map_err(io)?;
@@ -188,9 +201,53 @@ fn attach(config: &TrainConfig, model: &mut Model) -> Result<()> {
     for (key, (shape, values)) in files.tensors {
         tensors.insert(key, Tensor::from_vec(values, &shape, &device)?);
     }
+    let fresh = renew_heads(network, &mut tensors)?;
     network
         .load(ADAPTER_NAME, &Value::Object(saved), tensors, true)
-        .map_err(|e| e.context(format!("adapter.init_from = {}", folder.display())))
+        .map_err(|e| e.context(format!("adapter.init_from = {}", folder.display())))?;
+    let note = |heads: String| {
+        format!(
+            "`{heads}` starts anew: in {} it is for another number of classes",
+            folder.display()
+        )
+    };
+    Ok((!fresh.is_empty()).then(|| note(fresh.join("`, `"))))
+}
+
+/// Lets prompts refuse rows of tasks they do not have before anything is written.
+fn check_tasks<'a>(model: &Model, rows: impl Iterator<Item = &'a Example>) -> Result<()> {
+    let tasks: BTreeSet<Option<u32>> = rows.map(|row| row.task).collect();
+    let ids: Option<Vec<u32>> = tasks.into_iter().collect();
+    let count = ids.as_ref().map_or(1, Vec::len);
+    let pass = Pass {
+        task_ids: ids.map(Arc::new),
+        ..Pass::eval()
+    };
+    no_grad(|| model.network().prompt(count, &pass)).map(drop)
+}
+
+/// Puts the model's own values for a classification head that was trained for another number of classes, and names it:
+/// an adapter that learned one task is the start of another's.
+fn renew_heads(network: &Network, tensors: &mut Tensors) -> Result<Vec<String>> {
+    let mut fresh = Vec::new();
+    let tree = network.tree();
+    for head in &tree.facts().task_heads {
+        let Some(id) = tree.get(head) else { continue };
+        let info = tree.info(id);
+        for (slot, name) in [("weight", &info.weight), ("bias", &info.bias)] {
+            let Some(name) = name else { continue };
+            let own = network.param(name)?;
+            let end = format!(".{head}.{slot}");
+            let of_head = tensors.iter_mut().filter(|(key, _)| key.ends_with(&end));
+            for (_, value) in of_head.filter(|(_, value)| value.shape() != own.shape()) {
+                *value = own.clone();
+                if !fresh.contains(head) {
+                    fresh.push(head.clone());
+                }
+            }
+        }
+    }
+    Ok(fresh)
 }
 
 /// A field that no part of the method reads is a typing mistake here, though files may have them.

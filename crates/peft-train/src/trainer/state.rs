@@ -171,7 +171,7 @@ fn check_same(trainer: &Trainer<'_>, state: &State, path: &Path) -> Result<()> {
     if state.data != format!("{:016x}", trainer.train.fingerprint()) {
         let detail = format!(
             "was made with other rows than {} has now",
-            trainer.train.path.display()
+            trainer.train.files
         );
         return Err(Error::file(path, detail));
     }

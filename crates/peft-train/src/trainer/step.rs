@@ -6,7 +6,7 @@ use std::time::Instant;
 use peft_core::{Error, Grads, Param, Pass, Result, Tensor, TrainCx};
 
 use super::{Progress, Rows, Trainer};
-use crate::data::{Example, collate};
+use crate::data::{Example, Goal, collate};
 use crate::optim::{clip_factor, norms, take_gradients, total_norm};
 use crate::report::StepReport;
 
@@ -34,7 +34,13 @@ impl Trainer<'_> {
                 .flatten()
                 .filter_map(|&row| self.train.examples.get(row))
         };
-        let labels: usize = examples().map(|e| e.labelled(virtual_tokens)).sum();
+        let inside = network.prompt_labels().len();
+        let labels: usize = examples()
+            .map(|e| match e.goal {
+                Goal::Tokens { .. } => e.labelled(virtual_tokens) + inside,
+                Goal::Class(_) => e.labelled(virtual_tokens),
+            })
+            .sum();
         let (mut sum, mut tokens) = (0.0, 0);
         for (i, rows) in batches.iter().enumerate() {
             let rows: Vec<&Example> = rows
@@ -137,21 +143,11 @@ impl Trainer<'_> {
     }
 
     fn not_finite(&self, step: u64, what: &str, value: f64, rows: &[&Example]) -> Error {
-        const SHOWN: usize = 32;
-        let mut lines: Vec<String> = rows
-            .iter()
-            .take(SHOWN)
-            .map(|e| e.line.to_string())
-            .collect();
-        if rows.len() > SHOWN {
-            lines.push(format!("and {} more", rows.len() - SHOWN));
-        }
         Error::other(format!(
-            "step {}: {what} is {value}, with {} line {}; no adapter was written. A lower train.learning_rate, or a \
+            "step {}: {what} is {value}, with {}; no adapter was written. A lower train.learning_rate, or a \
              train.max_grad_norm above 0, may help",
             step + 1,
-            self.train.path.display(),
-            lines.join(", ")
+            self.train.places(rows)
         ))
     }
 }

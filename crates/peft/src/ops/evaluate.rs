@@ -7,8 +7,8 @@ use peft_models::{LoadOptions, Task};
 use peft_train::config::{DataFormat, DataSection};
 use peft_train::{EvalOptions, EvalReport, LabelNames, Observer, RawData, encode_for, task_for};
 
-use super::adapters::read_adapter;
-use super::open::{config_json, open, task_of_adapters};
+use super::compose::{Compose, read_all};
+use super::open::{config_json, open_composed, task_of_adapters};
 
 /// What to measure on.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +17,10 @@ pub struct EvaluateOptions {
     pub max_length: usize,
     /// Only the first rows.
     pub limit: Option<usize>,
+    /// The task of rows that do not say theirs, for methods that learn several.
+    pub task: Option<u32>,
+    /// How several adapters combine; with [`Compose::Parallel`], call it once for each.
+    pub compose: Compose,
     /// Batches and choices.
     pub eval: EvalOptions,
 }
@@ -37,13 +41,13 @@ pub fn evaluate(
     if let Some(limit) = options.limit {
         raw.rows.truncate(limit);
     }
-    let files = adapters
-        .iter()
-        .map(|spec| read_adapter(spec))
-        .collect::<Result<Vec<_>>>()?;
+    if let Some(task) = options.task {
+        raw.set_task(task);
+    }
+    let files = read_all(adapters, options.compose)?;
     let config = config_json(&peft_io::resolve_model(model)?);
     let mut known = None;
-    for file in files.iter().rev() {
+    for (_, file) in files.iter().rev() {
         known = known.or(LabelNames::read(&file.folder)?);
     }
     let classifier = |c: &&peft_core::serde_json::Value| {
@@ -57,7 +61,7 @@ pub fn evaluate(
             .filter(classifier)
             .and_then(LabelNames::from_config)
     });
-    let trained_for = task_of_adapters(&files, config.as_ref())?;
+    let trained_for = task_of_adapters(files.iter().map(|(_, f)| f), config.as_ref())?;
     let num_labels = match trained_for {
         Some(Task::SequenceClassification { num_labels }) => Some(num_labels),
         _ => known.as_ref().map(LabelNames::len),
@@ -67,7 +71,7 @@ pub fn evaluate(
         task: Some(task),
         ..LoadOptions::default()
     };
-    let (model, _) = open(model, adapters, &load)?;
+    let (model, _) = open_composed(model, adapters, options.compose, &load)?;
     let section = DataSection {
         max_length: options.max_length,
         ..DataSection::default()

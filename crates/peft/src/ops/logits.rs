@@ -2,18 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use peft_core::serde_json::Value;
 use peft_core::{Error, Pass, Result};
 use peft_models::{Batch, Model, Task};
 use peft_tensor::no_grad;
 
-/// Ids to run: `{"input_ids": [[..]], "attention_mask": [[..]]?, "task_ids": [..]?}`.
+/// Ids to run: `{"input_ids": [[..]], "attention_mask": [[..]]?, "task_ids": [..]?, "adapter_names": [..]?}`.
 #[derive(Clone, Debug)]
 pub struct LogitsInput {
     /// The rows, all of one length.
     pub batch: Batch,
+    /// The adapter of each row, by its name on the network; None is the base model (`"__base__"` in the file).
+    pub adapter_names: Option<Vec<Option<String>>>,
 }
+
+/// How a file says that no adapter acts on a row, as in Hugging Face PEFT.
+const BASE: &str = "__base__";
 
 /// What was written.
 #[derive(Clone, Debug)]
@@ -38,7 +44,7 @@ impl LogitsInput {
     /// # Errors
     /// As [`LogitsInput::read`].
     pub fn parse(value: &Value) -> Result<Self> {
-        const KEYS: [&str; 3] = ["input_ids", "attention_mask", "task_ids"];
+        const KEYS: [&str; 4] = ["input_ids", "attention_mask", "task_ids", "adapter_names"];
         let Some(fields) = value.as_object() else {
             return Err(Error::other("expected an object with the key `input_ids`"));
         };
@@ -72,13 +78,53 @@ impl LogitsInput {
                 format!("has {} entries for {rows} rows", tasks.len()),
             ));
         }
+        let adapter_names = match fields.get("adapter_names") {
+            None | Some(Value::Null) => None,
+            Some(value) => Some(row("adapter_names", value, |name| {
+                let name = name.as_str()?;
+                Some((name != BASE).then(|| name.to_owned()))
+            })?),
+        };
+        if let Some(names) = adapter_names.as_ref().filter(|n| n.len() != rows) {
+            let detail = format!("has {} entries for {rows} rows", names.len());
+            return Err(Error::config("adapter_names", detail));
+        }
         Ok(Self {
+            adapter_names,
             batch: Batch {
                 ids,
                 batch: rows,
                 seq,
                 mask,
                 task_ids,
+            },
+        })
+    }
+}
+
+impl LogitsInput {
+    /// The same rows once for each of these adapters, one adapter's rows after another's.
+    ///
+    /// # Errors
+    /// If rows name adapters already, or there is no adapter.
+    pub fn through_each(self, adapters: &[&str]) -> Result<Self> {
+        if self.adapter_names.is_some() || adapters.is_empty() {
+            let detail =
+                "has to be absent, and adapters given, where all rows go through each adapter";
+            return Err(Error::config("adapter_names", detail));
+        }
+        let (b, n) = (self.batch, adapters.len());
+        let names = adapters
+            .iter()
+            .flat_map(|name| std::iter::repeat_n(Some((*name).to_owned()), b.batch));
+        Ok(Self {
+            adapter_names: Some(names.collect()),
+            batch: Batch {
+                ids: b.ids.repeat(n),
+                batch: b.batch * n,
+                seq: b.seq,
+                mask: b.mask.map(|mask| mask.repeat(n)),
+                task_ids: b.task_ids.map(|tasks| tasks.repeat(n)),
             },
         })
     }
@@ -155,7 +201,11 @@ pub fn write_logits(model: &Model, input: &LogitsInput, output: &Path) -> Result
     } else {
         "logits"
     };
-    let logits = no_grad(|| model.logits(&input.batch, &Pass::eval()))?;
+    let pass = Pass {
+        adapter_names: input.adapter_names.clone().map(Arc::new),
+        ..Pass::eval()
+    };
+    let logits = no_grad(|| model.logits(&input.batch, &pass))?;
     let shape = logits.shape().to_vec();
     let values = logits.to_vec()?;
     peft_io::check_finite(name, &values)?;

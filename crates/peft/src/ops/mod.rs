@@ -3,7 +3,9 @@
 //!
 //! Paths may be hub ids wherever [`peft_io::resolve_model`] and [`peft_io::resolve_adapter`] take them.
 
+mod adapterhub;
 mod adapters;
+mod compose;
 mod count;
 mod evaluate;
 mod inspect;
@@ -11,10 +13,12 @@ mod logits;
 mod merge;
 mod open;
 
+pub use adapterhub::export_adapterhub;
 pub use adapters::{named_tensors, read_adapter, tensors_of, write_adapter};
+pub use compose::Compose;
 pub use count::count_parameters;
 pub use evaluate::{EvaluateOptions, evaluate};
 pub use inspect::{Inspection, ModuleRow, inspect};
 pub use logits::{LogitsInput, LogitsReport, write_logits};
 pub use merge::{MergeDType, MergeOptions, MergeReport, merge};
-pub use open::{OpenedAdapter, Subject, open, task_of_adapters};
+pub use open::{OpenedAdapter, Subject, open, open_composed, task_of_adapters};

@@ -7,7 +7,9 @@ use peft_core::{Base, BaseWeight, Device, Error, ModuleKind, ModuleTree, Network
 use peft_io::{AdapterFiles, Checkpoint, StoredFormat};
 use peft_models::{LoadOptions, MODEL_TYPES, Model, Task};
 
-use super::adapters::{read_adapter, tensors_of};
+use super::adapterhub::reroot;
+use super::adapters::tensors_of;
+use super::compose::{Compose, Named, combine, read_all};
 
 /// An adapter that was put on a model.
 #[derive(Clone, Debug)]
@@ -30,47 +32,65 @@ pub fn open(
     adapters: &[String],
     options: &LoadOptions,
 ) -> Result<(Model, Vec<OpenedAdapter>)> {
+    open_composed(model, adapters, Compose::Stack, options)
+}
+
+/// As [`open`], with the adapters combined in another way.
+///
+/// # Errors
+/// As there, or if they do not combine like that.
+pub fn open_composed(
+    model: &str,
+    adapters: &[String],
+    compose: Compose,
+    options: &LoadOptions,
+) -> Result<(Model, Vec<OpenedAdapter>)> {
     let path = peft_io::resolve_model(model)?;
-    let files = read_all(adapters)?;
+    let files = read_all(adapters, compose)?;
     let mut model_options = options.clone();
     if model_options.task.is_none() {
-        model_options.task = task_of_adapters(&files, config_json(&path).as_ref())?;
+        model_options.task = task_of_adapters(
+            files.iter().map(|(_, files)| files),
+            config_json(&path).as_ref(),
+        )?;
     }
     let mut loaded = Model::load(&path, &model_options)?;
     let opened = stack(loaded.network_mut()?, files, model, &options.device, false)?;
+    combine(loaded.network_mut()?, &opened, compose)?;
     warn_of_random_heads(&loaded, &path)?;
     Ok((loaded, opened))
 }
 
-fn read_all(adapters: &[String]) -> Result<Vec<AdapterFiles>> {
-    adapters.iter().map(|spec| read_adapter(spec)).collect()
-}
-
-/// Loads adapters onto a network, each under its folder's path.
+/// Loads adapters onto a network, each under the name its specification gives it, or its folder's path.
 fn stack(
     network: &mut Network,
-    files: Vec<AdapterFiles>,
+    files: Vec<Named>,
     model: &str,
     device: &Device,
     trainable: bool,
 ) -> Result<Vec<OpenedAdapter>> {
     let mut opened: Vec<OpenedAdapter> = Vec::new();
-    for AdapterFiles {
-        folder,
-        config,
-        tensors,
-        ..
-    } in files
-    {
+    for (given, files) in files {
+        let AdapterFiles {
+            folder,
+            mut config,
+            tensors,
+            metadata,
+            ..
+        } = files;
         let shown = folder.display().to_string();
         let again = opened.iter().filter(|o| o.folder == folder).count();
-        let name = if again == 0 {
-            shown.clone()
-        } else {
-            format!("{shown} #{}", again + 1)
+        let name = match given {
+            Some(name) => name,
+            None if again == 0 => shown.clone(),
+            None => format!("{shown} #{}", again + 1),
         };
+        let mut tensors = tensors_of(tensors, device)?;
+        if metadata.get("format").map(String::as_str) == Some("adapterhub") {
+            tensors = reroot(network.tree(), &mut config, tensors);
+        }
         network
-            .load(&name, &config, tensors_of(tensors, device)?, trainable)
+            .load(&name, &config, tensors, trainable)
             .map_err(|e| {
                 let made_for = match config["base_model_name_or_path"].as_str() {
                     Some(base) if !base.is_empty() => format!(" (made for {base})"),
@@ -92,7 +112,10 @@ fn stack(
 ///
 /// # Errors
 /// If two adapters are for different tasks.
-pub fn task_of_adapters(adapters: &[AdapterFiles], model: Option<&Value>) -> Result<Option<Task>> {
+pub fn task_of_adapters<'a>(
+    adapters: impl IntoIterator<Item = &'a AdapterFiles>,
+    model: Option<&Value>,
+) -> Result<Option<Task>> {
     let mut found: Option<(Task, &Path)> = None;
     for adapter in adapters {
         let task = match adapter.config["task_type"].as_str() {
@@ -226,9 +249,11 @@ impl Subject {
         adapters: &[String],
         trainable: bool,
     ) -> Result<(Self, Vec<OpenedAdapter>)> {
-        let files = read_all(adapters)?;
+        let files = read_all(adapters, Compose::Stack)?;
         let options = LoadOptions::default();
-        let mut subject = Self::open(model, &files, &options)?;
+        let plain: Vec<AdapterFiles> = files.iter().map(|(_, files)| files.clone()).collect();
+        let mut subject = Self::open(model, &plain, &options)?;
+        drop(plain);
         let opened = stack(
             subject.network_mut()?,
             files,

@@ -30,6 +30,8 @@ fn completion(prompt: &[u32], completion: &[u32], line: usize) -> Example {
             prompt: Some(prompt.len()),
         },
         line,
+        file: 0,
+        task: None,
     }
 }
 
@@ -70,7 +72,7 @@ fn losses_accuracies_and_choices_are_those_by_hand() {
         .map(|(i, p)| completion(p, &choices[i % 3], i + 1))
         .collect();
     let data = Dataset {
-        path: "rows".into(),
+        files: Path::new("rows").into(),
         examples,
         pad: 0,
         max_length: 16,

@@ -1,6 +1,7 @@
 //! The `config.json` of a merged checkpoint.
 
 use peft_core::serde_json::{Map, Value, json};
+use peft_core::{Error, Result};
 use peft_io::{DType, ShardPlan};
 use peft_models::Task;
 use peft_train::LabelNames;
@@ -26,7 +27,7 @@ pub(super) fn merged(
     plan: &ShardPlan,
     untied: bool,
     labels: Option<LabelNames>,
-) -> Value {
+) -> Result<Value> {
     let mut config = subject.config.as_object().cloned().unwrap_or_default();
     if untied {
         config.insert("tie_word_embeddings".to_owned(), json!(false));
@@ -41,9 +42,47 @@ pub(super) fn merged(
             labels.filter(|names| names.len() == num_labels),
         );
     }
+    set_positions(&mut config, subject.network().position_scale())?;
     config.remove("_name_or_path");
     config.sort_keys();
-    Value::Object(config)
+    Ok(Value::Object(config))
+}
+
+/// Interpolated positions, which no weight can hold.
+fn set_positions(config: &mut Map<String, Value>, scale: f32) -> Result<()> {
+    if scale == 1.0 {
+        return Ok(());
+    }
+    let field = ["rope_parameters", "rope_scaling"]
+        .into_iter()
+        .find(|f| config.get(*f).is_some_and(Value::is_object))
+        .unwrap_or("rope_scaling");
+    let mut rope = config.get(field).and_then(Value::as_object).cloned();
+    let rope = rope.get_or_insert_default();
+    let kind = rope.get("rope_type").or(rope.get("type"));
+    let factor = match kind.and_then(Value::as_str).unwrap_or("default") {
+        "default" => 1.0,
+        "linear" => rope.get("factor").and_then(Value::as_f64).unwrap_or(1.0),
+        other => {
+            let detail = format!(
+                "an adapter interpolates positions by {scale}, and the model's own are stretched in the way {other:?}: a \
+                 merged configuration cannot say both"
+            );
+            return Err(Error::config(field, detail));
+        }
+    };
+    rope.remove("type");
+    rope.insert("rope_type".to_owned(), json!("linear"));
+    rope.insert("factor".to_owned(), json!(factor * f64::from(scale)));
+    config.insert(field.to_owned(), json!(rope));
+    if let Some(own) = config
+        .get("max_position_embeddings")
+        .and_then(Value::as_f64)
+    {
+        let longer = (own * f64::from(scale)).round() as u64;
+        config.insert("max_position_embeddings".to_owned(), json!(longer));
+    }
+    Ok(())
 }
 
 /// `dtype` (`torch_dtype` before transformers 5), if all floats are of one type.

@@ -158,7 +158,7 @@ pub fn merge(
         for adapter in opened.iter().rev() {
             labels = labels.or(LabelNames::read(&adapter.folder)?);
         }
-        let config = config::merged(&subject, &shards, untied, labels);
+        let config = config::merged(&subject, &shards, untied, labels)?;
         add(&mut writer, &mut files, "config.json", &config)?;
     } else {
         notes.push("the model has no config.json, so the result has none".to_owned());
