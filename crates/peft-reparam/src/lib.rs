@@ -50,8 +50,22 @@
 //! # }
 //! ```
 
+pub mod factors;
+mod budget;
+mod drops;
+mod fastfood;
+mod fields;
+mod fourier;
+mod hub;
 mod init;
+mod kron;
 pub mod low_rank;
+pub mod orthogonal;
+mod rotate;
+mod shared_pair;
+mod shifted;
+pub mod structured;
 mod tied;
+mod triplets;
 
 pub use peft_core as core;
