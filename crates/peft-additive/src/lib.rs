@@ -40,9 +40,29 @@
 //! # }
 //! ```
 
+mod activation;
+mod adapter_drop;
 pub mod adapters;
+pub mod bottleneck;
+mod coupling;
+mod balls;
+mod deep_prefix;
+mod fields;
+mod hub;
+mod inserted;
+mod lstm;
 mod model_fields;
+mod orthonormal;
+mod phm;
+pub mod rescaling;
 pub mod soft_prompts;
+#[cfg(test)]
+mod try_out;
+mod virtual_tokens;
 
+pub use adapter_drop::AdapterDrop;
+pub use deep_prefix::PrefixFields;
+pub use fields::{All, Layers};
 pub use model_fields::ModelFields;
 pub use peft_core as core;
+pub use virtual_tokens::PromptStart;

@@ -21,6 +21,10 @@ pub struct ModelFields {
 impl ModelFields {
     /// Checks a width that a file states against the model's.
     pub(crate) fn check(&self, width: usize) -> Result<()> {
+        if let Some(more @ 2..) = self.num_transformer_submodules {
+            let detail = format!("is {more}: encoder-decoder models are not there yet");
+            return Err(Error::config("num_transformer_submodules", detail));
+        }
         match self.token_dim {
             Some(stated) if stated != width => Err(Error::config(
                 "token_dim",
