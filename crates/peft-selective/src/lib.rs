@@ -37,6 +37,14 @@
 //! # }
 //! ```
 
+mod fields;
+mod gates;
+mod select;
+mod sparse;
 pub mod structured;
+#[cfg(test)]
+mod testing;
+pub mod unstructured;
 
+pub use fields::Places;
 pub use peft_core as core;

@@ -11,7 +11,8 @@
 //! `<module>.bias [out]`: the trained bias itself, under the base model's name for it.
 //!
 //! # Defaults and their source
-//! All biases of the model, as in the paper; `target_modules` names some.
+//! All biases of the model, as in the paper; `bias_kinds` keeps to some kinds, as the paper does with half of them
+//! (`["query", "intermediate"]` on BERT), and `target_modules` names modules. Learning rate: 1e-3, the authors' upper end.
 //!
 //! # Differences from HF
 //! HF PEFT has no BitFit of its own; its `bias` option beside a tuner is the nearest.
@@ -30,6 +31,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BitFit {
+    /// Kinds of biases: dotted parts of the modules' paths, such as `query` or `attention.output.dense`; all if not
+    /// given.
+    pub bias_kinds: Option<Vec<String>>,
     /// Modules whose biases are trained; all that have one if not given.
     pub target_modules: Option<Value>,
     /// Modules left alone.
@@ -55,20 +59,40 @@ impl PeftMethod for BitFit {
     }
 
     fn sites(&self, tree: &ModuleTree, common: &Common) -> Result<Vec<Site>> {
-        if common.target_modules.is_some() {
-            return tree.matching(common, self.kinds(), None);
-        }
-        let saved = tree.subtree("modules_to_save", &common.modules_to_save)?;
-        let with_bias = tree
-            .iter()
-            .filter(|(id, m)| m.bias.is_some() && !saved.contains(id));
-        let sites: Vec<Site> = with_bias.map(|(id, _)| tree.site(id)).collect();
-        if sites.is_empty() {
-            let detail = format!(
-                "BitFit trains biases, and this {} model has none",
-                tree.facts().model_type
-            );
-            return Err(Error::config("peft_type", detail));
+        let mut sites = if common.target_modules.is_some() {
+            tree.matching(common, self.kinds(), None)?
+        } else {
+            let saved = tree.subtree("modules_to_save", &common.modules_to_save)?;
+            let with_bias = tree
+                .iter()
+                .filter(|(id, m)| m.bias.is_some() && !saved.contains(id));
+            let sites: Vec<Site> = with_bias.map(|(id, _)| tree.site(id)).collect();
+            if sites.is_empty() {
+                let detail = format!(
+                    "BitFit trains biases, and this {} model has none",
+                    tree.facts().model_type
+                );
+                return Err(Error::config("peft_type", detail));
+            }
+            sites
+        };
+        if let Some(kinds) = &self.bias_kinds {
+            for kind in kinds {
+                if !sites.iter().any(|s| is_of(&s.path, kind)) {
+                    return Err(Error::NoMatch {
+                        field: "bias_kinds".to_owned(),
+                        name: kind.clone(),
+                        nearest: peft_core::nearest(
+                            kind,
+                            sites.iter().flat_map(|s| s.path.split('.')),
+                        ),
+                    });
+                }
+            }
+            if kinds.is_empty() {
+                return Err(Error::config("bias_kinds", "has to name a kind"));
+            }
+            sites.retain(|s| kinds.iter().any(|kind| is_of(&s.path, kind)));
         }
         Ok(sites)
     }
@@ -83,6 +107,11 @@ impl PeftMethod for BitFit {
         cx.select(Slot::Bias, "bias")?;
         Ok(Box::new(Selected))
     }
+}
+
+/// Whether `kind` is made of dotted parts of `path`.
+fn is_of(path: &str, kind: &str) -> bool {
+    !kind.is_empty() && format!(".{path}.").contains(&format!(".{kind}."))
 }
 
 #[cfg(test)]
@@ -137,5 +166,44 @@ mod tests {
             .attach("a", &json!({"peft_type": "BITFIT"}), 0)
             .expect_err("refused");
         assert!(error.to_string().contains("has none"), "{error}");
+    }
+
+    /// BERT's `query` and `intermediate`, and a norm of the attention by two parts of its path.
+    #[test]
+    fn kinds_of_biases() {
+        let names = [
+            "layer.0.attention.self.query",
+            "layer.0.attention.self.key",
+            "layer.0.intermediate.dense",
+            "layer.0.output.dense",
+        ];
+        let base = names.iter().fold(Base::custom(), |base, path| {
+            base.linear(path, array![[1.0, 2.0]], Some(array![0.5]))
+                .expect("a layer")
+        });
+        let kinds = |kinds: peft_core::serde_json::Value| {
+            let mut network = Network::new(base.clone());
+            let config = json!({"peft_type": "BITFIT", "bias_kinds": kinds});
+            network.attach("a", &config, 0).map(|()| {
+                let keys = network.parameters();
+                keys.iter().map(|p| p.key().to_owned()).collect::<Vec<_>>()
+            })
+        };
+        assert_eq!(
+            kinds(json!(["query", "intermediate"])).expect("attaches"),
+            [
+                "base_model.model.layer.0.attention.self.query.bias",
+                "base_model.model.layer.0.intermediate.dense.bias"
+            ]
+        );
+        assert_eq!(
+            kinds(json!(["0.output.dense"])).expect("attaches"),
+            ["base_model.model.layer.0.output.dense.bias"]
+        );
+        let error = kinds(json!(["queri"])).expect_err("refused").to_string();
+        assert!(
+            error.contains("bias_kinds") && error.contains("query"),
+            "{error}"
+        );
     }
 }

@@ -1,0 +1,136 @@
+//! The sparse product and the dense weight are the same function, also to a gradient.
+
+use peft_core::ndarray::Array2;
+use peft_core::serde_json::json;
+use peft_core::{Base, Network, Param, Pass, Tensor};
+
+use super::*;
+
+const ROWS: usize = 40;
+const COLS: usize = 64;
+
+/// A layer and a table of `ROWS` x `COLS` with so few trained entries that no dense weight is made.
+fn network() -> Network {
+    let weights = |seed: f32| {
+        Array2::from_shape_fn((ROWS, COLS), |(i, j)| ((i * COLS + j) as f32 * seed).sin())
+    };
+    let base = Base::custom()
+        .linear("fc", weights(0.37), None)
+        .and_then(|b| b.embedding("emb", weights(0.73)));
+    let mut network = Network::new(base.expect("a base"));
+    // Any method of sparse differences; `target_modules` a pattern, as all-linear leaves embeddings out.
+    let config = json!({"peft_type": "PAFI", "keep_ratio": 0.03, "target_modules": "fc|emb"});
+    network.attach("a", &config, 0).expect("attaches");
+    for param in network.parameters() {
+        let n = param.numel();
+        assert!(n * DENSITY < ROWS * COLS && n > 10, "{n} entries");
+        let values = (0..n).map(|i| (i as f32 * 1.7).cos()).collect();
+        let values = Tensor::from_vec(values, &[n], network.device());
+        param.set(values.expect("a tensor")).expect("fits");
+    }
+    network
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_vec().expect("values")
+}
+
+fn close(got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len());
+    for (got, want) in got.iter().zip(want) {
+        assert!(
+            (got - want).abs() < 2e-5 * (1.0 + want.abs()),
+            "{got} for {want}"
+        );
+    }
+}
+
+#[test]
+fn few_entries_merge_to_what_they_do() {
+    let mut network = network();
+    let x: Vec<f32> = (0..6 * COLS).map(|i| (i as f32 * 0.9).sin()).collect();
+    let x = Tensor::from_vec(x, &[2, 3, COLS], network.device()).expect("a tensor");
+    let table = network.module("emb").expect("there");
+    let run = |network: &Network| {
+        let rows = network.run("fc", &x, &Pass::eval()).expect("runs");
+        assert_eq!(rows.shape(), [2, 3, ROWS]);
+        let looked_up = network.embed(table, &[5, 0, 39, 5], &Pass::eval());
+        (values(&rows), values(&looked_up.expect("runs")))
+    };
+    let adapted = run(&network);
+    network.set_active(&[]).expect("disables");
+    let base = run(&network);
+    assert!(adapted.0 != base.0 && adapted.1 != base.1);
+    network.set_active(&["a"]).expect("enables");
+    network.merge().expect("merges");
+    let merged = run(&network);
+    close(&adapted.0, &merged.0);
+    close(&adapted.1, &merged.1);
+}
+
+/// dL/dv of entry (r, c) is `sum_t dy[t, r] x[t, c]`, worked out entry by entry.
+#[test]
+fn gradients_of_few_entries() {
+    let network = network();
+    let x: Vec<f32> = (0..3 * COLS).map(|i| (i as f32 * 0.9).sin()).collect();
+    let input = Tensor::from_vec(x.clone(), &[3, COLS], network.device()).expect("a tensor");
+    let dy: Vec<f32> = (0..3 * ROWS).map(|i| (i as f32 * 0.31).cos()).collect();
+    let weights = Tensor::from_vec(dy.clone(), &[3, ROWS], network.device()).expect("a tensor");
+    let params = network.adapter_parameters("a").expect("there");
+    let find = |name: &str| -> Param {
+        let key = format!("base_model.model.fc.{name}");
+        let found = params.iter().find(|p| p.key() == key);
+        found.expect("there").clone()
+    };
+    let (entries, places) = (
+        find("sparse_values"),
+        values(&find("sparse_indices").tensor()),
+    );
+    let leaf = entries.tensor();
+    let y = network.run("fc", &input, &Pass::eval()).expect("runs");
+    let loss = y.mul(&weights).and_then(|p| p.sum_all()).expect("a loss");
+    let grads = loss.backward().expect("backward");
+    let (rows, cols) = places.split_at(places.len() / 2);
+    let want: Vec<f32> = rows
+        .iter()
+        .zip(cols)
+        .map(|(r, c)| {
+            let (r, c) = (*r as usize, *c as usize);
+            (0..3).map(|t| dy[t * ROWS + r] * x[t * COLS + c]).sum()
+        })
+        .collect();
+    close(&values(grads.get(&leaf).expect("a gradient")), &want);
+}
+
+#[test]
+fn files_that_do_not_fit() {
+    let network = network();
+    let (config, tensors) = network.export("a").expect("exports");
+    let load = |name: &str, change: &dyn Fn(&mut Vec<f32>)| {
+        let mut tensors = tensors.clone();
+        let key = format!("base_model.model.fc.{name}");
+        let tensor = &tensors[&key];
+        let mut all = values(tensor);
+        change(&mut all);
+        let mut shape = tensor.shape().to_vec();
+        *shape.last_mut().expect("a dimension") = all.len() / if shape.len() == 2 { 2 } else { 1 };
+        let changed = Tensor::from_vec(all, &shape, network.device()).expect("a tensor");
+        tensors.insert(key, changed);
+        let base = Base::custom()
+            .linear("fc", Array2::zeros((ROWS, COLS)), None)
+            .and_then(|b| b.embedding("emb", Array2::zeros((ROWS, COLS))));
+        let mut other = Network::new(base.expect("a base"));
+        other.load("b", &config, tensors, false)?;
+        let x = Tensor::zeros(&[1, COLS], other.device())?;
+        other.run("fc", &x, &Pass::eval())
+    };
+    let error = load("sparse_values", &|v| v.push(1.0)).expect_err("refused");
+    assert!(error.to_string().contains("sparse_indices"), "{error}");
+    for bad in [ROWS as f32, -1.0, 0.5] {
+        let error = load("sparse_indices", &|v| v[0] = bad).expect_err("refused");
+        assert!(
+            error.to_string().contains("`fc`") && error.to_string().contains("40 x 64"),
+            "{error}"
+        );
+    }
+}
