@@ -1,6 +1,7 @@
 //! What a law is about: one registered method on one device, and a drawn model, batch and configuration.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
@@ -395,7 +396,7 @@ impl Subject<'_> {
     pub fn run(&self, toy: &Toy) -> Result<Tensor, String> {
         told(
             "forward",
-            peft::tensor::no_grad(|| toy.logits(&self.ids(), &Pass::eval())),
+            peft::tensor::no_grad(|| toy.logits(&self.ids(), &self.with_tasks(&Pass::eval()))),
         )
     }
 
@@ -405,12 +406,22 @@ impl Subject<'_> {
     /// Whatever the model says.
     pub fn loss(&self, toy: &Toy, pass: &Pass) -> Result<Tensor, String> {
         let loss = || {
-            let logits = toy.logits(&self.ids(), pass)?;
+            let logits = toy.logits(&self.ids(), &self.with_tasks(pass))?;
             let key = RngKey::new(self.case.seed).fork("loss");
             let weights = Tensor::normal(key, 0.0, 1.0, logits.shape(), self.device)?;
             Ok::<_, peft::Error>(logits.mul(&weights)?.mean_all()?)
         };
         told("loss", loss())
+    }
+
+    /// The pass with a task for each row, where the configuration has several.
+    fn with_tasks(&self, pass: &Pass) -> Pass {
+        let tasks = self.config["num_tasks"].as_u64().filter(|&n| n > 1);
+        let of_rows = |n| (0..self.case.batch as u64).map(move |row| (row % n) as u32);
+        Pass {
+            task_ids: tasks.map(|n| Arc::new(of_rows(n).collect())),
+            ..pass.clone()
+        }
     }
 
     /// A pass whose gradients are true slopes throughout.

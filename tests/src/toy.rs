@@ -204,6 +204,7 @@ impl Toy {
             input_embedding: Some("model.embed_tokens".to_owned()),
             output_embedding: Some("lm_head".to_owned()),
             tied: spec.tied,
+            rotary: true,
             task_heads: Vec::new(),
         };
         let mut b = Builder {
@@ -387,7 +388,8 @@ impl Toy {
     fn rope(&self, heads: usize, batch: usize, seq: usize) -> Arc<Rope> {
         let half = self.spec.head_dim / 2;
         let start = self.network.prefix_len();
-        let angle = |at: usize| (at / half) as f32 * 0.3f32.powf((at % half) as f32);
+        let scale = self.network.position_scale();
+        let angle = |at: usize| (at / half) as f32 / scale * 0.3f32.powf((at % half) as f32);
         let table = |f: fn(f32) -> f32| {
             Arc::new(
                 (0..(start + seq) * half)

@@ -1,6 +1,6 @@
 """Makes the interop goldens under tests/goldens from Hugging Face's own packages (see requirements.txt).
 
-    python xtask/python/goldens.py [--out tests/goldens] [--only models|cases|curves|matcher] [--name NAME]
+    python xtask/python/goldens.py [--out tests/goldens] [--only models|cases|initial|curves|runs|numbers|matcher] [--name NAME]
 
 The Rust tests read the data only; this script is run again when a case is added or a pinned package moves.
 Everything is seeded: a second run on the same machine gives the same files.
@@ -21,15 +21,29 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 
-from golden import cases, curves, lora_cases, matcher, models, soft_cases  # noqa: E402
+from golden import (  # noqa: E402
+    additive_cases,
+    cases,
+    curves,
+    initials,
+    lora_cases,
+    matcher,
+    models,
+    numbers,
+    reparam_cases,
+    runs,
+    soft_cases,
+    tokenizers,
+)
+from golden.numbers import trained  # noqa: E402
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[2]
     parser.add_argument("--out", type=Path, default=root / "tests" / "goldens")
-    parser.add_argument("--only", choices=["models", "cases", "curves", "matcher"])
-    parser.add_argument("--name", help="one model, case or curve")
+    parser.add_argument("--only", choices=["models", "cases", "initial", "curves", "runs", "numbers", "matcher"])
+    parser.add_argument("--name", help="one model, case, start, curve, run or number")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     # Relative model paths end up in adapter_config.json: they must be the same wherever this runs.
@@ -40,12 +54,23 @@ def main():
     for name in models.MODELS:
         if wanted("models", name):
             print(f"model {name}: largest output {models.make(name):.3f}", flush=True)
-    for case in [*lora_cases.cases(), *soft_cases.cases()]:
+    if wanted("models", "words"):
+        print(f"tokenizer words: {tokenizers.make()}", flush=True)
+    for case in [*lora_cases.cases(), *soft_cases.cases(), *reparam_cases.cases(), *additive_cases.cases()]:
         if wanted("cases", case.name):
             print(f"case {case.name}: {cases.make(case)}", flush=True)
     for curve in curves.curves():
         if wanted("curves", curve.name):
             print(f"curve {curve.name}: {curves.make(curve)}", flush=True)
+    for start in initials.starts():
+        if wanted("initial", start[0]):
+            print(f"initial {start[0]}: {initials.make(*start)}", flush=True)
+    for run in [*runs.runs(), *trained.runs()]:
+        if wanted("runs", run.name):
+            print(f"run {run.name}: {run.make()}", flush=True)
+    for number in numbers.numbers():
+        if wanted("numbers", number.name):
+            print(f"number {number.name}: {number.make()}", flush=True)
     if wanted("matcher", None):
         print(f"matcher: {matcher.make()}", flush=True)
 

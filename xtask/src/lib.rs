@@ -1,6 +1,7 @@
 //! `cargo xtask`: what keeps the workspace in order and makes its generated parts.
 
 mod ci;
+mod compare;
 mod docs;
 mod goldens;
 mod models;
@@ -55,6 +56,8 @@ enum Task {
     },
     /// Downloads the small models and the review data that the longer tests and the guide use, into models/.
     Models,
+    /// Runs every method on the same work and writes docs/comparison.md; goes on where it was interrupted.
+    Compare(compare::Options),
     /// Makes tests/goldens/ from the pinned Python packages.
     Goldens {
         /// Passed on to xtask/python/goldens.py.
@@ -97,6 +100,7 @@ fn run(task: Task) -> Result<()> {
             id,
         } => new_method::run(&root, &family, &subfamily, &id),
         Task::Models => models::run(&root),
+        Task::Compare(options) => compare::run(&root, &options),
         Task::Goldens { args } => goldens::run(&root, &args),
         Task::Quickstart { data_only } => quickstart::run(&root, data_only),
         Task::Ci { no_tests } => ci::run(&root, no_tests),

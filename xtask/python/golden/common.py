@@ -68,10 +68,12 @@ def output_name(model):
 
 
 def run(model, batch):
-    """Logits (or last hidden state) of `{"input_ids", "attention_mask"?}`, with nothing but those given."""
+    """Logits (or last hidden state) of `{"input_ids", "attention_mask"?}`, with nothing but those given; `task_ids` for prompts that differ by task."""
     ids = torch.tensor(batch["input_ids"])
     mask = batch.get("attention_mask")
     kwargs = {} if mask is None else {"attention_mask": torch.tensor(mask)}
+    if "task_ids" in batch:
+        kwargs["task_ids"] = torch.tensor(batch["task_ids"])
     with torch.no_grad():
         out = model(input_ids=ids, **kwargs)
     value = out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
