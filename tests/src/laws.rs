@@ -534,7 +534,9 @@ fn beside(s: &Subject<'_>, other: &Value) -> Check {
     if toy.network.parameters().len() <= own
         || told("parameters", toy.network.adapter_parameters("a"))?
             .iter()
-            .any(|p| !p.is_trainable() && !p.is_frozen())
+            .filter(|p| p.is_trainable())
+            .count()
+            != own
     {
         return Err("attaching a second adapter froze the first".to_owned());
     }

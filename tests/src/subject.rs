@@ -383,9 +383,15 @@ impl Subject<'_> {
             ..
         } = *self.case;
         let key = RngKey::new(seed).fork("tokens");
-        let ids = (0..batch * seq)
+        let mut ids: Vec<u32> = (0..batch * seq)
             .map(|i| key.below(i as u64, spec.vocab as u64) as u32)
             .collect();
+        // Where all tokens are the same, so are all values, and attention has no gradient.
+        if let [first, second, ..] = &mut ids[..]
+            && first == second
+        {
+            *second = (*first + 1) % spec.vocab as u32;
+        }
         Ids { ids, batch, seq }
     }
 

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use peft::models::{LoadOptions, Model};
 use peft::ops::{self, Compose};
 use peft_tests::compare::same_bits;
-use peft_tests::golden::{batch, close, every, expected, json, logits, root, tensors};
+use peft_tests::golden::{self, batch, close, every, expected, logits, root, tensors};
 use peft_tests::subject::told;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What f32 leaves between two programs that sum in different orders, at logits of this size.
 const LOGITS: f64 = 1e-4;
@@ -17,16 +17,14 @@ const LOGITS: f64 = 1e-4;
 struct Case {
     facts: Value,
     model: PathBuf,
-    folder: PathBuf,
 }
 
 impl Case {
     fn read(folder: &Path) -> Result<Self, String> {
-        let facts = json(&folder.join("case.json"))?;
+        let facts = golden::json(&folder.join("case.json"))?;
         let name = facts["model"].as_str().ok_or("case.json names no model")?;
         Ok(Self {
             model: root().join("models").join(name),
-            folder: folder.to_owned(),
             facts,
         })
     }
@@ -91,7 +89,7 @@ fn written_folders() {
         let target = out.join(name);
         told("folder", peft::io::create_folder(&target))?;
         let mut facts = case.facts.clone();
-        let mut write = |specs: &[String], as_name: &str| {
+        let write = |specs: &[String], as_name: &str| {
             // Ours first, so that what is exported is an adapter like any other.
             let ours = target.join("ours").join(as_name);
             let model = case.open(specs)?;
@@ -214,4 +212,53 @@ fn an_average_of_the_same_is_the_same() {
         );
         close("average", &batch, &b, &a, 1e-5).expect("the same");
     }
+}
+
+/// Stage two of a fusion: adapters taken by their folders, frozen, their heads left behind; saved, it needs them no more.
+#[test]
+fn a_fusion_takes_trained_adapters_by_their_folders() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let model = root().join("models/bert-cls").display().to_string();
+    let mut folders = Vec::new();
+    for (seed, factor) in [(1, 4), (2, 6)] {
+        let mut opened = Model::load(Path::new(&model), &LoadOptions::default()).expect("loads");
+        let config =
+            json!({"peft_type": "PFEIFFER", "reduction_factor": factor, "task_type": "SEQ_CLS"});
+        let network = opened.network_mut().expect("alone");
+        network.attach("a", &config, seed).expect("attaches");
+        let folder = scratch.path().join(format!("{seed}"));
+        ops::write_adapter(opened.network(), "a", &model, &folder, false).expect("writes");
+        folders.push(folder.display().to_string());
+    }
+    let mut opened = Model::load(Path::new(&model), &LoadOptions::default()).expect("loads");
+    let config = json!({"peft_type": "ADAPTER_FUSION", "task_type": "SEQ_CLS",
+        "members": [{"path": folders[0]}, {"path": folders[1]}]});
+    let network = opened.network_mut().expect("alone");
+    network.attach("f", &config, 3).expect("attaches");
+    let params = network.adapter_parameters("f").expect("there");
+    let (members, own): (Vec<_>, Vec<_>) =
+        params.iter().partition(|p| p.key().starts_with("members."));
+    assert!(
+        members
+            .iter()
+            .all(|p| p.is_frozen() && !p.key().contains("classifier"))
+    );
+    // Query, key and value at two layers, and one head.
+    assert_eq!((members.len(), own.len()), (16, 2 * 5 + 2));
+    assert!(own.iter().all(|p| p.is_trainable()));
+    let batch = batch(&json!({"input_ids": [[5, 6, 7, 8], [9, 3, 2, 1]]})).expect("a batch");
+    let before = logits(&opened, &batch).expect("runs");
+    let out = scratch.path().join("fusion");
+    ops::write_adapter(opened.network(), "f", &model, &out, false).expect("writes");
+    for folder in &folders {
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
+    let spec = [out.display().to_string()];
+    let (again, _) = ops::open(&model, &spec, &LoadOptions::default()).expect("opens");
+    same_bits(
+        "read again",
+        &logits(&again, &batch).expect("runs"),
+        &before,
+    )
+    .expect("the same");
 }

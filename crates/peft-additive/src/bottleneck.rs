@@ -276,10 +276,12 @@ impl<P: Preset> PeftMethod for Adapted<P> {
         let mut sites = tree.matching(common, self.kinds(), self.default_targets(tree))?;
         let mut layers: Vec<usize> = sites.iter().filter_map(|s| s.layer).collect();
         layers.dedup();
-        if let Some(layer) = fields
-            .leave_out
-            .iter()
-            .find(|layer| !layers.contains(layer))
+        // A saved adapter lists its places, without those that were left out.
+        if !common.inference_mode
+            && let Some(layer) = fields
+                .leave_out
+                .iter()
+                .find(|layer| !layers.contains(layer))
         {
             let detail =
                 format!("there is no adapter to leave out in layer {layer}; layers are {layers:?}");

@@ -42,9 +42,9 @@ pub(crate) fn wide(
     h: &[f32],
     x: &[f32],
 ) -> Result<Vec<f32>, String> {
-    let said = |e: peft_core::Error| e.to_string();
+    let text = |e: peft_core::Error| e.to_string();
     let mut network = network(h.len());
-    network.attach("a", config, 0).map_err(said)?;
+    network.attach("a", config, 0).map_err(text)?;
     let (_, path) = PLACES
         .iter()
         .find(|(p, _)| *p == place)
@@ -68,12 +68,12 @@ pub(crate) fn wide(
         assert!(tensors.insert(key, value).is_some(), "no parameter {name}");
     }
     network.delete("a").expect("there");
-    network.load("a", config, tensors, true).map_err(said)?;
-    let id = network.module(path).map_err(said)?;
+    network.load("a", config, tensors, true).map_err(text)?;
+    let id = network.module(path).map_err(text)?;
     let row = |v: &[f32]| Tensor::from_vec(v.to_vec(), &[1, 1, v.len()], &device).expect("a row");
     let y = network
         .junction(id, &row(h), &row(x), None, &Pass::eval())
-        .map_err(said)?;
+        .map_err(text)?;
     Ok(y.to_vec().expect("values"))
 }
 

@@ -95,6 +95,9 @@ pub(crate) struct Eval {
     /// Only the first rows
     #[arg(long, value_name = "ROWS", value_parser = positive)]
     pub(crate) limit: Option<usize>,
+    /// Let the adapters vote: the majority of their answers (prompt ensembling)
+    #[arg(long)]
+    pub(crate) vote: bool,
     /// Also choose among the completions the data has (done by itself where they are few)
     #[arg(long)]
     pub(crate) choices: bool,

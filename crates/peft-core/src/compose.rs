@@ -228,3 +228,110 @@ impl Adapter for Average {
         self.sum(call)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Attach, Base, Injector, Parsed, Pass, PeftMethod, Site, TrainHooks};
+    use ndarray::array;
+    use serde_json::{Value, json};
+
+    /// `y + c` on a linear layer; at a junction `(h + c) * c`, so that the order shows.
+    struct Plus(f32);
+
+    impl PeftMethod for Plus {
+        fn attach(&self, _: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
+            cx.param("c", &[1], &crate::Init::Zeros)?;
+            Ok(Box::new(Self(self.0)))
+        }
+
+        fn inject(&self, cx: &mut Injector<'_>) -> Result<()> {
+            let sites = ["fc", "layers.0.output_adapters"].map(|path| {
+                let id = cx.tree().get(path).expect("there");
+                cx.tree().site(id)
+            });
+            cx.attach_all(sites.to_vec(), |site, cx| self.attach(site, cx))
+        }
+
+        fn trainer(&self) -> Box<dyn TrainHooks> {
+            Box::new(())
+        }
+    }
+
+    impl Adapter for Plus {
+        fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
+            if call.is_junction() {
+                return call.base_with(&call.x()?.affine(1.0, self.0)?.scale(self.0)?);
+            }
+            Ok(call.base()?.affine(1.0, self.0)?)
+        }
+    }
+
+    fn parse(config: &Value) -> Result<Parsed> {
+        Ok(Parsed {
+            method: Box::new(Plus(config["c"].as_f64().unwrap_or(0.0) as f32)),
+            fields: json!({"c": config["c"]}),
+        })
+    }
+
+    inventory::submit! {
+        crate::MethodEntry {
+            id: "plus", title: "Plus", family: crate::Family::Additive, subfamily: "tests", peft_type: "PLUS_FOR_TESTS",
+            when: |_| false, paper: "", example: "{}", identity_at_init: false, mergeable: false, moves_base: false,
+            file: file!(), hub: None, parse,
+        }
+    }
+
+    fn network() -> Network {
+        let base = Base::custom()
+            .linear("fc", array![[2.0]], None)
+            .expect("a base")
+            .junction("layers.0.output_adapters", 1);
+        let mut network = Network::new(base);
+        for (name, c) in [("a", 1.0), ("b", 4.0)] {
+            let config = json!({"peft_type": "PLUS_FOR_TESTS", "c": c});
+            network.attach(name, &config, 0).expect("attaches");
+        }
+        network
+    }
+
+    fn run(network: &Network) -> (f32, f32) {
+        let one = |v: f32| Tensor::from_vec(vec![v], &[1, 1], network.device()).expect("a tensor");
+        let at = network.module("layers.0.output_adapters").expect("there");
+        let pass = Pass::eval();
+        let y = network.run("fc", &one(3.0), &pass).expect("runs");
+        let j = network
+            .junction(at, &one(3.0), &one(10.0), None, &pass)
+            .expect("runs");
+        (
+            y.item().expect("a number") as f32,
+            j.item().expect("a number") as f32,
+        )
+    }
+
+    /// 2 * 3 + 1 + 4; ((3 + 1) * 1 + 4) * 4 + 10: the first named is passed first.
+    #[test]
+    fn stacked_in_the_order_given() {
+        let mut network = network();
+        assert_eq!(run(&network), (11.0, 42.0));
+        network.set_active(&["b", "a"]).expect("both are there");
+        // ((3 + 4) * 4 + 1) * 1 + 10
+        assert_eq!(run(&network), (11.0, 39.0));
+    }
+
+    /// 6 + 0.25 * 1 + 0.75 * 4; 0.25 * (4 + 10) + 0.75 * (28 + 10), the base having no weight; or half of it.
+    #[test]
+    fn averaged_by_weight() {
+        let mut network = network();
+        network
+            .set_average(&[("a", 0.25), ("b", 0.75)])
+            .expect("averages");
+        assert_eq!(run(&network), (9.25, 32.0));
+        network.set_average(&[("a", 0.5)]).expect("averages");
+        assert_eq!(run(&network), (6.5, 13.5));
+        network.set_active(&["a"]).expect("there");
+        assert_eq!(run(&network), (7.0, 14.0));
+        let error = network.set_average(&[("c", 1.0)]).expect_err("refused");
+        assert!(error.to_string().contains("\"c\""), "{error}");
+    }
+}

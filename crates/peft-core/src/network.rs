@@ -204,8 +204,9 @@ impl Network {
             })
     }
 
-    /// Makes exactly these adapters act, innermost first; none = the base model. Which parameters are trainable does
-    /// not change. Where two replace the same base parameter, the later one counts.
+    /// Makes exactly these adapters act; none = the base model. On a weight the first named is innermost; where hidden
+    /// states pass through adapters (junctions, streams), they pass the first named first. Which parameters are trainable
+    /// does not change. Where two replace the same base parameter, the later one counts.
     ///
     /// # Errors
     /// If one is not attached, or the model is merged.
@@ -256,6 +257,10 @@ impl Network {
                     mirrored: placed.mirrored,
                 };
                 match placed.site.id {
+                    // What hidden states pass is passed in the order given: the first is outermost.
+                    Some(id) if passes_first(self.base.tree(), id) => {
+                        self.stacks.entry(id).or_default().insert(0, stacked);
+                    }
                     Some(id) => self.stacks.entry(id).or_default().push(stacked),
                     None => self.roots.push(stacked),
                 }
@@ -324,6 +329,16 @@ impl Network {
             .iter()
             .map(|a| (a.name.clone(), a.method.trainer()))
             .collect()
+    }
+}
+
+/// Whether hidden states pass the adapters of a module one after the other, but for the place that undoes another.
+fn passes_first(tree: &ModuleTree, id: ModuleId) -> bool {
+    let info = tree.info(id);
+    match info.kind {
+        ModuleKind::Junction => true,
+        ModuleKind::Stream => !info.path.ends_with("_rev"),
+        _ => false,
     }
 }
 

@@ -126,3 +126,72 @@ impl TrainHooks for Hooks {
         Ok(sum)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use peft_core::serde_json::{Value, json};
+    use peft_core::{Base, Network, Pass, Tensor};
+
+    fn attached(more: &Value) -> peft_core::Result<Network> {
+        let base = Base::custom().junction("layers.0.output_adapters", 2);
+        let mut network = Network::new(base);
+        let mut config = json!({"peft_type": "ADAPTER_FUSION", "query": false, "key": false, "members": [
+            {"peft_type": "ADDS_FOR_TESTS", "c": 1.0}, {"peft_type": "ADDS_FOR_TESTS", "c": -1.0}
+        ]});
+        for (field, value) in more.as_object().into_iter().flatten() {
+            config[field] = value.clone();
+        }
+        network.attach("a", &config, 0)?;
+        Ok(network)
+    }
+
+    /// h = (0, ln 3 / 2) asks: scores with (1, 1) and (-1, -1) are ln 3 / 2 and -ln 3 / 2, p = 3/4 and 1/4: what is added is
+    /// (1, 1) / 2, V being near the identity.
+    #[test]
+    fn attention_by_hand() {
+        let network = attached(&json!({})).expect("attaches");
+        let tensor = |v: [f32; 2]| {
+            Tensor::from_vec(v.to_vec(), &[1, 1, 2], network.device()).expect("a tensor")
+        };
+        let ask = 3f32.ln() / 2.0;
+        let at = network.module("layers.0.output_adapters").expect("there");
+        let y = network
+            .junction(
+                at,
+                &tensor([0.0, ask]),
+                &tensor([10.0, 20.0]),
+                None,
+                &Pass::eval(),
+            )
+            .expect("runs")
+            .to_vec()
+            .expect("values");
+        assert!(
+            (y[0] - 10.5).abs() < 1e-5 && (y[1] - 20.5 - ask).abs() < 1e-5,
+            "{y:?}"
+        );
+    }
+
+    #[test]
+    fn members_are_frozen_and_v_is_regularised() {
+        let network = attached(&json!({})).expect("attaches");
+        let params = network.parameters();
+        let keys: Vec<&str> = params.iter().map(peft_core::Param::key).collect();
+        assert_eq!(
+            keys,
+            ["base_model.model.layers.0.output_adapters.adapter_fusion_layer.value.weight"]
+        );
+        assert_eq!(network.adapter_parameters("a").expect("there").len(), 3);
+    }
+
+    #[test]
+    fn one_member_is_no_fusion() {
+        let error = attached(&json!({"members": [{"peft_type": "ADDS_FOR_TESTS"}]}))
+            .expect_err("refused")
+            .to_string();
+        assert!(
+            error.contains("members") && error.contains("at least 2"),
+            "{error}"
+        );
+    }
+}

@@ -4,6 +4,8 @@ pub mod composed;
 mod fusion;
 mod gate;
 pub mod members;
+#[cfg(test)]
+mod probe;
 
 pub use peft_core as core;
 

@@ -131,13 +131,6 @@ impl Members {
     pub(crate) fn trainer(&self) -> Box<dyn TrainHooks> {
         Box::new(All(self.methods().iter().map(|m| m.trainer()).collect()))
     }
-
-    /// Their configurations as they were attached, in the saved one.
-    pub(crate) fn finish(configs: Result<Vec<Value>>, config: &mut Map<String, Value>) {
-        if let Ok(configs) = configs {
-            config.insert("members".to_owned(), Value::Array(configs));
-        }
-    }
 }
 
 /// A member of a saved composition is a saved member.
@@ -212,9 +205,17 @@ pub(crate) fn to_hub(
     }
 }
 
-/// The members of a configuration.
-pub(crate) fn listed(config: &Value) -> Vec<Value> {
-    config["members"].as_array().cloned().unwrap_or_default()
+/// The members of a configuration, `defaults` under them.
+///
+/// # Errors
+/// As [`Members::over`].
+pub(crate) fn listed(config: &Value, defaults: &Members) -> Result<Vec<Value>> {
+    let given = config["members"].as_array().cloned().unwrap_or_default();
+    let given = Members {
+        configs: given,
+        attached: OnceLock::new(),
+    };
+    given.over(defaults)
 }
 
 /// Every member's hooks, in order.

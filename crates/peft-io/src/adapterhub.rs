@@ -21,6 +21,14 @@ const HEAD_CONFIG: &str = "head_config.json";
 const HEAD_WEIGHTS: &str = "model_head.safetensors";
 const FUSION_CONFIG: &str = "adapter_fusion_config.json";
 const FUSION_WEIGHTS: &str = "model_adapter_fusion.safetensors";
+/// All of them but the configuration that every adapter has.
+pub(crate) const FILES: [&str; 5] = [
+    ADAPTERHUB_WEIGHTS,
+    HEAD_CONFIG,
+    HEAD_WEIGHTS,
+    FUSION_CONFIG,
+    FUSION_WEIGHTS,
+];
 /// The same files as the library writes them unless asked for safetensors.
 const PICKLES: [(&str, &str, &str); 3] = [
     ("pytorch_adapter.bin", ADAPTERHUB_WEIGHTS, "save_adapter"),

@@ -207,12 +207,12 @@ fn ln(x: f32) -> f32 {
             -1.666_805_8e-1,
             2.000_071_4e-1,
             -2.499_999_4e-1,
-            3.333_333_1e-1,
+            3.333_333e-1,
         ],
     );
     // ln 2 in two parts, the larger exact.
     let low = (series * x).mul_add(square, exponent * -2.121_944_4e-4);
-    exponent.mul_add(0.693_359_375, x + square.mul_add(-0.5, low))
+    exponent.mul_add(0.693_359_4, x + square.mul_add(-0.5, low))
 }
 
 /// Cephes' `sinf` and `cosf` for angles from 0 to a few turns.

@@ -81,10 +81,12 @@ impl EvalReport {
 
 /// Sums over the labels of one row.
 #[derive(Clone, Copy, Debug, Default)]
-struct RowScore {
-    log_prob: f64,
+pub(crate) struct RowScore {
+    pub(crate) log_prob: f64,
     count: usize,
     correct: usize,
+    /// The answer at the last label: the class of a classifier.
+    pub(crate) predicted: u32,
 }
 
 /// Measures a model on encoded rows, without gradients and without dropout.
@@ -102,7 +104,7 @@ pub fn evaluate(
     let rows = data.examples.len();
     let own: Vec<&Example> = data.examples.iter().collect();
     let total = rows * choices.len().max(1);
-    let scores = score(model, data, &own, options, &mut |done| {
+    let scores = score(model, data, &own, &[], options, &mut |done| {
         observer.eval_progress(done, total)
     })?;
 
@@ -148,11 +150,13 @@ pub fn evaluate(
     })
 }
 
-/// Scores rows in batches of similar length.
-fn score(
+/// Scores rows in batches of similar length; `names` are the adapters that act on each, all active ones where it is
+/// empty.
+pub(crate) fn score(
     model: &Model,
     data: &Dataset,
     examples: &[&Example],
+    names: &[&str],
     options: &EvalOptions,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<RowScore>> {
@@ -163,13 +167,19 @@ fn score(
     for rows in order.chunks(options.batch_size.max(1)) {
         let batch: Vec<&Example> = rows.iter().map(|&i| examples[i]).collect();
         let Collated { batch, labels, .. } = collate(&batch, data.pad);
-        for scored in model.score(&batch, &labels, &Pass::eval())? {
+        let mut pass = Pass::eval();
+        if !names.is_empty() {
+            let own = rows.iter().map(|&i| names.get(i).map(|&n| n.to_owned()));
+            pass.adapter_names = Some(own.collect::<Vec<_>>().into());
+        }
+        for scored in model.score(&batch, &labels, &pass)? {
             let Some(score) = rows.get(scored.row).and_then(|&i| scores.get_mut(i)) else {
                 continue;
             };
             score.log_prob += f64::from(scored.log_prob);
             score.count += 1;
             score.correct += usize::from(scored.predicted == scored.label);
+            score.predicted = scored.predicted;
         }
         done += rows.len();
         progress(done);
@@ -178,7 +188,7 @@ fn score(
 }
 
 /// The distinct completions, if there is something to choose.
-fn choices(data: &Dataset, wanted: Option<bool>) -> Result<Vec<Vec<u32>>> {
+pub(crate) fn choices(data: &Dataset, wanted: Option<bool>) -> Result<Vec<Vec<u32>>> {
     if wanted == Some(false) {
         return Ok(Vec::new());
     }
@@ -241,7 +251,7 @@ fn choose(
             })
             .unzip();
         let others: Vec<&Example> = others.iter().collect();
-        let scores = score(model, data, &others, options, &mut |n| {
+        let scores = score(model, data, &others, &[], options, &mut |n| {
             observer.eval_progress(done + n, total)
         })?;
         done += others.len();
@@ -254,7 +264,11 @@ fn choose(
 }
 
 /// The row with another completion; None for its own.
-fn with_completion(example: &Example, completion: &[u32], max_length: usize) -> Option<Example> {
+pub(crate) fn with_completion(
+    example: &Example,
+    completion: &[u32],
+    max_length: usize,
+) -> Option<Example> {
     let border = border(example)?;
     if example.ids[border..] == *completion {
         return None;

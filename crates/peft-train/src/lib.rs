@@ -11,6 +11,7 @@ mod report;
 mod schedule;
 mod tokenizer;
 mod trainer;
+mod vote;
 
 pub use config::{TrainConfig, apply_set, validate_keys};
 pub use data::{Dataset, LabelNames, RawData};
@@ -18,6 +19,7 @@ pub use evaluate::{EvalOptions, EvalReport, evaluate};
 pub use report::{Observer, StepReport, Summary, TIMING_FIELDS};
 pub use schedule::Schedule;
 pub use trainer::{ADAPTER_NAME, Trainer, encode_for, task_for, train};
+pub use vote::{VoteReport, vote};
 
 /// An error about a file in this workspace's terms.
 pub(crate) fn io(error: peft_io::Error) -> peft_core::Error {

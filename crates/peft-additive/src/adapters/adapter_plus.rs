@@ -5,17 +5,18 @@
 //!
 //! # Formula
 //! h the feed-forward sublayer's output, x its residual, LN the model's norm there (none in pre-norm models):
-//! `z = LN(h + x)`; `y = z + s * (U f(D z + d) + u)`, s `[d]`. In training the second term is left out for a row of the
-//! batch with probability stochastic_depth, and otherwise divided by what is left.
+//! `z = LN(h + x)`; `y = z + s * (U f(D z + d) + u)`, s `[d]`. In training the second term is left out for a row of
+//! the batch with probability stochastic_depth, and otherwise divided by what is left.
 //!
 //! # Saved keys
-//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight
-//! [d, k]`, `.adapter_up.bias [d]`, `.scaling [d]`, with AdapterHub's place names (`...layer.0.output`,
+//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight [d,
+//! k]`, `.adapter_up.bias [d]`, `.scaling [d]`, with AdapterHub's place names (`...layer.0.output`,
 //! `...layers.0.output_adapters`).
 //!
 //! # Defaults and their source
-//! AdapterHub's AdapterPlusConfig: gelu, reduction_factor 96 (width 8 at 768), stochastic_depth 0.1, weights normal with
-//! deviation 0.01 cut off at two of it, biases zero, s 1. A learning rate of 1e-3 suits it, as in the paper.
+//! AdapterHub's AdapterPlusConfig: gelu, reduction_factor 96 (width 8 at 768), stochastic_depth 0.1, weights normal
+//! with deviation 0.01 cut off at two of it, biases zero, s 1. The paper's learning rate is 1e-3; 3e-3 suits small
+//! language models.
 //!
 //! # Differences from HF
 //! HF PEFT has no bottleneck adapters.

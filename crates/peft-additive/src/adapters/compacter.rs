@@ -5,28 +5,28 @@
 //!
 //! # Formula
 //! A bottleneck `y = LN(h + U f(D z + d) + u + x)` whose matrices are `sum_i A_i (x) (s_i t_i)`, n = phm_dim terms: A_i
-//! `[n, n]` shared by all places of the model, `s_i [in / n, rank]` and `t_i [rank, out / n]` for each projection. z = h,
-//! behind attention and feed-forward sublayers alike.
+//! `[n, n]` shared by all places of the model, `s_i [in / n, rank]` and `t_i [rank, out / n]` for each projection. z =
+//! h, behind attention and feed-forward sublayers alike.
 //!
 //! # Saved keys
 //! `base_model.shared_parameters.phm_rule [n, n, n]`; `<place>.adapters.adapter_down.0.W_left [n, d/n, rank]`,
 //! `.adapter_down.0.W_right [n, rank, k/n]`, `.adapter_down.0.b [k]`, `.adapter_up.W_left [n, k/n, rank]`,
 //! `.adapter_up.W_right [n, rank, d/n]`, `.adapter_up.b [d]`. Not shared, the rule is `.adapter_down.0.phm_rule`;
-//! factorised, `phm_rule_left [n, n, 1]`, `phm_rule_right [n, 1, n]`; unfactorised, W is `W [n, in/n, out/n]`; shared, W is
-//! `shared_parameters.W_down_left` and so on.
+//! factorised, `phm_rule_left [n, n, 1]`, `phm_rule_right [n, 1, n]`; unfactorised, W is `W [n, in/n, out/n]`; shared,
+//! W is `shared_parameters.W_down_left` and so on.
 //!
 //! # Defaults and their source
-//! AdapterHub's `compacter`: gelu, reduction_factor 32, phm_dim 4, rank 1, A normal with deviation 1e-4, biases zero. With
-//! A that small a fresh one changes next to nothing and starts slowly: learning rates of 3e-3 and above suit it (the paper's
-//! is 3e-3).
+//! AdapterHub's `compacter`: gelu, reduction_factor 32, phm_dim 4, rank 1, A normal with deviation 1e-4, biases zero.
+//! With A that small a fresh one changes next to nothing and starts slowly: a learning rate of 1e-2 suits small models,
+//! where the paper's is 3e-3.
 //!
 //! # Differences from HF
 //! HF PEFT has no bottleneck adapters. `hypercomplex_nonlinearity` is the distribution W starts with, as it says;
 //! AdapterHub starts from a normal one whatever it says.
 //!
 //! # Limits
-//! phm_dim has to divide the widths of the model and of the bottleneck. The paper trains the model's norms as well: unite
-//! it with a method that does.
+//! phm_dim has to divide the widths of the model and of the bottleneck. The paper trains the model's norms as well:
+//! unite it with a method that does.
 
 use peft_core::register;
 

@@ -5,8 +5,8 @@
 //! 2010.11918.
 //!
 //! # Formula
-//! h a sublayer's output, x its residual, LN the model's norm behind it (none in pre-norm models):
-//! `y = LN(h + s (U f(D h + d) + u) + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor.
+//! h a sublayer's output, x its residual, LN the model's norm behind it (none in pre-norm models): `y = LN(h + s (U f(D
+//! h + d) + u) + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor.
 //!
 //! # Saved keys
 //! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight [d,
@@ -20,8 +20,8 @@
 //! trains with a learning rate around 3e-4; 1e-3 suits small models.
 //!
 //! # Differences from HF
-//! HF PEFT has no bottleneck adapters. AdapterHub trains the same fields; the paper trains the model's norms as well, for
-//! which there is a method of its own to unite this one with.
+//! HF PEFT has no bottleneck adapters. AdapterHub trains the same fields; the paper trains the model's norms as well,
+//! for which there is a method of its own to unite this one with.
 //!
 //! # Limits
 //! A gate averages over all positions of a call, padding included, as AdapterHub's does: with one, generating token by

@@ -14,17 +14,17 @@
 //! itself); unit 0 for the first tokens, 1 for the last, 0 for both with tied_weights.
 //!
 //! # Defaults and their source
-//! AdapterHub's LoReftConfig: all layers, 3 first tokens, r 1, dropout 0.05; W and b as PyTorch's linear layers start, R
-//! random. Learning rates around 1e-3 suit it (the paper: 4e-4 to 4e-3).
+//! AdapterHub's LoReftConfig: all layers, 3 first tokens, r 1, dropout 0.05; W and b as PyTorch's linear layers start,
+//! R random. A learning rate of 4e-3 suits it, 1e-2 with r 1 on small models (the paper: 4e-4 to 4e-3).
 //!
 //! # Differences from HF
-//! HF PEFT has no ReFT. AdapterHub keeps R by Householder reflections of a saved `[d, d]` basis and trains a second unit
-//! even where there are no tokens for it.
+//! HF PEFT has no ReFT. AdapterHub keeps R by Householder reflections of a saved `[d, d]` basis and trains a second
+//! unit even where there are no tokens for it.
 //!
 //! # Limits
 //! A text's last tokens are those of the first call: while generating, new tokens are not moved. Where a row is shorter
-//! than both lengths together, a token that is among the first and the last is moved as one of the last. Dropout acts on
-//! the whole moved state, as in the paper's code.
+//! than both lengths together, a token that is among the first and the last is moved as one of the last. Dropout acts
+//! on the whole moved state, as in the paper's code.
 
 use peft_core::serde_json::Value;
 use peft_core::{

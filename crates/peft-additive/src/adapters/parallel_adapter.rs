@@ -5,24 +5,24 @@
 //!
 //! # Formula
 //! h the sublayer's output, x its residual, LN the model's norm there (none in pre-norm models):
-//! `y = LN(h + s (U f(D x + d) + u) + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor, s constant.
+//! `y = LN(h + s (U f(D x + d) + u) + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor,
+//! s constant.
 //!
 //! # Saved keys
-//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight
-//! [d, k]`, `.adapter_up.bias [d]`, with AdapterHub's place names (`...layer.0.output`,
-//! `...layers.0.output_adapters`).
+//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight [d,
+//! k]`, `.adapter_up.bias [d]`, with AdapterHub's place names (`...layer.0.output`, `...layers.0.output_adapters`).
 //!
 //! # Defaults and their source
-//! AdapterHub's `par_bn`: relu, reduction_factor 2, s 4, D uniform with bound `1 / sqrt(d)`, U and biases zero: a fresh one
-//! changes nothing. The paper's learning rate for it is 5e-5 with a width of 512; 5e-4 suits small models.
+//! AdapterHub's `par_bn`: relu, reduction_factor 2, s 4, D uniform with bound `1 / sqrt(d)`, U and biases zero: a fresh
+//! one changes nothing. The paper's learning rate for it is 5e-5 with a width of 512; 5e-4 suits small models.
 //!
 //! # Differences from HF
 //! HF PEFT has no bottleneck adapters. As in AdapterHub it reads the residual, which in pre-norm models is not normed,
 //! where the paper's code reads the sublayer's input.
 //!
 //! # Limits
-//! Reads the residual, so it cannot sit where a model has none. `original_ln_before` and the residual fields say nothing
-//! here.
+//! Reads the residual, so it cannot sit where a model has none. `original_ln_before` and the residual fields say
+//! nothing here.
 
 use peft_core::register;
 

@@ -5,14 +5,14 @@
 //! architecture); bottlenecks: arXiv 1902.00751. Layers left out: AdapterDrop, arXiv 2010.11918.
 //!
 //! # Formula
-//! h the sublayer's output, x its residual, LN the model's norm there (none in pre-norm models):
-//! `z = LN(h + x)`; `a = s (U f(D z + d) + u)`; `y = LN(a + h + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor.
-//! `original_ln_before = false` feeds h itself to D; `original_ln_after = false` leaves out the last sum and norm;
-//! `residual_before_ln = false` adds z instead of h, `"post_add"` h + x.
+//! h the sublayer's output, x its residual, LN the model's norm there (none in pre-norm models): `z = LN(h + x)`; `a =
+//! s (U f(D z + d) + u)`; `y = LN(a + h + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor. `original_ln_before =
+//! false` feeds h itself to D; `original_ln_after = false` leaves out the last sum and norm; `residual_before_ln =
+//! false` adds z instead of h, `"post_add"` h + x.
 //!
 //! # Saved keys
-//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight
-//! [d, k]`, `.adapter_up.bias [d]`, with AdapterHub's place names (`...layer.0.output`, `...layers.0.output_adapters`);
+//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight [d,
+//! k]`, `.adapter_up.bias [d]`, with AdapterHub's place names (`...layer.0.output`, `...layers.0.output_adapters`);
 //! where the fields ask for them `.scaling`, `.gate.weight`, `.gate.bias`, `.adapter_norm_after.weight`, `.bias`.
 //!
 //! # Defaults and their source

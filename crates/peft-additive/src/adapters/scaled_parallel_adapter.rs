@@ -1,16 +1,17 @@
 //! Scaled parallel adapters: a bottleneck beside the feed-forward sublayer, with a factor that is learned.
 //!
 //! # Paper
-//! Towards a Unified View of Parameter-Efficient Transfer Learning, arXiv 2110.04366, section 4.6 (scaled parallel form).
+//! Towards a Unified View of Parameter-Efficient Transfer Learning, arXiv 2110.04366, section 4.6 (scaled parallel
+//! form).
 //!
 //! # Formula
 //! h the sublayer's output, x its residual, LN the model's norm there (none in pre-norm models):
-//! `y = LN(h + s (U f(D x + d) + u) + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor, s one number for each place, from 1.
+//! `y = LN(h + s (U f(D x + d) + u) + x)`. D `[k, d]`, U `[d, k]`, k = d / reduction_factor,
+//! s one number for each place, from 1.
 //!
 //! # Saved keys
-//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight
-//! [d, k]`, `.adapter_up.bias [d]`,
-//! `.scaling [1]`, with AdapterHub's place names (`...layer.0.output`,
+//! `<place>.adapters.adapter_down.0.weight [k, d]`, `.adapter_down.0.bias [k]`, `<place>.adapters.adapter_up.weight [d,
+//! k]`, `.adapter_up.bias [d]`, `.scaling [1]`, with AdapterHub's place names (`...layer.0.output`,
 //! `...layers.0.output_adapters`).
 //!
 //! # Defaults and their source
@@ -22,8 +23,8 @@
 //! where the paper's code reads the sublayer's input; the paper sets s = 4 by hand.
 //!
 //! # Limits
-//! Reads the residual, so it cannot sit where a model has none. `original_ln_before` and the residual fields say nothing
-//! here.
+//! Reads the residual, so it cannot sit where a model has none. `original_ln_before` and the residual fields say
+//! nothing here.
 
 use peft_core::register;
 

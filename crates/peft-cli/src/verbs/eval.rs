@@ -22,6 +22,9 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
         },
     };
     let adapters = &args.subject.adapter;
+    if args.vote {
+        return voted(args, &options, out);
+    }
     if args.combine.compose == Compose::Parallel && adapters.len() > 1 {
         return each(args, &options, out);
     }
@@ -40,6 +43,28 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
             .into_iter()
             .map(|(name, value)| vec![name.to_owned(), format!("{value:.4}")]),
     );
+    out.table(&rows)
+}
+
+/// The majority of the adapters' answers, and each alone.
+fn voted(args: &Eval, options: &EvaluateOptions, out: &Out) -> Result<(), Failure> {
+    let mut watch = Watch { out, bar: None };
+    let (model, adapters) = (&args.subject.model, &args.subject.adapter);
+    let report = ops::vote(model, adapters, &args.data, options, &mut watch)?;
+    if out.json {
+        return out.value(
+            &json!({"rows": report.rows, "accuracy": report.accuracy, "alone": report.alone}),
+        );
+    }
+    out.note(&format!("{} rows", count(report.rows)));
+    let mut rows = vec![row(["answers of", "accuracy"])];
+    for (adapter, accuracy) in adapters.iter().zip(&report.alone) {
+        rows.push(vec![adapter.clone(), format!("{accuracy:.4}")]);
+    }
+    rows.push(vec![
+        "the majority".to_owned(),
+        format!("{:.4}", report.accuracy),
+    ]);
     out.table(&rows)
 }
 

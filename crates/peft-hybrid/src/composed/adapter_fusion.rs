@@ -250,7 +250,11 @@ impl PeftMethod for AdapterFusion {
                     .or_insert_with(|| (site, Vec::new()));
                 at.1.push(adapter);
             }
-            configs.push(config);
+            // What was read from elsewhere is kept here; what was given stays as it is.
+            configs.push(match member["path"].is_string() {
+                true => config,
+                false => member.clone(),
+            });
         }
         if let Some((path, (_, there))) = places.iter().find(|(_, (_, a))| a.len() != count) {
             let detail = format!(
@@ -333,7 +337,10 @@ fn read_hub(config: &Value, mut tensors: Tensors) -> Result<(Value, Tensors)> {
 
 fn write_hub(model: &HubModel, config: &Value, mut tensors: Tensors) -> Result<(Value, Tensors)> {
     let (mut members, mut out) = (Vec::new(), Tensors::new());
-    for (i, member) in members::listed(config).iter().enumerate() {
+    for (i, member) in members::listed(config, &Members::default())?
+        .iter()
+        .enumerate()
+    {
         let scope = scope(i);
         let (theirs, own) = hub::write(model, member, taken(&mut tensors, &scope))?;
         out.extend(own.into_iter().map(|(k, v)| (format!("{scope}{k}"), v)));

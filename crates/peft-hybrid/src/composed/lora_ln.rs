@@ -21,10 +21,8 @@
 //! # Limits
 //! None of its own.
 
-use peft_core::serde_json::{Map, Value};
 use peft_core::{
-    Adapter, Attach, Error, Injector, ModuleTree, PeftMethod, Result, Site, Tensors, TrainHooks,
-    register,
+    Adapter, Attach, Error, Injector, PeftMethod, Result, Site, Tensors, TrainHooks, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -81,15 +79,12 @@ impl PeftMethod for LoraLn {
     fn load(&self, params: Tensors) -> Result<Tensors> {
         self.members.load(params)
     }
-
-    fn finish_config(&self, config: &mut Map<String, Value>, _tree: &ModuleTree) {
-        Members::finish(self.members.over(&defaults()), config);
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use peft_core::serde_json::Value;
 
     #[test]
     fn the_defaults_are_two_methods() {

@@ -22,10 +22,8 @@
 //! Cannot be merged.
 
 use peft_core::hub::Hub;
-use peft_core::serde_json::{Map, Value};
 use peft_core::{
-    Adapter, Attach, Error, Injector, ModuleTree, PeftMethod, Result, Site, Tensors, TrainHooks,
-    register,
+    Adapter, Attach, Error, Injector, PeftMethod, Result, Site, Tensors, TrainHooks, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -66,7 +64,11 @@ register!(
         claims: |_| false,
         owns: |_, _| false,
         read: |_, _| Err(Error::other("folders of it are unions")),
-        write: |model, config, tensors| members::to_hub(model, &members::listed(config), tensors),
+        write: |model, config, tensors| members::to_hub(
+            model,
+            &members::listed(config, &defaults())?,
+            tensors
+        ),
     },
 );
 
@@ -89,10 +91,6 @@ impl PeftMethod for Mam {
 
     fn load(&self, params: Tensors) -> Result<Tensors> {
         self.members.load(params)
-    }
-
-    fn finish_config(&self, config: &mut Map<String, Value>, _tree: &ModuleTree) {
-        Members::finish(self.members.over(&defaults()), config);
     }
 }
 

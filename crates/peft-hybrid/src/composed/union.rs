@@ -56,7 +56,11 @@ register!(
             let (members, tensors) = members::from_hub(&config["configs"], tensors)?;
             Ok((json!({"members": members}), tensors))
         },
-        write: |model, config, tensors| members::to_hub(model, &members::listed(config), tensors),
+        write: |model, config, tensors| members::to_hub(
+            model,
+            &members::listed(config, &Members::default())?,
+            tensors
+        ),
     },
 );
 

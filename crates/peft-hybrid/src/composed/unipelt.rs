@@ -27,10 +27,10 @@
 use std::sync::Arc;
 
 use peft_core::hub::{self, Hub, HubModel};
-use peft_core::serde_json::{Map, Value, json};
+use peft_core::serde_json::{Value, json};
 use peft_core::{
-    Adapter, Attach, Error, Injector, ModuleKind, ModuleTree, PeftMethod, Result, Site, Tensors,
-    TrainHooks, register,
+    Adapter, Attach, Error, Injector, ModuleKind, PeftMethod, Result, Site, Tensors, TrainHooks,
+    register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -122,10 +122,6 @@ impl PeftMethod for UniPelt {
     fn load(&self, params: Tensors) -> Result<Tensors> {
         self.members.load(params)
     }
-
-    fn finish_config(&self, config: &mut Map<String, Value>, _tree: &ModuleTree) {
-        Members::finish(self.members.over(&defaults()), config);
-    }
 }
 
 impl UniPelt {
@@ -213,7 +209,7 @@ fn write_hub(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(Valu
     let (gates, mut tensors): (Tensors, Tensors) =
         tensors.into_iter().partition(|(k, _)| is_gate(k));
     let mut out = Tensors::new();
-    let members = members::listed(config);
+    let members = members::listed(config, &defaults())?;
     let mut plain = vec![Tensors::new(); members.len()];
     let mut configs = Vec::new();
     for (i, (member, plain)) in members.iter().zip(&mut plain).enumerate() {
@@ -258,4 +254,81 @@ fn write_hub(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(Valu
     }
     out.extend(plain.into_iter().flatten());
     Ok((json!({"architecture": "union", "configs": configs}), out))
+}
+
+#[cfg(test)]
+mod tests {
+    use peft_core::serde_json::json;
+    use peft_core::{Base, Device, ModelFacts, ModuleInfo, ModuleTree, Network, Pass, Tensor};
+
+    fn network() -> Network {
+        let mut tree = ModuleTree::new(ModelFacts {
+            hidden_size: 1,
+            num_layers: 1,
+            ..ModelFacts::default()
+        });
+        tree.push(ModuleInfo::attention("layers.0.self_attn", 1));
+        tree.push(ModuleInfo::junction("layers.0.output_adapters", 1));
+        let mut network = Network::new(Base::new(tree, &Device::cpu()));
+        let config = json!({"peft_type": "UNIPELT", "members": [
+            {"peft_type": "AHEAD_FOR_TESTS"}, {"peft_type": "ADDS_FOR_TESTS", "c": 8.0}
+        ]});
+        network.attach("a", &config, 0).expect("attaches");
+        for param in network.parameters() {
+            if param.key().ends_with("gate.weight") {
+                let one = Tensor::full(1.0, &[1, 1], &Device::cpu()).expect("a tensor");
+                param.set(one).expect("fits");
+            }
+        }
+        network
+    }
+
+    fn tensor(values: &[f32]) -> Tensor {
+        Tensor::from_vec(values.to_vec(), &[1, values.len(), 1], &Device::cpu()).expect("a tensor")
+    }
+
+    /// Positions 0 and ln 3: the gate is the mean of 1/2 and 3/4. At the junction h + 5/8 * 8 + x.
+    #[test]
+    fn gates_by_hand() {
+        let network = network();
+        let hidden = tensor(&[0.0, 3f32.ln()]);
+        let at = network.module("layers.0.self_attn").expect("there");
+        let prefix = network
+            .prefix(at, &hidden, &Pass::eval())
+            .expect("runs")
+            .expect("a prefix");
+        let (k, v) = (
+            prefix.k.to_vec().expect("values"),
+            prefix.v.to_vec().expect("values"),
+        );
+        assert!((k[0] - 2.0 * 0.625).abs() < 1e-6 && (v[0] - 4.0 * 0.625).abs() < 1e-6);
+        let at = network.module("layers.0.output_adapters").expect("there");
+        let y = network
+            .junction(at, &hidden, &tensor(&[1.0, 2.0]), None, &Pass::eval())
+            .expect("runs")
+            .to_vec()
+            .expect("values");
+        assert!(
+            (y[0] - 6.0).abs() < 1e-6 && (y[1] - 7.0 - 3f32.ln()).abs() < 1e-6,
+            "{y:?}"
+        );
+    }
+
+    #[test]
+    fn keys_are_the_members_own() {
+        let network = network();
+        let params = network.parameters();
+        let keys: Vec<&str> = params.iter().map(peft_core::Param::key).collect();
+        assert_eq!(
+            keys,
+            [
+                "members.0.kv",
+                "members.0.base_model.model.layers.0.self_attn.gate.weight",
+                "members.0.base_model.model.layers.0.self_attn.gate.bias",
+                "members.1.base_model.model.layers.0.output_adapters.c",
+                "members.1.base_model.model.layers.0.output_adapters.gate.weight",
+                "members.1.base_model.model.layers.0.output_adapters.gate.bias",
+            ]
+        );
+    }
 }

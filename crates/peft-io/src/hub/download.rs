@@ -7,6 +7,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use super::{HubCache, Kind};
+use crate::adapterhub::FILES as ADAPTERHUB_FILES;
 use crate::checkpoint::{INDEX, SINGLE, is_file_name};
 use crate::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDE_FILES, read_json};
 
@@ -45,10 +46,10 @@ pub(super) fn download(
     let has = |name: &str| offered.contains(&name);
     match kind {
         Kind::Adapter => {
-            for name in [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+            let files = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
                 .into_iter()
-                .filter(|n| has(n))
-            {
+                .chain(ADAPTERHUB_FILES);
+            for name in files.filter(|n| has(n)) {
                 fetch(&repo, &snapshot, name)?;
             }
         }

@@ -4,21 +4,21 @@
 //! DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353, equation 5; the constant norm: section 4.3.
 //!
 //! # Formula
-//! `W' = diag(m / n) (W + s B A)`, n the length of each output's row of `W + s B A`; `y = W' x + b`. While training with
-//! dropout D, `y = W x + b + (m / n - 1) W D(x) + (m / n) s B A D(x)`. The gradient takes n as a constant. On an embedding,
-//! n is the length of each column of the table.
+//! `W' = diag(m / n) (W + s B A)`, n the length of each output's row of `W + s B A`; `y = W' x + b`. While training
+//! with dropout D, `y = W x + b + (m / n - 1) W D(x) + (m / n) s B A D(x)`. The gradient takes n as a constant. On an
+//! embedding, n is the length of each column of the table.
 //!
 //! # Saved keys
 //! LoRA's, and `<module>.lora_magnitude_vector [out]` (an embedding's `[dim]`).
 //!
 //! # Defaults and their source
-//! HF PEFT 0.21 with `use_dora`: m starts as n, so that the function stays; the rest as LoRA's. The paper trains at rates
-//! a little below LoRA's (1e-4 to 2e-4 for large models) and keeps its results at half of LoRA's rank.
+//! HF PEFT 0.21 with `use_dora`: m starts as n, so that the function stays; the rest as LoRA's. The paper trains at
+//! rates a little below LoRA's (1e-4 to 2e-4 for large models) and keeps its results at half of LoRA's rank.
 //!
 //! # Differences from HF
-//! n comes from `|W|` and thin products; the changed weight is not made in a forward pass. A row that is zero throughout
-//! stays zero, where HF divides 0 by 0. Several on one module: each acts on what is below it, so that the merge is what
-//! runs; HF adds their outputs and merges in turn, which differs.
+//! n comes from `|W|` and thin products; the changed weight is not made in a forward pass. A row that is zero
+//! throughout stays zero, where HF divides 0 by 0. Several on one module: each acts on what is below it, so that the
+//! merge is what runs; HF adds their outputs and merges in turn, which differs.
 //!
 //! # Limits
 //! No `lora_bias`, as in HF. No `ensure_weight_tying`: the two sides of a tied pair have lengths of their own.

@@ -21,8 +21,8 @@
 //! A tied embedding adapted on one side merges into that side alone; `ensure_weight_tying` adapts both by one pair.
 //!
 //! # Limits
-//! The starts `eva`, `corda`, `loftq`, `lora_ga` and `mica` are refused by name, and so are HF's variants of LoRA that have
-//! no method of their own here.
+//! The starts `eva`, `corda`, `loftq`, `lora_ga` and `mica` are refused by name, and so are HF's variants of LoRA that
+//! have no method of their own here.
 
 use peft_core::serde_json::{Map, Value};
 use peft_core::{

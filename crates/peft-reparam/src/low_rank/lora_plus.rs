@@ -4,9 +4,9 @@
 //! LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354, section 4.
 //!
 //! # Formula
-//! The adapter is whatever the other fields say (LoRA, also with `use_dora`). The learning rate of B is `loraplus_lr_ratio`
-//! times the run's, which A keeps. Vectors (B's bias, lengths, biases, norms) learn at B's rate, biases and norms without
-//! weight decay; a pair on an embedding learns at `loraplus_lr_embedding`.
+//! The adapter is whatever the other fields say (LoRA, also with `use_dora`). The learning rate of B is
+//! `loraplus_lr_ratio` times the run's, which A keeps. Vectors (B's bias, lengths, biases, norms) learn at B's rate,
+//! biases and norms without weight decay; a pair on an embedding learns at `loraplus_lr_embedding`.
 //!
 //! # Saved keys
 //! Those of the adapter.

@@ -10,8 +10,8 @@
 //! LoRA's, and `<module>.lora_AB.weight [r, r]`, the mixer, as the reference code names it.
 //!
 //! # Defaults and their source
-//! LoRA's; M uniform with bound `1 / sqrt(r)` (`kaiming`, the reference code's); `orthogonal` is the paper's other start.
-//! B starts as zero, so that the function stays.
+//! LoRA's; M uniform with bound `1 / sqrt(r)` (`kaiming`, the reference code's); `orthogonal` is the paper's other
+//! start. B starts as zero, so that the function stays.
 //!
 //! # Differences from HF
 //! HF PEFT has no MoSLoRA. The reference code is a copy of HF's LoRA with the switch `lora_use_mixer`; here the mixer

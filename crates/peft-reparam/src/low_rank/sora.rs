@@ -13,17 +13,18 @@
 //!
 //! # Defaults and their source
 //! g normal with deviation 1 (the reference code, TsinghuaC3I/SoRA). `sparse_lambda = 0.375`: the reference scripts'
-//! threshold of 3e-4 at their learning rate of 8e-4. `lambda_schedule = "linear"` goes from `sparse_lambda` to `max_lambda`
-//! in `lambda_num` equal stages over the run; the scripts have 0 to 7e-4 in 7 stages at 1.2e-3, so `max_lambda` 0.583.
-//! They take lora_alpha 16 at rank 8, weight decay 0.1 and clip gradients at 0.1. Gates have no weight decay.
+//! threshold of 3e-4 at their learning rate of 8e-4. `lambda_schedule = "linear"` goes from `sparse_lambda` to
+//! `max_lambda` in `lambda_num` equal stages over the run; the scripts have 0 to 7e-4 in 7 stages at 1.2e-3, so
+//! `max_lambda` 0.583. They take lora_alpha 16 at rank 8, weight decay 0.1 and clip gradients at 0.1. Gates have no
+//! weight decay.
 //!
 //! # Differences from HF
 //! HF PEFT has no SoRA. The reference code's threshold leaves eta out and zeroes every gate in `(lambda, 2 lambda)`,
 //! because it compares again after it has subtracted; its gates have an optimiser of their own.
 //!
 //! # Limits
-//! The starts `pissa`, `olora` and `orthogonal` count on the bare product B A and are refused. eta is the run's rate also
-//! where a rule of the run gives the gates another.
+//! The starts `pissa`, `olora` and `orthogonal` count on the bare product B A and are refused. eta is the run's rate
+//! also where a rule of the run gives the gates another.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -34,7 +34,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{fan_in_fan_out, finite, rank_fits, whole};
+use crate::fields::{fan_in_fan_out, finite, rank_fits};
 use crate::fourier::{MOST_PLACES, Plan, first_of_permutation, fits};
 
 /// FourierFT's fields of `adapter_config.json`.
@@ -165,7 +165,6 @@ impl PeftMethod for FourierFt {
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {
-        whole(config, "scaling");
         fan_in_fan_out(config, tree);
     }
 }

@@ -3,12 +3,15 @@
 use std::path::Path;
 
 use peft_core::Result;
-use peft_models::{LoadOptions, Task};
+use peft_models::{LoadOptions, Model, Task};
 use peft_train::config::{DataFormat, DataSection};
-use peft_train::{EvalOptions, EvalReport, LabelNames, Observer, RawData, encode_for, task_for};
+use peft_train::{
+    Dataset, EvalOptions, EvalReport, LabelNames, Observer, RawData, VoteReport, encode_for,
+    task_for,
+};
 
 use super::compose::{Compose, read_all};
-use super::open::{config_json, open_composed, task_of_adapters};
+use super::open::{OpenedAdapter, config_json, open_composed, task_of_adapters};
 
 /// What to measure on.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +40,34 @@ pub fn evaluate(
     options: &EvaluateOptions,
     observer: &mut dyn Observer,
 ) -> Result<EvalReport> {
+    let (model, dataset, _) = prepared(model, adapters, data, options, observer)?;
+    peft_train::evaluate(&model, &dataset, &options.eval, observer)
+}
+
+/// Lets adapters of one task vote on every row; all of them see it in one batch.
+///
+/// # Errors
+/// As [`evaluate`], or if the adapters cannot share a batch.
+pub fn vote(
+    model: &str,
+    adapters: &[String],
+    data: &Path,
+    options: &EvaluateOptions,
+    observer: &mut dyn Observer,
+) -> Result<VoteReport> {
+    let (model, dataset, opened) = prepared(model, adapters, data, options, observer)?;
+    let names: Vec<&str> = opened.iter().map(|o| o.name.as_str()).collect();
+    peft_train::vote(&model, &dataset, &names, &options.eval, observer)
+}
+
+/// The model with its adapters, and the rows encoded for it.
+fn prepared(
+    model: &str,
+    adapters: &[String],
+    data: &Path,
+    options: &EvaluateOptions,
+    observer: &mut dyn Observer,
+) -> Result<(Model, Dataset, Vec<OpenedAdapter>)> {
     let mut raw = RawData::read(data, DataFormat::Auto)?;
     if let Some(limit) = options.limit {
         raw.rows.truncate(limit);
@@ -71,12 +102,12 @@ pub fn evaluate(
         task: Some(task),
         ..LoadOptions::default()
     };
-    let (model, _) = open_composed(model, adapters, options.compose, &load)?;
+    let (model, opened) = open_composed(model, adapters, options.compose, &load)?;
     let section = DataSection {
         max_length: options.max_length,
         ..DataSection::default()
     };
     let dataset = encode_for(&model, &raw, labels.as_ref(), &section)?;
     dataset.notes.iter().for_each(|note| observer.message(note));
-    peft_train::evaluate(&model, &dataset, &options.eval, observer)
+    Ok((model, dataset, opened))
 }

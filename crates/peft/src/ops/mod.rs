@@ -17,7 +17,7 @@ pub use adapterhub::export_adapterhub;
 pub use adapters::{named_tensors, read_adapter, tensors_of, write_adapter};
 pub use compose::Compose;
 pub use count::count_parameters;
-pub use evaluate::{EvaluateOptions, evaluate};
+pub use evaluate::{EvaluateOptions, evaluate, vote};
 pub use inspect::{Inspection, ModuleRow, inspect};
 pub use logits::{LogitsInput, LogitsReport, write_logits};
 pub use merge::{MergeDType, MergeOptions, MergeReport, merge};
