@@ -4,6 +4,7 @@
 //! `goldens.rs` compares with files Hugging Face PEFT wrote, `facade.rs` checks that nothing fell out of the registry.
 
 pub mod compare;
+mod descent;
 pub mod golden;
 pub mod laws;
 pub mod state;

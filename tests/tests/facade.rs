@@ -51,7 +51,7 @@ fn method_files() -> BTreeSet<String> {
                     .expect("a name")
                     .to_owned();
                 let parent = folder.file_name().and_then(|n| n.to_str()).expect("a name");
-                if name != "mod.rs" {
+                if name != "mod.rs" && name.ends_with(".rs") {
                     found.insert(format!("{source}/{parent}/{name}"));
                 }
             }

@@ -179,6 +179,8 @@ fn one_adapter_never_freezes_another() {
         let mut toy = toy(Style::Decoder, false);
         toy.network.attach("first", &config, 1).expect("attaches");
         let trained: Vec<String> = keys(&toy.network.parameters());
+        // A method may hold some back until later in its training.
+        let held_back = frozen(&toy.network, "first");
         let (saved, tensors) = toy.network.export("first").expect("exports");
         toy.network
             .load("second", &saved, tensors, false)
@@ -197,7 +199,7 @@ fn one_adapter_never_freezes_another() {
             "{id}: after a switch"
         );
         toy.network.set_trainable("second", true).expect("attached");
-        assert_eq!(frozen(&toy.network, "first"), 0, "{id}");
+        assert_eq!(frozen(&toy.network, "first"), held_back, "{id}");
         toy.network.delete("second").expect("attached");
         assert_eq!(
             keys(&toy.network.parameters()),

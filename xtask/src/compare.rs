@@ -181,7 +181,7 @@ fn one(root: &Path, job: &Job, threads: usize) -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting {}", command.display()))?;
-    let (peak, status) = watch(&mut child)?;
+    let (use_of, status) = watch(&mut child)?;
     let (mut out, mut err) = (String::new(), String::new());
     if let (Some(stdout), Some(stderr)) = (&mut child.stdout, &mut child.stderr) {
         stdout.read_to_string(&mut out)?;
@@ -208,24 +208,46 @@ fn one(root: &Path, job: &Job, threads: usize) -> Result<()> {
         "steps": steps.len(),
         "epoch": last["epoch"],
         "elapsed_s": last["elapsed_s"],
-        "peak_bytes": peak,
+        "peak_bytes": use_of.peak_bytes,
+        "cpu_s": use_of.cpu_s,
         "threads": threads,
     });
     workspace::write(&job.folder.join("result.json"), &format!("{result:#}\n"))
 }
 
-/// Waits for a process and gives its largest resident size in bytes, where the system tells it.
-fn watch(child: &mut Child) -> Result<(Option<u64>, std::process::ExitStatus)> {
-    let status = format!("/proc/{}/status", child.id());
-    let mut peak = None;
+/// What a process used, where the system tells it.
+#[derive(Default)]
+struct Use {
+    /// Largest resident size.
+    peak_bytes: Option<u64>,
+    /// Processor time of all threads, which other processes do not stretch.
+    cpu_s: Option<f64>,
+}
+
+/// Waits for a process and gives what it used.
+fn watch(child: &mut Child) -> Result<(Use, std::process::ExitStatus)> {
+    let (status, stat) = (
+        format!("/proc/{}/status", child.id()),
+        format!("/proc/{}/stat", child.id()),
+    );
+    let mut used = Use::default();
     loop {
         let high = fs::read_to_string(&status).ok().and_then(|text| {
             let line = text.lines().find(|line| line.starts_with("VmHWM:"))?;
             line.split_whitespace().nth(1)?.parse::<u64>().ok()
         });
-        peak = peak.max(high.map(|kib| kib * 1024));
+        used.peak_bytes = used.peak_bytes.max(high.map(|kib| kib * 1024));
+        let cpu = fs::read_to_string(&stat).ok().and_then(|text| {
+            // utime and stime, in ticks of 10 ms, are the 12th and 13th fields behind the name in brackets.
+            let fields: Vec<&str> = text.rsplit(')').next()?.split_whitespace().collect();
+            let ticks = |at: usize| fields.get(at)?.parse::<f64>().ok();
+            Some((ticks(11)? + ticks(12)?) / 100.0)
+        });
+        if cpu > used.cpu_s {
+            used.cpu_s = cpu;
+        }
         if let Some(done) = child.try_wait()? {
-            return Ok((peak, done));
+            return Ok((used, done));
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -232,4 +232,8 @@ impl Adapter for At {
     fn prefix_len(&self) -> usize {
         self.moved
     }
+
+    fn has_prefix(&self) -> bool {
+        true
+    }
 }

@@ -8,6 +8,27 @@ use peft_core::{Error, Result, Tensor, Tensors};
 use crate::activation::activation;
 use crate::virtual_tokens::PROMPT;
 
+/// AdapterHub's own configuration of a kind, all fields at their defaults.
+fn default_of(kind: &str) -> Value {
+    let all: Value =
+        peft_core::serde_json::from_str(include_str!("adapterhub.json")).unwrap_or_default();
+    all[kind].clone()
+}
+
+/// Whether a configuration of theirs is of that kind.
+fn is_kind(kind: &str, config: &Value) -> bool {
+    config["architecture"] == default_of(kind)["architecture"]
+}
+
+/// A configuration of that kind with these fields.
+fn with_fields<const N: usize>(kind: &str, fields: [(&str, Value); N]) -> Value {
+    let mut config = default_of(kind);
+    for (field, value) in fields {
+        config[field] = value;
+    }
+    config
+}
+
 /// What sets the methods apart that AdapterHub keeps in one kind of configuration.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
@@ -347,7 +368,7 @@ pub(crate) const fn prefix(claims: fn(&Value) -> bool) -> Hub {
 
 /// Whether a configuration of theirs is a prefix without gates.
 pub(crate) fn is_prefix(config: &Value) -> bool {
-    config["architecture"] == "prefix_tuning" && config["use_gating"] != true
+    is_kind("prefix", config) && config["use_gating"] != true
 }
 
 fn read_prefix(config: &Value, tensors: Tensors) -> Result<(Value, Tensors)> {
@@ -410,20 +431,14 @@ fn write_prefix(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(V
         return Err(Error::config(PROMPT, "is missing"));
     };
     let (length, _) = prefix.dims2()?;
-    let theirs = json!({
-        "architecture": "prefix_tuning",
-        "bottleneck_size": 512,
-        "cross_prefix": true,
-        "dropout": 0.0,
-        "encoder_prefix": true,
-        "flat": true,
-        "init_weights_seed": null,
-        "leave_out": config.get("leave_out").cloned().unwrap_or_else(|| json!([])),
-        "non_linearity": "tanh",
-        "prefix_length": length,
-        "shared_gating": true,
-        "use_gating": false,
-    });
+    let left_out = config.get("leave_out").cloned();
+    let theirs = with_fields(
+        "prefix",
+        [
+            ("leave_out", left_out.unwrap_or_else(|| json!([]))),
+            ("prefix_length", json!(length)),
+        ],
+    );
     let key = model.below("prefix_tuning.prefix_tunings.self_prefix.control_trans");
     let flat = prefix.reshape(&[prefix.numel()])?;
     Ok((theirs, [(key, flat)].into_iter().collect()))
@@ -431,7 +446,7 @@ fn write_prefix(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(V
 
 /// Virtual tokens behind the embeddings.
 pub(crate) const PROMPTS: Hub = Hub {
-    claims: |config| config["architecture"] == "prompt_tuning",
+    claims: |config| is_kind("prompt", config),
     owns: |_, key| key.contains("prompt_tuning."),
     read: |config, tensors| {
         let tokens: Vec<&Tensor> = tensors.values().collect();
@@ -458,14 +473,13 @@ pub(crate) const PROMPTS: Hub = Hub {
         let Some(tokens) = tensors.get(PROMPT) else {
             return Err(Error::config(PROMPT, "is missing"));
         };
-        let theirs = json!({
-            "architecture": "prompt_tuning",
-            "combine": combine,
-            "init_weights_seed": null,
-            "prompt_init": "random_uniform",
-            "prompt_init_text": null,
-            "prompt_length": tokens.dims2()?.0,
-        });
+        let theirs = with_fields(
+            "prompt",
+            [
+                ("combine", json!(combine)),
+                ("prompt_length", json!(tokens.dims2()?.0)),
+            ],
+        );
         let key = model.below("prompt_tuning.prompt_tunings.prompt_embedding.weight");
         Ok((theirs, [(key, tokens.clone())].into_iter().collect()))
     },
@@ -474,7 +488,7 @@ pub(crate) const PROMPTS: Hub = Hub {
 /// Factors on the outputs of linear layers.
 pub(crate) const FACTORS: Hub = Hub {
     claims: |config| {
-        config["architecture"] == "lora"
+        is_kind("factors", config)
             && config["composition_mode"] == "scale"
             && config["use_gating"] != true
     },
@@ -498,20 +512,11 @@ pub(crate) const FACTORS: Hub = Hub {
             }
             out.insert(key.replace(".ia3_l", ".loras.lora_B"), value);
         }
-        let mut theirs = hub::linear_places(model, &hub::paths(&out, ".loras."))?;
-        for (field, value) in [
-            ("architecture", json!("lora")),
-            ("r", json!(1)),
-            ("alpha", json!(1)),
-            ("dropout", json!(0.0)),
-            ("composition_mode", json!("scale")),
-            ("init_weights", json!("ia3")),
-            ("use_gating", json!(false)),
-            ("use_dora", json!(false)),
-        ] {
-            theirs.insert(field.to_owned(), value);
+        let mut theirs = default_of("factors");
+        if let Some(fields) = theirs.as_object_mut() {
+            fields.extend(hub::linear_places(model, &hub::paths(&out, ".loras."))?);
         }
-        Ok((Value::Object(theirs), out))
+        Ok((theirs, out))
     },
 };
 

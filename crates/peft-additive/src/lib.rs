@@ -43,9 +43,9 @@
 mod activation;
 mod adapter_drop;
 pub mod adapters;
+mod balls;
 pub mod bottleneck;
 mod coupling;
-mod balls;
 mod deep_prefix;
 mod fields;
 mod hub;

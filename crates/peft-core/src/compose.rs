@@ -303,10 +303,7 @@ mod tests {
         let j = network
             .junction(at, &one(3.0), &one(10.0), None, &pass)
             .expect("runs");
-        (
-            y.item().expect("a number") as f32,
-            j.item().expect("a number") as f32,
-        )
+        (y.item().expect("a number"), j.item().expect("a number"))
     }
 
     /// 2 * 3 + 1 + 4; ((3 + 1) * 1 + 4) * 4 + 10: the first named is passed first.

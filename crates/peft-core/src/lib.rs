@@ -38,7 +38,9 @@ pub use error::{Error, Result, nearest};
 pub use hooks::{GroupRule, ParamGroups, TrainCx, TrainData, TrainHooks};
 pub use matcher::Targets;
 pub use merge::Merged;
-pub use method::{Adapter, PeftMethod, Prefix, PrefixCx, PromptCx, PromptLabel, PromptPlace, Selected};
+pub use method::{
+    Adapter, PeftMethod, Prefix, PrefixCx, PromptCx, PromptLabel, PromptPlace, Selected,
+};
 pub use network::Network;
 pub use param::{Init, Param, Tensors};
 pub use registry::{Family, MethodEntry, Parsed, entry_for, known_fields, methods, parse_fields};

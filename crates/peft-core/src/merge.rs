@@ -176,7 +176,7 @@ impl Network {
     /// # Errors
     /// Names the first that is not.
     pub fn check_mergeable(&self) -> Result<()> {
-        if self.prefix_len() + self.prompt_len() > 0 {
+        if self.prompt_len() > 0 || self.roots.iter().any(|s| s.adapter.has_prefix()) {
             return Err(Error::other(
                 "an active adapter adds virtual tokens, which no weight can hold: it cannot be merged",
             ));

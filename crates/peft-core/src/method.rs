@@ -135,9 +135,14 @@ pub trait Adapter: Send + Sync {
         Ok(None)
     }
 
-    /// Positions [`Adapter::prefix`] adds.
+    /// By how much [`Adapter::prefix`] moves the positions of the text.
     fn prefix_len(&self) -> usize {
         0
+    }
+
+    /// Whether [`Adapter::prefix`] puts anything in front, be it without moving positions.
+    fn has_prefix(&self) -> bool {
+        self.prefix_len() > 0
     }
 
     /// How much closer together rotary positions are than the model has them (position interpolation): they are divided

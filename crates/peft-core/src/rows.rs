@@ -33,7 +33,7 @@ impl Network {
                 return Err(Error::config(FIELD, detail));
             }
         }
-        if let Some(root) = self.roots.iter().find(|s| s.adapter.prefix_len() > 0) {
+        if let Some(root) = self.roots.iter().find(|s| s.adapter.has_prefix()) {
             let detail = format!(
                 "{:?} puts keys and values in front of every layer, which all rows of a batch share",
                 root.name

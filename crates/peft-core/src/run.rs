@@ -357,6 +357,12 @@ impl Network {
         if all.is_empty() {
             return Ok(None);
         }
+        if pass.adapter_names.is_some() {
+            return Err(Error::config(
+                "adapter_names",
+                "an active adapter puts keys and values in front of every layer, which all rows of a batch share",
+            ));
+        }
         let k = all.iter().map(|p| p.k.clone()).collect();
         let v = all.iter().map(|p| p.v.clone()).collect();
         Ok(Some(Prefix {

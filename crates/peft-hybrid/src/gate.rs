@@ -129,4 +129,8 @@ impl Adapter for GatedPrefix {
     fn prefix_len(&self) -> usize {
         self.inner.prefix_len()
     }
+
+    fn has_prefix(&self) -> bool {
+        self.inner.has_prefix()
+    }
 }

@@ -16,3 +16,11 @@ pub(crate) fn all_gated(config: &Value) -> bool {
     let parts = config["configs"].as_array();
     parts.is_some_and(|parts| !parts.is_empty() && parts.iter().all(|p| p["use_gating"] == true))
 }
+
+/// AdapterHub's union of these configurations.
+pub(crate) fn union_of(configs: Vec<Value>) -> Value {
+    let mut whole: Value =
+        peft_core::serde_json::from_str(include_str!("adapterhub.json")).unwrap_or_default();
+    whole["configs"] = Value::Array(configs);
+    whole
+}

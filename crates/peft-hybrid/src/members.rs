@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use peft_core::hub::{self, HubModel};
-use peft_core::serde_json::{Map, Value, json};
+use peft_core::serde_json::{Map, Value};
 use peft_core::{
     Error, Injector, ParamGroups, PeftMethod, Result, Tensor, Tensors, TrainCx, TrainHooks,
 };
@@ -201,7 +201,7 @@ pub(crate) fn to_hub(
             "members",
             format!("`{key}` has no place in AdapterHub's folders"),
         )),
-        None => Ok((json!({"architecture": "union", "configs": configs}), out)),
+        None => Ok((crate::union_of(configs), out)),
     }
 }
 

@@ -1,5 +1,5 @@
 //! Reads and writes everything on disk: checkpoints (safetensors and GGUF, by memory map), adapter
-//! folders in Hugging Face PEFT's layout, merged checkpoints (streamed tensor by tensor), training
+//! folders in Hugging Face PEFT's layout and in AdapterHub's, merged checkpoints (streamed tensor by tensor), training
 //! state, data files, and the Hugging Face cache.
 //!
 //! It is the only crate of the workspace that touches files, and keeps two promises:

@@ -366,13 +366,10 @@ impl Architecture for Decoder {
         let pass = &rows.pass(pass);
         let mut x = network.stream(self.start, &x, pass)?;
         let positions = positions(&rows, network.prefix_len() + seen)?;
-        let rope = self
-            .rope
-            .as_ref()
-            .map(|r| {
-                let heads = (self.config.num_heads, self.config.num_kv_heads);
-                r.at(&positions, network.position_scale(), heads)
-            });
+        let rope = self.rope.as_ref().map(|r| {
+            let heads = (self.config.num_heads, self.config.num_kv_heads);
+            r.at(&positions, network.position_scale(), heads)
+        });
         let step = Step { rows, rope };
         for (i, block) in self.layers.iter().enumerate() {
             x = match &mut cache {

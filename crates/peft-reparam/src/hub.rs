@@ -4,13 +4,18 @@ use peft_core::hub::{self, Hub, HubModel};
 use peft_core::serde_json::{Value, json};
 use peft_core::{Error, Result, Tensors};
 
+/// AdapterHub's own configuration, all fields at their defaults.
+fn defaults() -> Value {
+    peft_core::serde_json::from_str(include_str!("adapterhub.json")).unwrap_or_default()
+}
+
 /// Two factors on linear layers.
 pub(crate) const LOW_RANK: Hub = Hub {
     claims: |config| {
         let plain = ["use_dora", "use_gating"]
             .iter()
             .all(|field| config[*field] != true);
-        config["architecture"] == "lora"
+        config["architecture"] == defaults()["architecture"]
             && config["composition_mode"] == "add"
             && config["vera_d"].is_null()
             && plain
@@ -68,26 +73,17 @@ fn write(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(Value, T
         };
         out.insert(key.replace(ours, theirs), value);
     }
-    let mut theirs = hub::linear_places(model, &hub::paths(&out, ".loras."))?;
+    let places = hub::linear_places(model, &hub::paths(&out, ".loras."))?;
     let alpha = match alpha.fract() == 0.0 {
         true => json!(alpha as i64),
         false => json!(alpha),
     };
-    for (field, value) in [
-        ("architecture", json!("lora")),
-        ("r", config["r"].clone()),
-        ("alpha", alpha),
-        ("dropout", config["lora_dropout"].clone()),
-        ("composition_mode", json!("add")),
-        ("init_weights", json!("lora")),
-        ("init_weights_seed", Value::Null),
-        ("use_gating", json!(false)),
-        ("use_dora", json!(false)),
-        ("vera_d", Value::Null),
-        ("vera_b", Value::Null),
-        ("dtype", Value::Null),
-    ] {
-        theirs.insert(field.to_owned(), value);
+    let mut theirs = defaults();
+    if let Some(fields) = theirs.as_object_mut() {
+        fields.extend(places);
+        fields.insert("r".to_owned(), config["r"].clone());
+        fields.insert("alpha".to_owned(), alpha);
+        fields.insert("dropout".to_owned(), config["lora_dropout"].clone());
     }
-    Ok((Value::Object(theirs), out))
+    Ok((theirs, out))
 }

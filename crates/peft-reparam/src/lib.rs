@@ -50,9 +50,9 @@
 //! # }
 //! ```
 
-pub mod factors;
 mod budget;
 mod drops;
+pub mod factors;
 mod fastfood;
 mod fields;
 mod fourier;

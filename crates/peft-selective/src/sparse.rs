@@ -590,4 +590,5 @@ macro_rules! sparse_method {
 pub(crate) use sparse_method;
 
 #[cfg(test)]
+#[path = "sparse_tests.rs"]
 mod tests;

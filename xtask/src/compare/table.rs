@@ -25,8 +25,8 @@ pub(super) fn page(
     let threads = results.values().filter_map(|r| r["threads"].as_u64()).max();
     let _ = writeln!(
         out,
-        "Each run had {} processor thread(s) to itself. Times are for comparing the rows of a table with each other; \
-         they were taken while other runs shared the machine.\n",
+        "Each run had {} thread(s). Times are processor time, which other processes on the machine do not stretch \
+         much; they are for comparing the rows of a table with each other.\n",
         threads.unwrap_or(1)
     );
     let rows = plan["rows"].as_array().context("rows.json: no rows")?;
@@ -35,9 +35,9 @@ pub(super) fn page(
         let _ = writeln!(out, "{}\n", about["about"].as_str().unwrap_or_default());
         let classifier = about["measure"] == "accuracy";
         out.push_str(if classifier {
-            "| method | family | trained | accuracy | loss | s an epoch | peak MB |\n|---|---|--:|--:|--:|--:|--:|\n"
+            "| method | family | trained | accuracy | loss | CPU s an epoch | peak MB |\n|---|---|--:|--:|--:|--:|--:|\n"
         } else {
-            "| method | family | trained | choice accuracy | loss | s a step | peak MB |\n|---|---|--:|--:|--:|--:|--:|\n"
+            "| method | family | trained | choice accuracy | loss | CPU s a step | peak MB |\n|---|---|--:|--:|--:|--:|--:|\n"
         });
         let mut lines = Vec::new();
         for row in rows {
@@ -107,7 +107,10 @@ fn line(
     } else {
         result["steps"].as_f64()
     };
-    let time = elapsed / per.unwrap_or(f64::NAN);
+    // Of the processor time of the whole run, the share of its training.
+    let whole = result["summary"]["elapsed_s"].as_f64().unwrap_or(f64::NAN);
+    let training = result["cpu_s"].as_f64().unwrap_or(f64::NAN) * elapsed / whole;
+    let time = training / per.unwrap_or(f64::NAN);
     let peak = match result["peak_bytes"].as_f64() {
         Some(bytes) => format!("{:.0}", bytes / 1e6),
         None => "?".to_owned(),

@@ -11,7 +11,8 @@
 //! `<module>.ia3_l [out, 1]`, feedforward `<module>.ia3_l [1, in]`.
 //!
 //! # Defaults and their source
-//! Target and feedforward modules by model type, l one: HF PEFT 0.21. The paper trains with a learning rate of 3e-3.
+//! Target and feedforward modules by model type, l one: HF PEFT 0.21. The paper trains with a learning rate of 3e-3; 1e-2
+//! to 3e-2 suits a small model.
 //!
 //! # Differences from HF
 //! Unmerging is exact (HF divides by `l + 1e-8`). A feedforward name that ends no adapted module's path is an error.

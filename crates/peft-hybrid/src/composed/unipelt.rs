@@ -76,7 +76,7 @@ register!(
     identity_at_init = false,
     mergeable = false,
     hub = Hub {
-        claims: |config| config["architecture"] == "union" && crate::all_gated(config),
+        claims: crate::all_gated,
         owns: |_, _| false,
         read: read_hub,
         write: write_hub,
@@ -174,7 +174,7 @@ fn read_hub(config: &Value, tensors: Tensors) -> Result<(Value, Tensors)> {
         // A member is read without its gate, and a gated LoRA has no alpha / r.
         for part in parts.iter_mut() {
             part["use_gating"] = json!(false);
-            if part["architecture"] == "lora" {
+            if part.get("composition_mode").is_some() {
                 part["alpha"] = part["r"].clone();
             }
         }
@@ -215,7 +215,7 @@ fn write_hub(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(Valu
     for (i, (member, plain)) in members.iter().zip(&mut plain).enumerate() {
         let (mut theirs, own) = hub::write(model, member, taken(&mut tensors, &scope(i)))?;
         theirs["use_gating"] = json!(true);
-        if theirs["architecture"] == "prefix_tuning" {
+        if theirs.get("shared_gating").is_some() {
             theirs["shared_gating"] = config["shared_gating"].clone();
         }
         *plain = own;
@@ -223,7 +223,7 @@ fn write_hub(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(Valu
             (Some(alpha), Some(rank)) if rank > 0.0 => alpha / rank,
             _ => 1.0,
         };
-        if theirs["architecture"] == "lora" && factor != 1.0 {
+        if theirs.get("composition_mode").is_some() && factor != 1.0 {
             // What alpha would have done goes into B.
             for (_, b) in plain.iter_mut().filter(|(k, _)| k.ends_with(".lora_B")) {
                 *b = b.scale(factor as f32)?;
@@ -253,7 +253,7 @@ fn write_hub(model: &HubModel, config: &Value, tensors: Tensors) -> Result<(Valu
         out.insert(theirs.ok_or_else(misplaced)?, value);
     }
     out.extend(plain.into_iter().flatten());
-    Ok((json!({"architecture": "union", "configs": configs}), out))
+    Ok((crate::union_of(configs), out))
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@
 //! `<module>.boft_R [m, n, b, b]` (whole matrices, of which the skew part counts), `<module>.boft_s [out, 1]`.
 //!
 //! # Defaults and their source
-//! Blocks of 4, one factor, no dropout, R zero and s one: HF PEFT 0.21. A learning rate of 1e-3 to 5e-3 suits it.
+//! Blocks of 4, one factor, no dropout, R zero and s one: HF PEFT 0.21. A learning rate of 5e-3 to 2e-2 suits a small
+//! model.
 //!
 //! # Differences from HF
 //! Several factors work here; HF 0.21 falls back to one without a word where it cannot compile its CUDA extension, and

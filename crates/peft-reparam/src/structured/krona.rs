@@ -13,7 +13,7 @@
 //! # Defaults and their source
 //! A's sizes as near to the square roots as they divide, which is near the fewest parameters; scale 1; A uniform with
 //! PyTorch's bound, B zero, so that a fresh adapter changes nothing. The paper searches sizes and scale for each task.
-//! With so few parameters a learning rate of about 5e-3 suits it.
+//! With so few parameters a learning rate of about 1e-2 suits a small model.
 //!
 //! # Differences from HF
 //! HF PEFT has no KronA. Its nearest is the Kronecker product with factors of low rank.

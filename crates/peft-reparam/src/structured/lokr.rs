@@ -14,7 +14,8 @@
 //!
 //! # Defaults and their source
 //! r 8, alpha 8, sizes near to squares, no dropout; w1 (or w1_a) zero, the rest uniform with PyTorch's bounds: HF PEFT
-//! 0.21. `init_weights = "lycoris"` zeroes w2 (or w2_b) instead, as LyCORIS does.
+//! 0.21. `init_weights = "lycoris"` zeroes w2 (or w2_b) instead, as LyCORIS does. A learning
+//! rate of 1e-2 to 2e-2 suits a small model.
 //!
 //! # Differences from HF
 //! The large product is never built to run: `y = w1 X w2ᵀ` with each input row as a matrix X. GPT-2's layers work too.

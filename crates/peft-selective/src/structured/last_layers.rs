@@ -11,7 +11,7 @@
 //! `<module>.weight`, `<module>.bias`: the trained parameters themselves, under the base model's names for them.
 //!
 //! # Defaults and their source
-//! `num_trained_layers` 1. Learning rate: 2e-4 to 5e-4, above that of full fine-tuning.
+//! `num_trained_layers` 1. Learning rate: that of full fine-tuning, 2e-5 to 1e-4.
 //!
 //! # Differences from HF
 //! HF PEFT has no such method; `modules_to_save` with the layers' names is the nearest.

@@ -142,11 +142,15 @@ class Trained:
                 self.after_backward(self, layers, step)
             norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], hyper["max_grad_norm"] or float("inf"))
             rate = schedule.get_last_lr()[0]
+            line = {"step": step + 1, "loss": loss.item(), "learning_rate": rate}
+            if not any(getattr(layer, "dropped", False) for layer in layers):
+                # What was drawn anew has gradients too.
+                line["grad_norm"] = norm.item()
             adam.step()
             schedule.step()
             if self.after_step:
                 self.after_step(self, layers, step, rate, adam)
-            record.append({"step": step + 1, "loss": loss.item(), "learning_rate": rate, "grad_norm": norm.item()})
+            record.append(line)
         self.write(folder / "adapter_final", layers)
         write_json(folder / "train.json", {
             "model": self.model, **hyper, "adapter_fields": self.config if self.fresh else {}, "fresh": self.fresh,

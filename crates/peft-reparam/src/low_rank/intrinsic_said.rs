@@ -71,7 +71,7 @@ impl Default for Said {
 
 register!(
     Said,
-    id = "said",
+    id = "intrinsic_said",
     title = "Intrinsic SAID",
     family = Reparameterized,
     subfamily = "low rank",

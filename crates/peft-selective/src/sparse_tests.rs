@@ -18,8 +18,11 @@ fn network() -> Network {
         .linear("fc", weights(0.37), None)
         .and_then(|b| b.embedding("emb", weights(0.73)));
     let mut network = Network::new(base.expect("a base"));
-    // Any method of sparse differences; `target_modules` a pattern, as all-linear leaves embeddings out.
-    let config = json!({"peft_type": "PAFI", "keep_ratio": 0.03, "target_modules": "fc|emb"});
+    // The method that chooses without data; `target_modules` a pattern, as all-linear leaves embeddings out.
+    let all = peft_core::methods();
+    let method = all.iter().find(|e| e.file.ends_with("/pafi.rs"));
+    let peft_type = method.expect("registered").peft_type;
+    let config = json!({"peft_type": peft_type, "keep_ratio": 0.03, "target_modules": "fc|emb"});
     network.attach("a", &config, 0).expect("attaches");
     for param in network.parameters() {
         let n = param.numel();
