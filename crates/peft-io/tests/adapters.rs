@@ -140,8 +140,8 @@ fn a_bad_adapter_is_not_written_and_nothing_remains() {
 fn folders_that_are_no_adapter_say_what_to_do() {
     let cases = [
         ("adapter_model.bin", "save_file"),
-        ("adapter.safetensors", "AdapterHub"),
-        ("pytorch_adapter.bin", "AdapterHub"),
+        ("adapter.safetensors", "adapter_config.json"),
+        ("pytorch_adapter.bin", "use_safetensors"),
         ("config.json", "holds a model"),
         (
             "adapter_config.json",

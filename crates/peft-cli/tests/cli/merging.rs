@@ -37,7 +37,10 @@ type Values = (Vec<usize>, Vec<f32>);
 /// Runs a case's input; what stderr said if that fails.
 fn logits(args: &[&str], case: &Path, output: &Path) -> Result<Values, String> {
     let case = read_json(case);
-    let input = json!({"input_ids": case["input_ids"], "attention_mask": case["attention_mask"]});
+    let of = |key: &str| case[key].clone();
+    let input = json!({
+        "input_ids": of("input_ids"), "attention_mask": of("attention_mask"), "task_ids": of("task_ids"),
+    });
     let file = output.with_extension("input.json");
     write(&file, &input.to_string());
     let (file, output_text) = (text(&file), text(output));
