@@ -13,7 +13,8 @@
 //! # Defaults and their source
 //! The paper's: 30 prefix positions made by a network 800 wide, a parallel adapter with s = 4 and half the model's width.
 //! An entry of `members` without a `peft_type` changes single fields of the default in its place:
-//! `members = [{num_virtual_tokens = 10}, {}]`. A learning rate of 1e-4 (the paper's 5e-5 for large models) suits it.
+//! `members = [{num_virtual_tokens = 10}, {}]`. A learning rate of 3e-4 suits it (the paper's is
+//! 5e-5); it learns nothing at 1e-3 on MiniLM.
 //!
 //! # Differences from HF
 //! HF PEFT has no MAM. AdapterHub's folders of it are read (as the union they are) and written.
