@@ -65,6 +65,11 @@ impl PeftMethod for WholeModules {
             Some(_) => return tree.matching(common, self.kinds(), None),
         };
         let inside = tree.subtree("target_modules", names)?;
+        // A classification task trains its head whole by itself: asking for nothing else is the head alone.
+        let heads = &tree.facts().task_heads;
+        if common.trains_head() && inside.iter().all(|&id| heads.contains(&tree.info(id).path)) {
+            return Ok(Vec::new());
+        }
         let sites = sites_of(tree, common, |id| inside.contains(&id))?;
         if sites.is_empty() {
             return Err(Error::config(
@@ -84,7 +89,9 @@ impl PeftMethod for WholeModules {
 mod tests {
     use peft_core::ndarray::array;
     use peft_core::serde_json::json;
-    use peft_core::{Base, Network, Param};
+    use peft_core::{
+        Base, BaseWeight, Device, ModelFacts, ModuleInfo, ModuleTree, Network, Param, Tensor,
+    };
 
     fn network() -> Network {
         let linear = |base: Base, path: &str| {
@@ -95,6 +102,39 @@ mod tests {
             linear(linear(Base::custom(), "block.up"), "block.down"),
             "head",
         ))
+    }
+
+    /// With a classification task the head is trained already: nothing else is asked for, nothing else is trained.
+    #[test]
+    fn the_head_alone() {
+        let facts = ModelFacts {
+            task_heads: vec!["score".to_owned()],
+            ..ModelFacts::default()
+        };
+        let mut tree = ModuleTree::new(facts);
+        let mut weights = Vec::new();
+        for path in ["layer", "score"] {
+            tree.push(ModuleInfo::linear(path, 2, 1, false));
+            let values = Tensor::from_vec(vec![1.0, 2.0], &[1, 2], &Device::cpu()).expect("values");
+            weights.push((format!("{path}.weight"), BaseWeight::dense(values, false)));
+        }
+        let mut base = Base::new(tree, &Device::cpu());
+        for (name, weight) in weights {
+            base.insert(name, weight);
+        }
+        let mut network = Network::new(base);
+        let mut config = json!({"peft_type": "WHOLE_MODULES", "target_modules": ["score"], "task_type": "SEQ_CLS"});
+        network.attach("a", &config, 0).expect("attaches");
+        let keys: Vec<_> = network
+            .parameters()
+            .iter()
+            .map(|p| p.key().to_owned())
+            .collect();
+        assert_eq!(keys, ["base_model.model.score.weight"]);
+        config["target_modules"] = json!(["layer"]);
+        network.attach("b", &config, 0).expect("attaches");
+        let both = network.adapter_parameters("b").expect("attached").len();
+        assert_eq!(both, 2);
     }
 
     /// A name that holds modules means all inside of it.
