@@ -122,7 +122,11 @@ impl Trainer<'_> {
                 progress.optimizer.step(param, grad, factor, rate)?;
             }
         }
-        let used = used(&params, &taken, factor)?;
+        // Full-parameter training has no hooks: its gradients are as large as the model and are not copied for none.
+        let used = match progress.hooks.is_empty() {
+            true => Vec::new(),
+            false => used(&params, &taken, factor)?,
+        };
         progress.step += 1;
         self.hook_after(progress, &params, &mut grads, &used, |hook, cx| {
             hook.after_step(cx)
