@@ -26,6 +26,12 @@ impl Buffer {
         self.0.downcast_ref()
     }
 
+    /// How many there are of it.
+    #[cfg(test)]
+    pub(crate) fn holders(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
     /// The storage for writing, if it is a `T` and nobody else holds it.
     pub fn get_mut<T: Any + Send + Sync>(&mut self) -> Option<&mut T> {
         Arc::get_mut(&mut self.0)?.downcast_mut()
@@ -89,6 +95,16 @@ impl Unary {
         Self::Sin,
         Self::Cos,
     ];
+}
+
+impl Unary {
+    /// Whether the derivative is computed from the result; otherwise from the argument alone.
+    pub(crate) fn slope_needs_output(self) -> bool {
+        matches!(
+            self,
+            Self::Exp | Self::Sqrt | Self::Rsqrt | Self::Recip | Self::Tanh | Self::Sigmoid
+        )
+    }
 }
 
 /// Elementwise functions of two arguments.
@@ -184,6 +200,15 @@ pub trait Backend: Send + Sync {
     /// `len` times `value`.
     fn fill(&self, len: usize, value: f32) -> Result<Buffer>;
 
+    /// A smaller form of `x` to keep until the backward pass; None = as it is.
+    fn pack(&self, _x: &Buffer) -> Option<Buffer> {
+        None
+    }
+    /// What [`Backend::pack`] packed, in its usual form.
+    fn unpack(&self, x: &Buffer) -> Result<Buffer> {
+        Ok(x.clone())
+    }
+
     // --- elementwise ---
     /// f(x)
     fn unary(&self, op: Unary, x: &Buffer) -> Result<Buffer>;
@@ -255,7 +280,8 @@ pub trait Backend: Send + Sync {
 
     // --- products ---
     /// Batched product: `batch` times `op(a) [m, k] x op(b) [k, n]`, where op transposes if told so (a is then stored
-    /// `[k, m]`, b `[n, k]`). `a_batched` / `b_batched` false: the same matrix for every batch entry.
+    /// `[k, m]`, b `[n, k]`). `a_batched` / `b_batched` false: the same matrix for every batch entry. The result is
+    /// `into + scale * product`, in the memory of `into` where nobody else holds it.
     fn matmul(
         &self,
         a: &Buffer,
@@ -268,14 +294,18 @@ pub trait Backend: Send + Sync {
         b_batched: bool,
         ta: bool,
         tb: bool,
+        scale: f32,
+        into: Option<Buffer>,
     ) -> Result<Buffer>;
-    /// `x [m, cols] Wt -> [m, rows]` if `transpose`, else `x [m, rows] W -> [m, cols]`, straight from the stored format.
+    /// `x [m, cols] Wt -> [m, rows]` if `transpose`, else `x [m, rows] W -> [m, cols]`, straight from the stored format,
+    /// added to `into`, in its memory where nobody else holds it.
     fn frozen_matmul(
         &self,
         x: &Buffer,
         m: usize,
         w: &FrozenWeight,
         transpose: bool,
+        into: Option<Buffer>,
     ) -> Result<Buffer>;
     /// Rows `ids` of a frozen matrix, in f32.
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer>;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::shape_err;
 use crate::ops::check_ids;
 use crate::tape::record;
-use crate::{Device, FrozenWeight, Result, Tensor};
+use crate::{Buffer, Device, FrozenWeight, Result, Tensor};
 
 /// A weight of the base model, in whatever format it is stored: it can multiply, gather rows, give itself dense and
 /// be replaced. A matrix is logically `[out, in]` (an embedding `[rows, dim]`), also where a checkpoint stores its
@@ -178,11 +178,31 @@ impl BaseWeight {
 
 /// `x Wᵀ` or `x W` with a frozen W, whose gradient is the other product of dy.
 fn frozen_product(x: &Tensor, w: &Arc<FrozenWeight>, transpose: bool) -> Result<Tensor> {
-    let (inside, outside) = if transpose {
-        (w.cols(), w.rows())
-    } else {
-        (w.rows(), w.cols())
-    };
+    let data = product_into(x, w, transpose, None)?;
+    let mut shape = x.shape().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = if transpose { w.rows() } else { w.cols() };
+    }
+    let device = x.device();
+    Ok(record(data, shape, device, &[x], || {
+        let (x, from, w) = (x.target.clone(), x.shape.clone(), w.clone());
+        Box::new(move |dy, sink| {
+            sink.add_with(&x, |sum| {
+                let data = product_into(dy, &w, !transpose, sum.map(|sum| sum.data))?;
+                Ok(Tensor::from_buffer(data, from.clone(), dy.device()))
+            })
+        })
+    }))
+}
+
+/// The product alone, added to `into`.
+fn product_into(
+    x: &Tensor,
+    w: &FrozenWeight,
+    transpose: bool,
+    into: Option<Buffer>,
+) -> Result<Buffer> {
+    let inside = if transpose { w.cols() } else { w.rows() };
     if x.last_dim() != inside || x.rank() == 0 {
         return shape_err(
             "linear",
@@ -190,16 +210,9 @@ fn frozen_product(x: &Tensor, w: &Arc<FrozenWeight>, transpose: bool) -> Result<
         );
     }
     let m = x.numel() / inside.max(1);
-    let device = x.device();
-    let data = device.backend().frozen_matmul(&x.data, m, w, transpose)?;
-    let mut shape = x.shape().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = outside;
-    }
-    Ok(record(data, shape, device, &[x], || {
-        let (x, w) = (x.target.clone(), w.clone());
-        Box::new(move |dy, sink| sink.add(&x, frozen_product(dy, &w, !transpose)?))
-    }))
+    x.device()
+        .backend()
+        .frozen_matmul(&x.data, m, w, transpose, into)
 }
 
 impl std::fmt::Debug for BaseWeight {

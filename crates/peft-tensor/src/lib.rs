@@ -14,6 +14,7 @@ mod bytes;
 mod cpu;
 mod error;
 mod frozen;
+mod kept;
 pub mod linalg;
 mod ops;
 #[cfg(feature = "reference")]

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::shape_err;
+use crate::kept::{Keeping, Kept, Recipe};
 use crate::{Buffer, Device, Result, Tensor};
 
 /// Passes the gradient of one tensor on to its parents.
@@ -44,6 +45,11 @@ impl Target {
     /// Whether a gradient is wanted.
     pub(crate) fn wanted(&self) -> bool {
         self.0.is_some()
+    }
+
+    /// Whether it is the result of an operation, and not a parameter.
+    pub(crate) fn is_step(&self) -> bool {
+        self.0.as_ref().is_some_and(|var| var.node.is_some())
     }
 
     fn id(&self) -> u64 {
@@ -106,6 +112,22 @@ pub(crate) fn record(
     out
 }
 
+/// As [`record`], for a result that is cheaper to make again than to keep.
+pub(crate) fn record_again(
+    data: Buffer,
+    shape: Vec<usize>,
+    device: &Device,
+    parents: &[&Tensor],
+    recipe: impl FnOnce() -> Recipe,
+    backward: impl FnOnce() -> Backward,
+) -> Tensor {
+    let mut out = record(data, shape, device, parents, backward);
+    if out.target.is_step() {
+        out.keeping = Keeping::again(recipe());
+    }
+    out
+}
+
 /// Gradients by tensor: what [`Tensor::backward`] returns for the leaves.
 #[derive(Default)]
 pub struct Grads {
@@ -133,24 +155,35 @@ impl Grads {
         }
     }
 
-    fn add_var(&mut self, var: &Arc<Var>, grad: Tensor) -> Result<()> {
-        if var.shape != grad.shape() {
+    /// Adds to the gradient of `target`, if it wants one, by a function that takes the sum so far and returns the
+    /// new one: a product can add to it where it stands.
+    pub(crate) fn add_with(
+        &mut self,
+        target: &Target,
+        f: impl FnOnce(Option<Tensor>) -> Result<Tensor>,
+    ) -> Result<()> {
+        let Some(var) = &target.0 else { return Ok(()) };
+        let before = self.entries.remove(&var.id).map(|(_, sum)| sum);
+        let first = before.is_none();
+        let sum = f(before)?;
+        if var.shape != sum.shape() {
             return shape_err(
                 "backward",
-                format!("a gradient {:?} for {:?}", grad.shape(), var.shape),
+                format!("a gradient {:?} for {:?}", sum.shape(), var.shape),
             );
         }
-        let sum = match self.entries.remove(&var.id) {
-            Some((_, sum)) => sum.accumulated(&grad)?,
-            None => {
-                if var.node.is_some() {
-                    self.heap.push(var.id);
-                }
-                grad
-            }
-        };
+        if first && var.node.is_some() {
+            self.heap.push(var.id);
+        }
         self.entries.insert(var.id, (var.clone(), sum));
         Ok(())
+    }
+
+    fn add_var(&mut self, var: &Arc<Var>, grad: Tensor) -> Result<()> {
+        self.add_with(&Target(Some(var.clone())), |sum| match sum {
+            Some(sum) if sum.shape() == grad.shape() => sum.accumulated(&grad),
+            _ => Ok(grad),
+        })
     }
 
     /// The gradient of a leaf, if anything depended on it.
@@ -276,7 +309,9 @@ pub(crate) fn rerun(
     inputs: Vec<Tensor>,
     f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Backward {
+    let inputs: Vec<Kept> = inputs.iter().map(Kept::new).collect();
     Box::new(move |dy, outer| {
+        let inputs = inputs.iter().map(Kept::whole).collect::<Result<Vec<_>>>()?;
         let (_, grads) = differentiate(&inputs, Some(dy), &f)?;
         grads
             .into_iter()

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ndarray::{Array, ArrayD, Dimension, IxDyn};
 
 use crate::error::shape_err;
+use crate::kept::Keeping;
 use crate::tape::{self, Backward, Grads, Target};
 use crate::{Buffer, Device, Result, RngKey};
 
@@ -15,6 +16,7 @@ pub struct Tensor {
     pub(crate) shape: Arc<[usize]>,
     device: Device,
     pub(crate) target: Target,
+    pub(crate) keeping: Keeping,
 }
 
 impl Tensor {
@@ -28,6 +30,7 @@ impl Tensor {
             shape: shape.into(),
             device: device.clone(),
             target: Target(None),
+            keeping: Keeping::default(),
         }
     }
 

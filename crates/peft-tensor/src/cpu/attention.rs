@@ -160,6 +160,7 @@ impl<'a> Geometry<'a> {
                 &mut tile[column..],
                 keys.width,
                 false,
+                1.0,
                 Parallelism::None,
             );
         }
@@ -190,6 +191,7 @@ impl<'a> Geometry<'a> {
                 out,
                 width,
                 add,
+                1.0,
                 Parallelism::None,
             );
             add = true;
@@ -522,6 +524,7 @@ fn backward(
                     &mut part.dv[first * d..],
                     d,
                     true,
+                    1.0,
                     Parallelism::None,
                 );
                 gemm_into(
@@ -533,6 +536,7 @@ fn backward(
                     &mut part.dk[first * d..],
                     d,
                     true,
+                    1.0,
                     Parallelism::None,
                 );
             }

@@ -1,15 +1,16 @@
 //! Dropout, with the generator of [`RngKey`] written over lanes so that it vectorises.
 
 use super::par;
+use super::pool::Floats;
 use super::simd::simd;
 use crate::RngKey;
 
 /// Blocks of four random words computed side by side.
 const LANES: usize = 16;
 
-pub(super) fn dropout(x: &[f32], p: f32, key: RngKey) -> Vec<f32> {
+pub(super) fn dropout(x: &[f32], p: f32, key: RngKey) -> Floats {
     let scale = 1.0 / (1.0 - p);
-    let mut out = vec![0.0; x.len()];
+    let mut out = Floats::dirty(x.len());
     // Chunks start at multiples of par::GRAIN and so at whole blocks.
     par::elements(&mut out, |at, out| {
         dropout_chunk(&x[at..at + out.len()], (at / 4) as u64, p, scale, key, out)

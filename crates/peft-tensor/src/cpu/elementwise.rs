@@ -1,22 +1,23 @@
 //! Functions of one and two arguments, gates.
 
 use super::par;
+use super::pool::Floats;
 use super::simd::{exp, gelu_tanh_inner, phi, sigmoid, simd, tanh};
 use crate::backend::{Binary, Glu, Unary};
 
 /// 1 / sqrt(2 pi)
 const INV_SQRT_2PI: f32 = 0.398_942_3;
 
-pub(super) fn unary(op: Unary, x: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn unary(op: Unary, x: &[f32]) -> Floats {
+    let mut out = Floats::dirty(x.len());
     par::elements(&mut out, |at, out| {
         unary_chunk(op, &x[at..at + out.len()], out)
     });
     out
 }
 
-pub(super) fn unary_grad(op: Unary, x: &[f32], y: &[f32], dy: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn unary_grad(op: Unary, x: &[f32], y: &[f32], dy: &[f32]) -> Floats {
+    let mut out = Floats::dirty(x.len());
     par::elements(&mut out, |at, out| {
         let here = at..at + out.len();
         unary_grad_chunk(op, &x[here.clone()], &y[here.clone()], &dy[here], out);
@@ -135,8 +136,8 @@ pub(super) fn binary(
     b: &[f32],
     b_shape: &[usize],
     out_shape: &[usize],
-) -> Vec<f32> {
-    let mut out = vec![0.0; out_shape.iter().product()];
+) -> Floats {
+    let mut out = Floats::dirty(out_shape.iter().product());
     let axes = super::shape::merge(out_shape, &[a_shape, b_shape]);
     // (size, stride of a, stride of b), outermost first; the innermost strides are 0 or 1.
     let (inner, outer) = axes
@@ -197,8 +198,8 @@ fn run(a: Run<'_>, b: Run<'_>, out: &mut [f32], f: impl Fn(f32, f32) -> f32) {
     }
 }
 
-pub(super) fn affine(x: &[f32], mul: f32, add: f32) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn affine(x: &[f32], mul: f32, add: f32) -> Floats {
+    let mut out = Floats::dirty(x.len());
     par::elements(&mut out, |at, out| {
         affine_chunk(&x[at..at + out.len()], mul, add, out)
     });
@@ -216,8 +217,8 @@ pub(super) fn accumulate(a: &mut [f32], b: &[f32]) {
     par::elements(a, |at, a| super::simd::add_into(&b[at..at + a.len()], a));
 }
 
-pub(super) fn glu(kind: Glu, gate: &[f32], up: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; gate.len()];
+pub(super) fn glu(kind: Glu, gate: &[f32], up: &[f32]) -> Floats {
+    let mut out = Floats::dirty(gate.len());
     par::elements(&mut out, |at, out| {
         let here = at..at + out.len();
         glu_chunk(kind, &gate[here.clone()], &up[here], out);
@@ -235,9 +236,9 @@ simd! {
     }
 }
 
-pub(super) fn glu_grad(kind: Glu, gate: &[f32], up: &[f32], dy: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let mut dgate = vec![0.0; gate.len()];
-    let mut dup = vec![0.0; gate.len()];
+pub(super) fn glu_grad(kind: Glu, gate: &[f32], up: &[f32], dy: &[f32]) -> (Floats, Floats) {
+    let mut dgate = Floats::dirty(gate.len());
+    let mut dup = Floats::dirty(gate.len());
     par::rows2(&mut dgate, 1, &mut dup, 1, 1, |at, dgate, dup| {
         let here = at..at + dgate.len();
         glu_grad_chunk(

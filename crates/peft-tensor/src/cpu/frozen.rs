@@ -8,6 +8,7 @@ use std::sync::Mutex;
 
 use super::matmul::{View, dot_rows, gemm_into, parallelism, transpose};
 use super::par;
+use super::pool::Floats;
 use crate::FrozenWeight;
 
 /// Most elements of a decoded slab: 4 MiB of f32, which stays in the last-level cache.
@@ -46,35 +47,43 @@ fn decode(w: &FrozenWeight, first: usize, out: &mut [f32]) {
     });
 }
 
+/// `x Wt` or `x W`, added to `into`.
 pub(super) fn matmul(
     scratch: &Scratch,
     x: &[f32],
     m: usize,
     w: &FrozenWeight,
     transposed: bool,
-) -> Vec<f32> {
+    into: Option<Floats>,
+) -> Floats {
     let (rows, cols) = (w.rows(), w.cols());
-    let width = if transposed { rows } else { cols };
-    let mut out = vec![0.0; m * width];
-    if out.is_empty() || rows == 0 || cols == 0 {
-        return out;
-    }
+    let (inside, width) = if transposed {
+        (cols, rows)
+    } else {
+        (rows, cols)
+    };
     if let Some(dense) = w.as_f32() {
         return super::matmul::matmul(
-            x,
-            dense,
-            1,
-            m,
-            if transposed { cols } else { rows },
-            width,
-            false,
-            false,
-            false,
-            transposed,
+            x, dense, 1, m, inside, width, false, false, false, transposed, 1.0, into,
         );
     }
+    let add = into.is_some();
+    let mut out = match into {
+        Some(into) => into,
+        None if inside == 0 => Floats::zeros(m * width),
+        None => Floats::dirty(m * width),
+    };
+    if m * rows * cols == 0 {
+        return out;
+    }
     if transposed && m <= FEW {
-        few_rows(x, m, w, &mut out);
+        if !add {
+            few_rows(x, m, w, &mut out);
+            return out;
+        }
+        let mut product = Floats::dirty(m * width);
+        few_rows(x, m, w, &mut product);
+        super::simd::add_into(&product, &mut out);
         return out;
     }
     let step = (SLAB / cols).clamp(1, rows);
@@ -94,7 +103,8 @@ pub(super) fn matmul(
                     slab.t(),
                     &mut out[first..],
                     rows,
-                    false,
+                    add,
+                    1.0,
                     threads,
                 );
             } else {
@@ -107,7 +117,8 @@ pub(super) fn matmul(
                     slab,
                     &mut out,
                     cols,
-                    first > 0,
+                    add || first > 0,
+                    1.0,
                     threads,
                 );
             }
@@ -140,9 +151,9 @@ fn few_rows(x: &[f32], m: usize, w: &FrozenWeight, out: &mut [f32]) {
     transpose(&columns, m, rows, out);
 }
 
-pub(super) fn gather(w: &FrozenWeight, ids: &[u32]) -> Vec<f32> {
+pub(super) fn gather(w: &FrozenWeight, ids: &[u32]) -> Floats {
     let cols = w.cols();
-    let mut out = vec![0.0; ids.len() * cols];
+    let mut out = Floats::dirty(ids.len() * cols);
     par::rows(&mut out, cols, cols, |first, out| {
         for (i, out) in out.chunks_mut(cols).enumerate() {
             let id = ids[first + i] as usize;
@@ -152,8 +163,8 @@ pub(super) fn gather(w: &FrozenWeight, ids: &[u32]) -> Vec<f32> {
     out
 }
 
-pub(super) fn dense(w: &FrozenWeight) -> Vec<f32> {
-    let mut out = vec![0.0; w.rows() * w.cols()];
+pub(super) fn dense(w: &FrozenWeight) -> Floats {
+    let mut out = Floats::dirty(w.rows() * w.cols());
     if !out.is_empty() {
         decode(w, 0, &mut out);
     }

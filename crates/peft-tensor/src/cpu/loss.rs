@@ -3,10 +3,11 @@
 use rayon::prelude::*;
 
 use super::par;
+use super::pool::Floats;
 use super::simd::{exp, max_body, simd, sum_body};
 
-pub(super) fn cross_entropy(x: &[f32], targets: &[i64], cols: usize) -> (f32, Vec<f32>) {
-    let mut dx = vec![0.0; x.len()];
+pub(super) fn cross_entropy(x: &[f32], targets: &[i64], cols: usize) -> (f32, Floats) {
+    let mut dx = Floats::dirty(x.len());
     if x.is_empty() {
         return (0.0, dx);
     }
@@ -18,8 +19,12 @@ pub(super) fn cross_entropy(x: &[f32], targets: &[i64], cols: usize) -> (f32, Ve
                 .chunks_exact_mut(cols)
                 .zip(x[i * step * cols..].chunks_exact(cols))
                 .zip(&targets[i * step..]);
-            rows.map(|((dx, x), target)| {
-                usize::try_from(*target).map_or(0.0, |target| row(x, target, dx))
+            rows.map(|((dx, x), target)| match usize::try_from(*target) {
+                Ok(target) => row(x, target, dx),
+                Err(_) => {
+                    dx.fill(0.0);
+                    0.0
+                }
             })
             .sum()
         })

@@ -4,6 +4,7 @@ use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::par;
+use super::pool::Floats;
 use super::simd::{axpy, dot_body, simd};
 
 /// A matrix inside a slice, by strides.
@@ -43,7 +44,7 @@ const FEW: usize = 4;
 /// Multiply-adds from which on a product is worth several threads.
 const PARALLEL: usize = 128 * 1024;
 
-/// `out = a b` or, with `add`, `out += a b`, where a is `[m, k]`, b `[k, n]` and `out` has rows of `width >= n` values.
+/// `out = scale * a b` or, with `add`, `out += scale * a b`, where a is `[m, k]`, b `[k, n]` and `out` has rows of `width >= n` values.
 pub(super) fn gemm_into(
     m: usize,
     k: usize,
@@ -53,6 +54,7 @@ pub(super) fn gemm_into(
     out: &mut [f32],
     width: usize,
     add: bool,
+    scale: f32,
     threads: Parallelism,
 ) {
     if m == 0 || n == 0 {
@@ -93,7 +95,7 @@ pub(super) fn gemm_into(
             b.cs as isize,
             b.rs as isize,
             1.0,
-            1.0,
+            scale,
             false,
             false,
             false,
@@ -111,6 +113,7 @@ pub(super) fn parallelism(m: usize, k: usize, n: usize) -> Parallelism {
     }
 }
 
+/// `batch` products, times `scale`, added to `into`.
 pub(super) fn matmul(
     a: &[f32],
     b: &[f32],
@@ -122,9 +125,17 @@ pub(super) fn matmul(
     b_batched: bool,
     ta: bool,
     tb: bool,
-) -> Vec<f32> {
-    let mut out = vec![0.0; batch * m * n];
-    if out.is_empty() || k == 0 {
+    scale: f32,
+    into: Option<Floats>,
+) -> Floats {
+    let add = into.is_some();
+    let len = batch * m * n;
+    let mut out = match into {
+        Some(into) => into,
+        None if k == 0 => Floats::zeros(len),
+        None => Floats::dirty(len),
+    };
+    if len == 0 || k == 0 {
         return out;
     }
     if a_batched && !b_batched && !ta {
@@ -136,16 +147,16 @@ pub(super) fn matmul(
     let one = |i: usize, out: &mut [f32], threads: Parallelism| {
         let (a, b) = (&a[i * a_step..], &b[i * b_step..]);
         if m <= FEW && !ta {
-            return few_rows(
-                &a[..m * k],
-                b,
-                m,
-                k,
-                n,
-                tb,
-                out,
-                !matches!(threads, Parallelism::None),
-            );
+            let threads = !matches!(threads, Parallelism::None);
+            if !add && scale == 1.0 {
+                return few_rows(&a[..m * k], b, m, k, n, tb, out, threads);
+            }
+            let mut product = Floats::dirty(m * n);
+            few_rows(&a[..m * k], b, m, k, n, tb, &mut product, threads);
+            for (out, p) in out.iter_mut().zip(product.iter()) {
+                *out = if add { *out } else { 0.0 } + scale * p;
+            }
+            return;
         }
         let a = if ta {
             View::rows(a, m).t()
@@ -157,7 +168,7 @@ pub(super) fn matmul(
         } else {
             View::rows(b, n)
         };
-        gemm_into(m, k, n, a, b, out, n, false, threads);
+        gemm_into(m, k, n, a, b, out, n, add, scale, threads);
     };
     if batch >= 8 || (batch > 1 && m * k * n < PARALLEL) {
         let step = (PARALLEL / (m * k * n)).max(1);
@@ -210,6 +221,7 @@ fn few_rows(
     let stripe = if threads { 512 } else { n };
     for (a, out) in a.chunks_exact(k).zip(out.chunks_exact_mut(n)) {
         let columns = |i: usize, out: &mut [f32]| {
+            out.fill(0.0);
             for (a, b) in a.iter().zip(b.chunks_exact(n)) {
                 axpy(*a, &b[i * stripe..i * stripe + out.len()], out);
             }

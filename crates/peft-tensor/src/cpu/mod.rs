@@ -1,4 +1,4 @@
-//! The processor's backend: `ndarray` storage, threads by rayon, vector instructions chosen at run time.
+//! The processor's backend: storage that is used again, threads by rayon, vector instructions chosen at run time.
 //!
 //! A result never depends on the number of threads: work is cut by shapes alone, and sums over cuts are taken
 //! in their order.
@@ -11,14 +11,14 @@ mod loss;
 mod matmul;
 mod norm;
 mod par;
+mod pool;
 mod rope;
 mod shape;
 pub(crate) mod simd;
 
-use ndarray::Array1;
-
 use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Rope, Unary};
 use crate::{FrozenWeight, Result, RngKey, TensorError};
+use pool::Floats;
 
 /// The processor.
 pub(crate) struct CpuBackend {
@@ -34,15 +34,23 @@ impl CpuBackend {
     }
 }
 
-fn put(values: Vec<f32>) -> Buffer {
-    Buffer::new(Array1::from_vec(values))
+fn put(values: impl Into<Floats>) -> Buffer {
+    Buffer::new(values.into())
 }
 
 fn get(buffer: &Buffer) -> Result<&[f32]> {
-    let values = buffer.get::<Array1<f32>>().and_then(|a| a.as_slice());
-    values.ok_or_else(|| {
+    let values = buffer.get::<Floats>();
+    values.map(|v| &v[..]).ok_or_else(|| {
         TensorError::Unsupported("a tensor of another device was given to the cpu".into())
     })
+}
+
+/// The values for writing: taken over from the only holder, else copied.
+fn owned(mut buffer: Buffer) -> Result<Floats> {
+    match buffer.get_mut::<Floats>() {
+        Some(values) => Ok(std::mem::take(values)),
+        None => Ok(Floats::copied(get(&buffer)?)),
+    }
 }
 
 impl Backend for CpuBackend {
@@ -63,11 +71,14 @@ impl Backend for CpuBackend {
     }
 
     fn upload_f64(&self, values: Vec<f64>) -> Result<Buffer> {
-        Ok(put(values.into_iter().map(|v| v as f32).collect()))
+        let values: Vec<f32> = values.into_iter().map(|v| v as f32).collect();
+        Ok(put(values))
     }
 
     fn fill(&self, len: usize, value: f32) -> Result<Buffer> {
-        Ok(put(vec![value; len]))
+        let mut values = Floats::dirty(len);
+        values.fill(value);
+        Ok(put(values))
     }
 
     fn unary(&self, op: Unary, x: &Buffer) -> Result<Buffer> {
@@ -102,11 +113,11 @@ impl Backend for CpuBackend {
     }
 
     fn accumulate(&self, mut a: Buffer, b: &Buffer) -> Result<Buffer> {
-        if let Some(values) = a.get_mut::<Array1<f32>>().and_then(|a| a.as_slice_mut()) {
+        if let Some(values) = a.get_mut::<Floats>() {
             elementwise::accumulate(values, get(b)?);
             return Ok(a);
         }
-        let mut values = get(&a)?.to_vec();
+        let mut values = Floats::copied(get(&a)?);
         elementwise::accumulate(&mut values, get(b)?);
         Ok(put(values))
     }
@@ -205,7 +216,10 @@ impl Backend for CpuBackend {
         b_batched: bool,
         ta: bool,
         tb: bool,
+        scale: f32,
+        into: Option<Buffer>,
     ) -> Result<Buffer> {
+        let into = into.map(owned).transpose()?;
         Ok(put(matmul::matmul(
             get(a)?,
             get(b)?,
@@ -217,6 +231,8 @@ impl Backend for CpuBackend {
             b_batched,
             ta,
             tb,
+            scale,
+            into,
         )))
     }
 
@@ -226,8 +242,17 @@ impl Backend for CpuBackend {
         m: usize,
         w: &FrozenWeight,
         transpose: bool,
+        into: Option<Buffer>,
     ) -> Result<Buffer> {
-        Ok(put(frozen::matmul(&self.scratch, get(x)?, m, w, transpose)))
+        let into = into.map(owned).transpose()?;
+        Ok(put(frozen::matmul(
+            &self.scratch,
+            get(x)?,
+            m,
+            w,
+            transpose,
+            into,
+        )))
     }
 
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer> {

@@ -3,10 +3,11 @@
 use rayon::prelude::*;
 
 use super::par;
+use super::pool::Floats;
 use super::simd::{add_into, dot_body, exp, madd, max_body, simd, sum_body};
 
-pub(super) fn softmax(x: &[f32], cols: usize) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn softmax(x: &[f32], cols: usize) -> Floats {
+    let mut out = Floats::dirty(x.len());
     par::rows(&mut out, cols, cols, |first, out| {
         softmax_chunk(&x[first * cols..][..out.len()], cols, out)
     });
@@ -28,8 +29,8 @@ simd! {
     }
 }
 
-pub(super) fn softmax_grad(y: &[f32], dy: &[f32], cols: usize) -> Vec<f32> {
-    let mut out = vec![0.0; y.len()];
+pub(super) fn softmax_grad(y: &[f32], dy: &[f32], cols: usize) -> Floats {
+    let mut out = Floats::dirty(y.len());
     par::rows(&mut out, cols, cols, |first, out| {
         let here = first * cols..first * cols + out.len();
         softmax_grad_chunk(&y[here.clone()], &dy[here], cols, out);
@@ -49,8 +50,8 @@ simd! {
     }
 }
 
-pub(super) fn rms_norm(x: &[f32], w: &[f32], cols: usize, eps: f32) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn rms_norm(x: &[f32], w: &[f32], cols: usize, eps: f32) -> Floats {
+    let mut out = Floats::dirty(x.len());
     par::rows(&mut out, cols, cols, |first, out| {
         rms_norm_chunk(&x[first * cols..][..out.len()], w, eps, out)
     });
@@ -76,8 +77,8 @@ pub(super) fn rms_norm_grad(
     cols: usize,
     eps: f32,
     want_w: bool,
-) -> (Vec<f32>, Option<Vec<f32>>) {
-    let mut dx = vec![0.0; x.len()];
+) -> (Floats, Option<Vec<f32>>) {
+    let mut dx = Floats::dirty(x.len());
     let dw = with_partials(
         &mut dx,
         cols,
@@ -111,14 +112,8 @@ simd! {
     }
 }
 
-pub(super) fn layer_norm(
-    x: &[f32],
-    w: &[f32],
-    b: Option<&[f32]>,
-    cols: usize,
-    eps: f32,
-) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn layer_norm(x: &[f32], w: &[f32], b: Option<&[f32]>, cols: usize, eps: f32) -> Floats {
+    let mut out = Floats::dirty(x.len());
     par::rows(&mut out, cols, cols, |first, out| {
         layer_norm_chunk(&x[first * cols..][..out.len()], w, b, eps, out)
     });
@@ -154,7 +149,7 @@ simd! {
 }
 
 /// dx, and (dw, db) where wanted.
-type LayerNormGrad = (Vec<f32>, Option<(Vec<f32>, Vec<f32>)>);
+type LayerNormGrad = (Floats, Option<(Vec<f32>, Vec<f32>)>);
 
 pub(super) fn layer_norm_grad(
     x: &[f32],
@@ -164,7 +159,7 @@ pub(super) fn layer_norm_grad(
     eps: f32,
     want_wb: bool,
 ) -> LayerNormGrad {
-    let mut dx = vec![0.0; x.len()];
+    let mut dx = Floats::dirty(x.len());
     let mut sums = with_partials(
         &mut dx,
         cols,

@@ -1,12 +1,13 @@
 //! Rotary position embedding.
 
 use super::par;
+use super::pool::Floats;
 use super::simd::{madd, simd};
 use crate::backend::Rope;
 
-pub(super) fn rope(x: &[f32], spec: &Rope, inverse: bool) -> Vec<f32> {
+pub(super) fn rope(x: &[f32], spec: &Rope, inverse: bool) -> Floats {
     let width = spec.heads * spec.head_dim;
-    let mut out = vec![0.0; x.len()];
+    let mut out = Floats::dirty(x.len());
     par::rows(&mut out, width, width, |first, out| {
         for (i, out) in out.chunks_mut(width).enumerate() {
             let token = first + i;

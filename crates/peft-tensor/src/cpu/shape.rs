@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::par;
+use super::pool::Floats;
 use super::simd::{add_into, max_body, simd, sum_body};
 
 /// A run of neighbouring axes that behave as one.
@@ -61,10 +62,10 @@ pub(super) fn merge(shape: &[usize], args: &[&[usize]]) -> Vec<Axis> {
     axes
 }
 
-pub(super) fn sum_to(x: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
+pub(super) fn sum_to(x: &[f32], from: &[usize], to: &[usize]) -> Floats {
     let axes = merge(from, &[to]);
     let mut sizes: Vec<(usize, bool)> = axes.iter().map(|a| (a.size, a.strides[0] == 0)).collect();
-    let mut current: Option<Vec<f32>> = None;
+    let mut current: Option<Floats> = None;
     // One summed axis after the other, outermost first so that the rest shrinks early.
     while let Some(i) = sizes.iter().position(|s| s.1) {
         let outer = sizes[..i].iter().map(|s| s.0).product();
@@ -73,18 +74,18 @@ pub(super) fn sum_to(x: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
         current = Some(sum_axis(source, outer, sizes[i].0, inner));
         sizes.remove(i);
     }
-    current.unwrap_or_else(|| x.to_vec())
+    current.unwrap_or_else(|| Floats::copied(x))
 }
 
 /// `[outer, len, inner]` -> `[outer, inner]`, in a fixed tree of partial sums.
-fn sum_axis(x: &[f32], outer: usize, len: usize, inner: usize) -> Vec<f32> {
+fn sum_axis(x: &[f32], outer: usize, len: usize, inner: usize) -> Floats {
     let part = if inner == 1 {
         par::GRAIN
     } else {
         par::rows_per_chunk(inner).max(16)
     };
     let parts = len.div_ceil(part).max(1);
-    let mut sums = vec![0.0; outer * parts * inner];
+    let mut sums = Floats::zeros(outer * parts * inner);
     let cost = len.min(part) * inner;
     par::rows(&mut sums, inner.max(1), cost, |first, sums| {
         for (i, sum) in sums.chunks_mut(inner.max(1)).enumerate() {
@@ -117,8 +118,8 @@ simd! {
     }
 }
 
-pub(super) fn broadcast(x: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
-    let mut out = vec![0.0; to.iter().product()];
+pub(super) fn broadcast(x: &[f32], from: &[usize], to: &[usize]) -> Floats {
+    let mut out = Floats::dirty(to.iter().product());
     let axes = merge(to, &[from]);
     let (inner, outer) = axes
         .split_last()
@@ -140,8 +141,9 @@ pub(super) fn broadcast(x: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
     out
 }
 
-pub(super) fn max_rows(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut out = vec![f32::NEG_INFINITY; rows];
+pub(super) fn max_rows(x: &[f32], rows: usize, cols: usize) -> Floats {
+    let mut out = Floats::dirty(rows);
+    out.fill(f32::NEG_INFINITY);
     par::rows(&mut out, 1, cols, |first, out| {
         max_chunk(&x[first * cols..(first + out.len()) * cols], cols, out)
     });
@@ -164,8 +166,8 @@ simd! {
 /// Side of the square tiles in which a transpose walks both sides' cache lines.
 const TILE: usize = 16;
 
-pub(super) fn permute(x: &[f32], shape: &[usize], axes: &[usize]) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn permute(x: &[f32], shape: &[usize], axes: &[usize]) -> Floats {
+    let mut out = Floats::dirty(x.len());
     if x.is_empty() {
         return out;
     }
@@ -257,8 +259,8 @@ pub(super) fn narrow(
     inner: usize,
     start: usize,
     take: usize,
-) -> Vec<f32> {
-    let mut out = vec![0.0; outer * take * inner];
+) -> Floats {
+    let mut out = Floats::dirty(outer * take * inner);
     let row = take * inner;
     par::rows(&mut out, row, row, |first, out| {
         for (i, out) in out.chunks_mut(row).enumerate() {
@@ -276,8 +278,8 @@ pub(super) fn narrow_grad(
     inner: usize,
     start: usize,
     take: usize,
-) -> Vec<f32> {
-    let mut out = vec![0.0; outer * len * inner];
+) -> Floats {
+    let mut out = Floats::zeros(outer * len * inner);
     let (row, part) = (len * inner, take * inner);
     par::rows(&mut out, row, row, |first, out| {
         for (i, out) in out.chunks_mut(row).enumerate() {
@@ -288,9 +290,9 @@ pub(super) fn narrow_grad(
     out
 }
 
-pub(super) fn concat(parts: &[(&[f32], usize)], outer: usize, inner: usize) -> Vec<f32> {
+pub(super) fn concat(parts: &[(&[f32], usize)], outer: usize, inner: usize) -> Floats {
     let row = parts.iter().map(|p| p.1).sum::<usize>() * inner;
-    let mut out = vec![0.0; outer * row];
+    let mut out = Floats::dirty(outer * row);
     par::rows(&mut out, row, row, |first, out| {
         for (i, mut out) in out.chunks_mut(row).enumerate() {
             for (part, len) in parts {
@@ -303,8 +305,8 @@ pub(super) fn concat(parts: &[(&[f32], usize)], outer: usize, inner: usize) -> V
     out
 }
 
-pub(super) fn gather(x: &[f32], cols: usize, ids: &[u32]) -> Vec<f32> {
-    let mut out = vec![0.0; ids.len() * cols];
+pub(super) fn gather(x: &[f32], cols: usize, ids: &[u32]) -> Floats {
+    let mut out = Floats::dirty(ids.len() * cols);
     par::rows(&mut out, cols, cols, |first, out| {
         for (i, out) in out.chunks_mut(cols).enumerate() {
             let id = ids[first + i] as usize;
@@ -314,8 +316,8 @@ pub(super) fn gather(x: &[f32], cols: usize, ids: &[u32]) -> Vec<f32> {
     out
 }
 
-pub(super) fn scatter_add(dy: &[f32], rows: usize, cols: usize, ids: &[u32]) -> Vec<f32> {
-    let mut out = vec![0.0; rows * cols];
+pub(super) fn scatter_add(dy: &[f32], rows: usize, cols: usize, ids: &[u32]) -> Floats {
+    let mut out = Floats::zeros(rows * cols);
     if ids.len() * cols <= par::GRAIN {
         for (id, dy) in ids.iter().zip(dy.chunks(cols.max(1))) {
             add_into(dy, &mut out[*id as usize * cols..][..cols]);
@@ -327,7 +329,7 @@ pub(super) fn scatter_add(dy: &[f32], rows: usize, cols: usize, ids: &[u32]) -> 
     order.sort_unstable();
     let groups: Vec<&[(u32, usize)]> = order.chunk_by(|a, b| a.0 == b.0).collect();
     let mut targets = Vec::with_capacity(groups.len());
-    let (mut rest, mut done) = (out.as_mut_slice(), 0);
+    let (mut rest, mut done) = (&mut out[..], 0);
     for group in &groups {
         let id = group[0].0 as usize;
         let (_, tail) = rest.split_at_mut((id - done) * cols);

@@ -1,8 +1,11 @@
 //! Elementwise operations, with numpy's broadcasting, and sums.
 
+use std::sync::Arc;
+
 use super::shape::{broadcast_shape, padded};
 use crate::error::shape_err;
-use crate::tape::record;
+use crate::kept::{Kept, Recipe};
+use crate::tape::{record, record_again};
 use crate::{Binary, Glu, Result, RngKey, Tensor, Unary};
 
 /// Named methods for the unary functions.
@@ -61,18 +64,34 @@ impl Tensor {
     pub fn unary(&self, op: Unary) -> Result<Tensor> {
         let device = self.device();
         let y = device.backend().unary(op, &self.data)?;
-        let (x, kept) = (self, y.clone());
-        Ok(record(y, x.shape().to_vec(), device, &[x], || {
-            let x = x.clone();
+        let shape = self.shape().to_vec();
+        if op.slope_needs_output() {
+            let kept = y.clone();
+            return Ok(record(y, shape, device, &[self], || {
+                let x = self.clone();
+                Box::new(move |dy, sink| {
+                    let backend = x.device().backend();
+                    let dx = backend.unary_grad(op, &x.data, &kept, &dy.data)?;
+                    sink.add(
+                        &x.target,
+                        Tensor::from_buffer(dx, x.shape.clone(), x.device()),
+                    )
+                })
+            }));
+        }
+        let again = || -> Recipe {
+            let x = Kept::new(self);
+            Arc::new(move || x.device().backend().unary(op, &x.data()?))
+        };
+        Ok(record_again(y, shape, device, &[self], again, || {
+            let x = Kept::new(self);
             Box::new(move |dy, sink| {
+                let data = x.data()?;
                 let dx = x
                     .device()
                     .backend()
-                    .unary_grad(op, &x.data, &kept, &dy.data)?;
-                sink.add(
-                    &x.target,
-                    Tensor::from_buffer(dx, x.shape.clone(), x.device()),
-                )
+                    .unary_grad(op, &data, &data, &dy.data)?;
+                sink.add(&x.target, x.wrap(dx))
             })
         }))
     }
@@ -93,20 +112,22 @@ impl Tensor {
             let (a_shape, b_shape) = (self.shape.clone(), rhs.shape.clone());
             // Sums need nothing but shapes; only products and quotients keep their operands.
             let operands =
-                matches!(op, Binary::Mul | Binary::Div).then(|| (self.detach(), rhs.detach()));
+                matches!(op, Binary::Mul | Binary::Div).then(|| (Kept::new(self), Kept::new(rhs)));
             Box::new(move |dy, sink| {
                 if a.wanted() {
                     let da = match (op, &operands) {
-                        (Binary::Mul, Some((_, b))) => dy.mul(b)?,
-                        (Binary::Div, Some((_, b))) => dy.div(b)?,
+                        (Binary::Mul, Some((_, b))) => dy.mul(&b.tensor()?)?,
+                        (Binary::Div, Some((_, b))) => dy.div(&b.tensor()?)?,
                         _ => dy.clone(),
                     };
                     sink.add(&a, da.sum_to(&a_shape)?)?;
                 }
                 if b.wanted() {
                     let db = match (op, &operands) {
-                        (Binary::Mul, Some((a, _))) => dy.mul(a)?,
-                        (Binary::Div, Some((a, b))) => dy.mul(a)?.div(&b.square()?)?.neg()?,
+                        (Binary::Mul, Some((a, _))) => dy.mul(&a.tensor()?)?,
+                        (Binary::Div, Some((a, b))) => {
+                            dy.mul(&a.tensor()?)?.div(&b.tensor()?.square()?)?.neg()?
+                        }
                         (Binary::Sub, _) => dy.neg()?,
                         _ => dy.clone(),
                     };
@@ -184,26 +205,27 @@ impl Tensor {
         self.same_device(up, "glu")?;
         let device = self.device();
         let data = device.backend().glu(kind, &self.data, &up.data)?;
-        Ok(record(
+        let again = || -> Recipe {
+            let (gate, up) = (Kept::new(self), Kept::new(up));
+            Arc::new(move || {
+                let backend = gate.device().backend();
+                backend.glu(kind, &gate.data()?, &up.data()?)
+            })
+        };
+        let shape = self.shape().to_vec();
+        Ok(record_again(
             data,
-            self.shape().to_vec(),
+            shape,
             device,
             &[self, up],
+            again,
             || {
-                let (gate, up) = (self.clone(), up.clone());
+                let (gate, up) = (Kept::new(self), Kept::new(up));
                 Box::new(move |dy, sink| {
-                    let (dg, du) = gate
-                        .device()
-                        .backend()
-                        .glu_grad(kind, &gate.data, &up.data, &dy.data)?;
-                    sink.add(
-                        &gate.target,
-                        Tensor::from_buffer(dg, gate.shape.clone(), gate.device()),
-                    )?;
-                    sink.add(
-                        &up.target,
-                        Tensor::from_buffer(du, up.shape.clone(), up.device()),
-                    )
+                    let backend = gate.device().backend();
+                    let (dg, du) = backend.glu_grad(kind, &gate.data()?, &up.data()?, &dy.data)?;
+                    sink.add(&gate.target, gate.wrap(dg))?;
+                    sink.add(&up.target, up.wrap(du))
                 })
             },
         ))
@@ -222,7 +244,12 @@ impl Tensor {
         }
         let device = self.device();
         let data = device.backend().dropout(&self.data, p, key)?;
-        Ok(record(data, self.shape().to_vec(), device, &[self], || {
+        let again = || -> Recipe {
+            let x = Kept::new(self);
+            Arc::new(move || x.device().backend().dropout(&x.data()?, p, key))
+        };
+        let shape = self.shape().to_vec();
+        Ok(record_again(data, shape, device, &[self], again, || {
             let x = self.target.clone();
             Box::new(move |dy, sink| sink.add(&x, dy.dropout(p, key)?))
         }))

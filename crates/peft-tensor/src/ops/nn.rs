@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::error::shape_err;
-use crate::tape::{record, rerun};
+use crate::kept::{Keeping, Kept, Recipe};
+use crate::tape::{record, record_again, rerun};
 use crate::{Attention, Result, Rope, Tensor, TensorError};
 
 /// The label of a position that has none (PyTorch's `ignore_index`).
@@ -61,33 +62,36 @@ impl Tensor {
         let data = device
             .backend()
             .rms_norm(&self.data, &weight.data, rows, cols, eps)?;
-        Ok(record(
+        let again = || -> Recipe {
+            let (x, w) = (Kept::new(self), Kept::new(weight));
+            Arc::new(move || {
+                let backend = x.device().backend();
+                backend.rms_norm(&x.data()?, &w.data()?, rows, cols, eps)
+            })
+        };
+        let shape = self.shape().to_vec();
+        Ok(record_again(
             data,
-            self.shape().to_vec(),
+            shape,
             device,
             &[self, weight],
+            again,
             || {
-                let (x, w) = (self.clone(), weight.clone());
+                let (x, w) = (Kept::new(self), Kept::new(weight));
                 Box::new(move |dy, sink| {
-                    let backend = x.device().backend();
-                    let (dx, dw) = backend.rms_norm_grad(
-                        &x.data,
-                        &w.data,
+                    let want = w.target.wanted();
+                    let (dx, dw) = x.device().backend().rms_norm_grad(
+                        &x.data()?,
+                        &w.data()?,
                         &dy.data,
                         rows,
                         cols,
                         eps,
-                        w.requires_grad(),
+                        want,
                     )?;
-                    sink.add(
-                        &x.target,
-                        Tensor::from_buffer(dx, x.shape.clone(), x.device()),
-                    )?;
+                    sink.add(&x.target, x.wrap(dx))?;
                     match dw {
-                        Some(dw) => sink.add(
-                            &w.target,
-                            Tensor::from_buffer(dw, w.shape.clone(), w.device()),
-                        ),
+                        Some(dw) => sink.add(&w.target, w.wrap(dw)),
                         None => Ok(()),
                     }
                 })
@@ -112,38 +116,40 @@ impl Tensor {
             .layer_norm(&self.data, &weight.data, b, rows, cols, eps)?;
         let mut parents = vec![self, weight];
         parents.extend(bias);
-        Ok(record(
-            data,
-            self.shape().to_vec(),
-            device,
-            &parents,
-            || {
-                let (x, w, b) = (self.clone(), weight.clone(), bias.cloned());
-                let want = w.requires_grad() || b.as_ref().is_some_and(Tensor::requires_grad);
-                Box::new(move |dy, sink| {
-                    let backend = x.device().backend();
-                    let (dx, dwb) = backend
-                        .layer_norm_grad(&x.data, &w.data, &dy.data, rows, cols, eps, want)?;
-                    sink.add(
-                        &x.target,
-                        Tensor::from_buffer(dx, x.shape.clone(), x.device()),
-                    )?;
-                    if let Some((dw, db)) = dwb {
-                        sink.add(
-                            &w.target,
-                            Tensor::from_buffer(dw, w.shape.clone(), w.device()),
-                        )?;
-                        if let Some(b) = &b {
-                            sink.add(
-                                &b.target,
-                                Tensor::from_buffer(db, b.shape.clone(), b.device()),
-                            )?;
-                        }
+        let keep = || (Kept::new(self), Kept::new(weight), bias.map(Kept::new));
+        let again = || -> Recipe {
+            let (x, w, b) = keep();
+            Arc::new(move || {
+                let b = b.as_ref().map(Kept::data).transpose()?;
+                let backend = x.device().backend();
+                backend.layer_norm(&x.data()?, &w.data()?, b.as_ref(), rows, cols, eps)
+            })
+        };
+        let shape = self.shape().to_vec();
+        Ok(record_again(data, shape, device, &parents, again, || {
+            let (x, w, b) = keep();
+            let b = b.filter(|b| b.target.wanted());
+            let want = w.target.wanted() || b.is_some();
+            Box::new(move |dy, sink| {
+                let (dx, dwb) = x.device().backend().layer_norm_grad(
+                    &x.data()?,
+                    &w.data()?,
+                    &dy.data,
+                    rows,
+                    cols,
+                    eps,
+                    want,
+                )?;
+                sink.add(&x.target, x.wrap(dx))?;
+                if let Some((dw, db)) = dwb {
+                    sink.add(&w.target, w.wrap(dw))?;
+                    if let Some(b) = &b {
+                        sink.add(&b.target, b.wrap(db))?;
                     }
-                    Ok(())
-                })
-            },
-        ))
+                }
+                Ok(())
+            })
+        }))
     }
 
     /// Rotary position embedding (RoFormer, arXiv 2104.09864) of `[.., heads * head_dim]`, one position per row.
@@ -221,29 +227,34 @@ impl Tensor {
         let (out, lse) = device
             .backend()
             .attention(&self.data, &k.data, &v.data, b, s, t, spec)?;
+        let keeping = Keeping::default();
+        let own = keeping.clone();
+        let shape = self.shape().to_vec();
         let kept = out.clone();
-        Ok(record(
-            out,
-            self.shape().to_vec(),
-            device,
-            &[self, k, v],
-            || {
-                let (q, k, v, spec) = (self.clone(), k.clone(), v.clone(), spec.clone());
-                Box::new(move |dy, sink| {
-                    let backend = q.device().backend();
-                    let (dq, dk, dv) = backend.attention_grad(
-                        &q.data, &k.data, &v.data, &kept, &lse, &dy.data, b, s, t, &spec,
-                    )?;
-                    for (target, grad) in [(&q, dq), (&k, dk), (&v, dv)] {
-                        sink.add(
-                            &target.target,
-                            Tensor::from_buffer(grad, target.shape.clone(), target.device()),
-                        )?;
-                    }
-                    Ok(())
-                })
-            },
-        ))
+        let mut out = record(out, shape, device, &[self, k, v], || {
+            let (q, k, v, spec) = (Kept::new(self), Kept::new(k), Kept::new(v), spec.clone());
+            let out = Kept::result(&kept, &own, self);
+            Box::new(move |dy, sink| {
+                let (dq, dk, dv) = q.device().backend().attention_grad(
+                    &q.data()?,
+                    &k.data()?,
+                    &v.data()?,
+                    &out.data()?,
+                    &lse,
+                    &dy.data,
+                    b,
+                    s,
+                    t,
+                    &spec,
+                )?;
+                for (of, grad) in [(&q, dq), (&k, dk), (&v, dv)] {
+                    sink.add(&of.target, of.wrap(grad))?;
+                }
+                Ok(())
+            })
+        });
+        out.keeping = keeping;
+        Ok(out)
     }
 
     /// Sum over rows of `-log softmax(x)[target]`; rows whose target is negative ([`IGNORE`]) do not count. Shape `[]`.

@@ -42,7 +42,7 @@ impl Tensor {
                 format!("{:?} does not fit {shape:?}", self.shape()),
             );
         }
-        Ok(record(
+        let mut out = record(
             self.data.clone(),
             shape.to_vec(),
             self.device(),
@@ -51,7 +51,9 @@ impl Tensor {
                 let (x, from) = (self.target.clone(), self.shape.clone());
                 Box::new(move |dy, sink| sink.add(&x, dy.reshape(&from)?))
             },
-        ))
+        );
+        out.keeping = self.keeping.clone();
+        Ok(out)
     }
 
     /// All axes but the last folded into one: `[rows, last]`.

@@ -150,6 +150,16 @@ fn product(a: &[f64], b: &[f64], m: usize, k: usize, n: usize, ta: bool, tb: boo
     out
 }
 
+/// values + into
+fn added(mut values: Vec<f64>, into: Option<Buffer>) -> Result<Buffer> {
+    if let Some(into) = &into {
+        for (value, into) in values.iter_mut().zip(get(into)?) {
+            *value += into;
+        }
+    }
+    Ok(put(values))
+}
+
 impl Backend for ReferenceBackend {
     fn name(&self) -> &'static str {
         "reference"
@@ -392,6 +402,8 @@ impl Backend for ReferenceBackend {
         b_batched: bool,
         ta: bool,
         tb: bool,
+        scale: f32,
+        into: Option<Buffer>,
     ) -> Result<Buffer> {
         let (a, b) = (get(a)?, get(b)?);
         let entry = |i: usize| {
@@ -399,7 +411,8 @@ impl Backend for ReferenceBackend {
             let b = &b[if b_batched { i * k * n } else { 0 }..][..k * n];
             product(a, b, m, k, n, ta, tb)
         };
-        Ok(put((0..batch).flat_map(entry).collect()))
+        let product: Vec<f64> = (0..batch).flat_map(entry).collect();
+        added(product.iter().map(|p| f64::from(scale) * p).collect(), into)
     }
 
     fn frozen_matmul(
@@ -408,21 +421,17 @@ impl Backend for ReferenceBackend {
         m: usize,
         w: &FrozenWeight,
         transpose: bool,
+        into: Option<Buffer>,
     ) -> Result<Buffer> {
         let (k, n) = if transpose {
             (w.cols(), w.rows())
         } else {
             (w.rows(), w.cols())
         };
-        Ok(put(product(
-            get(x)?,
-            &decoded(w),
-            m,
-            k,
-            n,
-            false,
-            transpose,
-        )))
+        added(
+            product(get(x)?, &decoded(w), m, k, n, false, transpose),
+            into,
+        )
     }
 
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer> {

@@ -1,0 +1,199 @@
+//! Memory that is used again: a training step asks for the same sizes as the step before, and mapping, clearing and
+//! unmapping them anew would cost more than the elementwise arithmetic does.
+//!
+//! What is free never makes the process larger than its busiest moment was: before memory is asked of the system,
+//! idle blocks are given back until busy and idle together fit under the largest amount that was ever busy at once.
+
+use std::collections::BTreeMap;
+use std::mem::take;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
+
+/// Values from which on a block is kept; the allocator is good at smaller ones.
+const SMALLEST: usize = 4096;
+
+/// Values of a tensor, in memory that goes back to the pool.
+#[derive(Default)]
+pub(super) struct Floats {
+    /// As long as the pool made it, so that taking it again initialises nothing.
+    all: Vec<f32>,
+    len: usize,
+}
+
+/// Blocks nobody uses.
+struct Idle {
+    /// By their length.
+    blocks: BTreeMap<usize, Vec<Vec<f32>>>,
+    /// Values in `blocks`, in use, and the most that were in use.
+    idle: usize,
+    busy: usize,
+    peak: usize,
+}
+
+static POOL: Mutex<Idle> = Mutex::new(Idle {
+    blocks: BTreeMap::new(),
+    idle: 0,
+    busy: 0,
+    peak: 0,
+});
+
+impl Idle {
+    /// A block of `size` values, or the smallest that is at most an eighth larger.
+    fn find(&mut self, size: usize) -> Option<Vec<f32>> {
+        let (&len, blocks) = self.blocks.range_mut(size..=size + size / 8).next()?;
+        let block = blocks.pop()?;
+        if blocks.is_empty() {
+            self.blocks.remove(&len);
+        }
+        self.idle -= len;
+        Some(block)
+    }
+
+    /// Takes blocks out, largest first, until `size` more values would not raise the most there ever was.
+    fn shrink(&mut self, size: usize) -> Vec<Vec<f32>> {
+        let mut out = Vec::new();
+        while self.idle > 0 && self.busy + self.idle + size > self.peak {
+            let Some((len, mut blocks)) = self.blocks.pop_last() else {
+                break;
+            };
+            out.extend(blocks.pop());
+            self.idle -= len;
+            if !blocks.is_empty() {
+                self.blocks.insert(len, blocks);
+            }
+        }
+        out
+    }
+
+    fn count(&mut self, len: usize) {
+        self.busy += len;
+        self.peak = self.peak.max(self.busy);
+    }
+}
+
+fn pool<R>(f: impl FnOnce(&mut Idle) -> R) -> R {
+    f(&mut POOL.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Lengths come in steps of a sixteenth, so that batches of nearly the same length share blocks.
+fn rounded(len: usize) -> usize {
+    let step = (len.next_power_of_two() / 32).max(1);
+    len.next_multiple_of(step)
+}
+
+impl Floats {
+    /// `len` values of any content, for an output that is written in full.
+    pub(super) fn dirty(len: usize) -> Self {
+        if len < SMALLEST {
+            return Self::from(vec![0.0; len]);
+        }
+        let size = rounded(len);
+        let found = pool(|p| {
+            let found = p.find(size);
+            let got = found.as_ref().map_or(size, Vec::len);
+            let given_back = match found {
+                Some(_) => Vec::new(),
+                None => p.shrink(size),
+            };
+            p.count(got);
+            (found, given_back)
+        });
+        // What is given back is unmapped here, outside of the lock.
+        let (found, _given_back) = found;
+        Self {
+            all: found.unwrap_or_else(|| vec![0.0; size]),
+            len,
+        }
+    }
+
+    /// `len` zeros.
+    pub(super) fn zeros(len: usize) -> Self {
+        let mut new = Self::dirty(len);
+        new.fill(0.0);
+        new
+    }
+
+    /// A copy.
+    pub(super) fn copied(values: &[f32]) -> Self {
+        let mut new = Self::dirty(values.len());
+        new.copy_from_slice(values);
+        new
+    }
+}
+
+impl From<Vec<f32>> for Floats {
+    fn from(all: Vec<f32>) -> Self {
+        let len = all.len();
+        if len >= SMALLEST {
+            pool(|p| p.count(len));
+        }
+        Self { all, len }
+    }
+}
+
+impl Drop for Floats {
+    fn drop(&mut self) {
+        let mut all = take(&mut self.all);
+        let len = all.len();
+        if len < SMALLEST {
+            return;
+        }
+        if cfg!(any(test, feature = "reference")) {
+            // Whoever reads what they did not write shall see it.
+            all.fill(f32::NAN);
+        }
+        pool(|p| {
+            p.busy -= len;
+            p.idle += len;
+            p.blocks.entry(len).or_default().push(all);
+        });
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.all[..self.len]
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.all[..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_comes_back_and_zeros_are_zeros() {
+        // A size no other test of this process uses.
+        let n = 1_234_577;
+        let mut a = Floats::dirty(n);
+        a.fill(3.0);
+        let at = a.as_ptr();
+        drop(a);
+        let b = Floats::zeros(n - 1000);
+        assert_eq!((b.as_ptr(), b.len()), (at, n - 1000));
+        assert!(b.iter().all(|v| *v == 0.0));
+    }
+
+    #[test]
+    fn idle_memory_is_given_back_before_more_is_asked_for() {
+        let mut p = Idle {
+            blocks: BTreeMap::new(),
+            idle: 300,
+            busy: 500,
+            peak: 1000,
+        };
+        p.blocks.insert(100, vec![vec![0.0; 100]; 3]);
+        assert_eq!(p.shrink(200).len(), 0);
+        assert_eq!(p.shrink(350).len(), 2);
+        assert_eq!(p.idle, 100);
+        assert!(p.find(80).is_none() && p.find(90).is_some());
+        assert_eq!(p.idle, 0);
+    }
+}
