@@ -341,8 +341,8 @@ fn a_union_merges_in_part() {
     let (target, rest) = (path("merged"), path("rest"));
     let merge = |adapter: &str, target: &str, more: &[&str]| {
         let fixed = ["merge", "--json", "--model", &base, "--adapter", adapter];
-        let all = fixed.iter().chain(&["--output", target]).chain(more);
-        peft(all.copied())
+        let output = ["--output", target];
+        peft(fixed.iter().chain(&output).chain(more).copied())
     };
     merge(&mixed, &target, &[]).fails(
         1,
