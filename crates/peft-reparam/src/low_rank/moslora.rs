@@ -136,8 +136,7 @@ mod tests {
             .expect("a base");
         let config =
             json!({"peft_type": "MOSLORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"]});
-        let network = attached(base, config, &fields(more)).expect("attaches");
-        network
+        attached(base, config, &fields(more)).expect("attaches")
     }
 
     fn param(network: &Network, suffix: &str) -> Param {
