@@ -3,6 +3,7 @@
 
 use crate::compare::{Check, close, differ, same_bits, size, slopes};
 use crate::descent::descend;
+use crate::members::merges_in_part;
 use crate::state::{base_bits, exported, running_weights, same_tensors, values};
 use crate::subject::{Subject, every_method, example, refused, told};
 use peft::core::{Family, Network, Pass, RngKey, Tensor, entry_for};
@@ -138,6 +139,17 @@ pub fn merging() {
         }
         told("set_active", toy.network.set_active(&[]))?;
         same_bits("the base after unmerge", &s.run(&toy)?, &s.run(&s.toy()?)?)
+    });
+}
+
+/// In a union with a method that merges, what can be merged is, and on the merged base the rest does what it did.
+pub fn unions_merge_what_they_can() {
+    every_method(3, |s| {
+        let partner = json!({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "o_proj"]});
+        let own = s.config()?;
+        // One behind the other, either way.
+        merges_in_part(s, &[partner.clone(), own.clone()], 1)?;
+        merges_in_part(s, &[own, partner], 0)
     });
 }
 
@@ -477,7 +489,7 @@ pub fn the_same_on_every_device() {
 #[macro_export]
 macro_rules! law_suite {
     () => {
-        $crate::law_suite!(@ config_round_trip, identity_at_initialisation_where_promised, initial_values_depend_on_the_seed_alone, merging, export_then_load, loading_is_strict, gradients, training_leaves_the_base_alone, disabling_gives_the_base, two_adapters_side_by_side, the_same_on_every_device);
+        $crate::law_suite!(@ config_round_trip, identity_at_initialisation_where_promised, initial_values_depend_on_the_seed_alone, merging, export_then_load, loading_is_strict, gradients, training_leaves_the_base_alone, unions_merge_what_they_can, disabling_gives_the_base, two_adapters_side_by_side, the_same_on_every_device);
     };
     (@ $($law:ident),*) => {
         $(#[test]

@@ -7,6 +7,7 @@ pub mod compare;
 mod descent;
 pub mod golden;
 pub mod laws;
+pub mod members;
 pub mod state;
 pub mod subject;
 pub mod toy;

@@ -231,3 +231,41 @@ fn skipped_layers_have_no_adapter() {
     assert_eq!(logits(&toy, &Pass::eval()), none);
     assert!(gap(&later, &all) > 1e-4 && gap(&later, &none) > 1e-4);
 }
+
+/// What a merge can take of the hybrids: all of LoRA plus LN tuning, nothing of prefixes, bottlenecks and gates.
+#[test]
+fn hybrids_say_which_members_merge() {
+    for (peft_type, whys) in [
+        ("LORA_LN", &["", ""][..]),
+        ("MAM", &["virtual tokens", "acts on"]),
+        ("UNIPELT", &["virtual tokens", "acts on", "wraps"]),
+    ] {
+        let mut toy = toy(Style::Decoder, false);
+        let config = json!({"peft_type": peft_type});
+        toy.network.attach("one", &config, 1).expect("attaches");
+        let members = toy.network.members("one").expect("attached");
+        assert_eq!(members.len(), whys.len(), "{peft_type}");
+        for (member, why) in members.iter().zip(whys) {
+            let stays = member.stays.as_deref().unwrap_or_default();
+            assert_eq!(stays.is_empty(), why.is_empty(), "{peft_type}: {member:?}");
+            assert!(stays.contains(why), "{peft_type}: {member:?}");
+        }
+        let whole = (0..members.len()).collect::<Vec<_>>();
+        let (_, all) = toy.network.export("one").expect("exports");
+        let (_, kept) = toy.network.export_members("one", &whole).expect("exports");
+        assert!(all.keys().eq(kept.keys()), "{peft_type}");
+    }
+    let mut toy = toy(Style::Decoder, false);
+    let lora = json!({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]});
+    toy.network.attach("plain", &lora, 1).expect("attaches");
+    assert!(toy.network.members("plain").expect("attached").is_empty());
+    let error = toy.network.export_members("plain", &[0]).expect_err("none");
+    assert!(error.to_string().contains("members"), "{error}");
+    let union = json!({"peft_type": "UNION", "bias": "all", "members": [lora]});
+    toy.network.attach("biased", &union, 1).expect("attaches");
+    let error = toy.network.export_members("biased", &[0]);
+    let error = error.expect_err("its own biases").to_string();
+    assert!(error.contains("`bias`"), "{error}");
+    let error = toy.network.export_members("plain", &[7]).expect_err("none");
+    assert!(error.to_string().contains("members"), "{error}");
+}

@@ -237,3 +237,31 @@ impl Adapter for At {
         true
     }
 }
+
+/// The parts of a [`peft_core::PeftMethod`] that a prefix in every layer has; `self.fields` makes it.
+macro_rules! deep_prefix {
+    () => {
+        $crate::virtual_tokens::soft_prompt!();
+
+        fn attach(
+            &self,
+            _site: &peft_core::Site,
+            cx: &mut peft_core::Attach<'_>,
+        ) -> peft_core::Result<Box<dyn peft_core::Adapter>> {
+            self.fields.attach(cx)
+        }
+
+        fn save(&self, params: peft_core::Tensors) -> peft_core::Result<peft_core::Tensors> {
+            self.fields.save(params)
+        }
+
+        fn finish_config(
+            &self,
+            config: &mut peft_core::serde_json::Map<String, peft_core::serde_json::Value>,
+            tree: &peft_core::ModuleTree,
+        ) {
+            self.fields.finish(config, tree);
+        }
+    };
+}
+pub(crate) use deep_prefix;

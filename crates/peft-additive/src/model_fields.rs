@@ -18,6 +18,13 @@ pub struct ModelFields {
     pub num_transformer_submodules: Option<usize>,
 }
 
+/// The one of HF's other fields that a fresh prompt's file has.
+pub(crate) fn kept_for_hf() -> Map<String, Value> {
+    [("modules_to_save".to_owned(), Value::Null)]
+        .into_iter()
+        .collect()
+}
+
 impl ModelFields {
     /// Checks a width that a file states against the model's.
     pub(crate) fn check(&self, width: usize) -> Result<()> {

@@ -46,10 +46,13 @@ impl Phm {
     ) -> Result<Self> {
         let n = fields.phm_dim;
         if n == 0 || inside % n != 0 || out % n != 0 {
+            let both = |n: &usize| inside % n == 0 && out % n == 0;
+            let valid = (1..=inside.min(out)).filter(both).map(|n| n.to_string());
             let detail = format!(
-                "{n} has to divide both sides of `{}.{prefix}`, {inside} and {out}; reduction_factor sets the width of \
-                 the bottleneck",
-                at.path()
+                "{n} has to divide both sides of `{}.{prefix}`, {inside} and {out}: possible are {}; reduction_factor \
+                 sets the width of the bottleneck",
+                at.path(),
+                valid.collect::<Vec<_>>().join(", ")
             );
             return Err(Error::config("phm_dim", detail));
         }

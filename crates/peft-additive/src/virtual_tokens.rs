@@ -35,6 +35,25 @@ pub(crate) fn check_count(cx: &Attach<'_>, field: &str, count: usize) -> Result<
     Err(Error::config(field, format!("{range}; it is {count}")))
 }
 
+/// The parts of a [`peft_core::PeftMethod`] that every method of virtual tokens has: it acts on the model as a whole, which
+/// HF wraps once for it.
+macro_rules! soft_prompt {
+    () => {
+        fn sites(
+            &self,
+            _tree: &peft_core::ModuleTree,
+            _common: &peft_core::Common,
+        ) -> peft_core::Result<Vec<peft_core::Site>> {
+            Ok(vec![peft_core::Site::root()])
+        }
+
+        fn module_prefix(&self) -> &'static str {
+            "base_model."
+        }
+    };
+}
+pub(crate) use soft_prompt;
+
 /// How a prompt's initial values are asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]

@@ -182,7 +182,10 @@ pub(crate) struct Merge {
     /// Largest file, such as 5GB or 500MiB
     #[arg(long, default_value = "5GB", value_parser = size)]
     pub(crate) max_shard_size: u64,
-    /// Replace a checkpoint that is there already
+    /// Folder for an adapter of those members of a union that cannot be merged; without it all have to be
+    #[arg(long)]
+    pub(crate) rest: Option<PathBuf>,
+    /// Replace a checkpoint or a rest that is there already
     #[arg(long)]
     pub(crate) overwrite: bool,
 }

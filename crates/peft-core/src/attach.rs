@@ -48,6 +48,8 @@ pub(crate) struct Placed {
     pub(crate) site: Site,
     pub(crate) adapter: Arc<dyn Adapter>,
     pub(crate) mirrored: bool,
+    /// In front of the keys of what placed it.
+    pub(crate) scope: String,
 }
 
 impl Store {
@@ -168,6 +170,7 @@ impl<'a> Injector<'a> {
                 site: site.clone(),
                 adapter: adapter.clone(),
                 mirrored: false,
+                scope: self.scope.clone(),
             });
         }
         Ok(())
@@ -180,6 +183,7 @@ impl<'a> Injector<'a> {
             site,
             adapter,
             mirrored,
+            scope: self.scope.clone(),
         });
     }
 

@@ -27,6 +27,7 @@ mod param;
 mod registry;
 mod rows;
 mod run;
+mod split;
 mod tokens;
 mod tree;
 
@@ -44,6 +45,7 @@ pub use method::{
 pub use network::Network;
 pub use param::{Init, Param, Tensors};
 pub use registry::{Family, MethodEntry, Parsed, entry_for, known_fields, methods, parse_fields};
+pub use split::Member;
 pub use tokens::TokenRows;
 pub use tree::{ModelFacts, ModuleId, ModuleInfo, ModuleKind, ModuleTree, Site};
 

@@ -71,6 +71,24 @@ pub trait PeftMethod: Send + Sync {
         Ok(params)
     }
 
+    /// Of a composition: its members, each by what stands in front of its keys and its `peft_type`.
+    fn members(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    /// Of a composition: a saved adapter with these of its members alone, in this order.
+    ///
+    /// # Errors
+    /// If there is no such member.
+    fn keep_members(
+        &self,
+        _keep: &[usize],
+        _config: Value,
+        _params: Tensors,
+    ) -> Result<(Value, Tensors)> {
+        Err(crate::Error::config("members", "the method has none"))
+    }
+
     /// In front of a base module's path in a saved key; prompt methods of HF wrap the model once less.
     fn module_prefix(&self) -> &'static str {
         "base_model.model."

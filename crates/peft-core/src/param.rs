@@ -1,7 +1,7 @@
 //! Trainable parameters: live handles to their current value.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use peft_tensor::{Device, RngKey, Tensor};
@@ -18,6 +18,7 @@ pub struct Param(Arc<Inner>);
 struct Inner {
     key: String,
     value: RwLock<Tensor>,
+    changes: AtomicU64,
     trainable: AtomicBool,
     role: Role,
 }
@@ -48,6 +49,7 @@ impl Param {
         Self(Arc::new(Inner {
             key: key.into(),
             value: RwLock::new(value.leaf()),
+            changes: AtomicU64::new(0),
             trainable: AtomicBool::new(!matches!(role, Role::Frozen | Role::Integers)),
             role,
         }))
@@ -110,8 +112,16 @@ impl Param {
             );
             return Err(Error::other(detail));
         }
-        *self.0.value.write().unwrap_or_else(PoisonError::into_inner) = value.leaf();
+        let mut present = self.0.value.write().unwrap_or_else(PoisonError::into_inner);
+        *present = value.leaf();
+        self.0.changes.fetch_add(1, Ordering::Release);
         Ok(())
+    }
+
+    /// How often it was given another value, for what is worked out from a value and kept. Ask before the value is read:
+    /// what is kept is never older than its number then.
+    pub fn changes(&self) -> u64 {
+        self.0.changes.load(Ordering::Acquire)
     }
 
     /// Whether training changes it.

@@ -98,6 +98,15 @@ impl Members {
         let _ = self.attached.set(methods);
     }
 
+    /// What [`PeftMethod::members`] says of them, of which `defaults` are the method's own.
+    pub(crate) fn named(&self, defaults: &Self) -> Vec<(String, String)> {
+        let configs = self.over(defaults).unwrap_or_default();
+        let peft_type = |config: &Value| config["peft_type"].as_str().unwrap_or("?").to_owned();
+        let all = configs.iter().enumerate();
+        all.map(|(i, config)| (scope(i), peft_type(config)))
+            .collect()
+    }
+
     pub(crate) fn methods(&self) -> &[Box<dyn PeftMethod>] {
         self.attached.get().map_or(&[], Vec::as_slice)
     }
@@ -217,6 +226,75 @@ pub(crate) fn listed(config: &Value, defaults: &Members) -> Result<Vec<Value>> {
     };
     given.over(defaults)
 }
+
+/// [`PeftMethod::keep_members`]: the kept are numbered anew, their configurations written out with the defaults of the
+/// places they had.
+///
+/// # Errors
+/// If there is no such member.
+pub(crate) fn kept(
+    keep: &[usize],
+    mut config: Value,
+    mut tensors: Tensors,
+    defaults: &Members,
+) -> Result<(Value, Tensors)> {
+    let all = listed(&config, defaults)?;
+    let mut owned: Vec<Tensors> = (0..all.len())
+        .map(|i| taken(&mut tensors, &scope(i)))
+        .collect();
+    let mut members = Vec::new();
+    for (new, &old) in keep.iter().enumerate() {
+        let (Some(member), Some(own)) = (all.get(old), owned.get_mut(old)) else {
+            let detail = format!("there is no member {old}; there are {}", all.len());
+            return Err(Error::config("members", detail));
+        };
+        members.push(member.clone());
+        let own = std::mem::take(own).into_iter();
+        tensors.extend(own.map(|(k, v)| (format!("{}{k}", scope(new)), v)));
+    }
+    config["members"] = Value::Array(members);
+    Ok((config, tensors))
+}
+
+/// The parts of a [`PeftMethod`] that every composition of `self.members` over `$defaults` has.
+macro_rules! composition {
+    ($defaults:expr) => {
+        fn attach(
+            &self,
+            site: &peft_core::Site,
+            _cx: &mut peft_core::Attach<'_>,
+        ) -> peft_core::Result<Box<dyn peft_core::Adapter>> {
+            let detail = "its members have the adapters";
+            Err(peft_core::Error::module(&site.path, detail))
+        }
+
+        fn trainer(&self) -> Box<dyn peft_core::TrainHooks> {
+            self.members.trainer()
+        }
+
+        fn save(&self, params: peft_core::Tensors) -> peft_core::Result<peft_core::Tensors> {
+            self.members.save(params)
+        }
+
+        fn load(&self, params: peft_core::Tensors) -> peft_core::Result<peft_core::Tensors> {
+            self.members.load(params)
+        }
+
+        fn members(&self) -> Vec<(String, String)> {
+            self.members.named(&$defaults)
+        }
+
+        fn keep_members(
+            &self,
+            keep: &[usize],
+            config: peft_core::serde_json::Value,
+            params: peft_core::Tensors,
+        ) -> peft_core::Result<(peft_core::serde_json::Value, peft_core::Tensors)> {
+            $crate::members::kept(keep, config, params, &$defaults)
+        }
+    };
+}
+pub(crate) use composition;
 
 /// Every member's hooks, in order.
 struct All(Vec<Box<dyn TrainHooks>>);

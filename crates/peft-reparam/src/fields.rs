@@ -3,6 +3,22 @@
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{Error, ModuleKind, ModuleTree, Result, Site};
 
+/// Fields of HF's that decide where a method acts, and `more`, as a fresh configuration has them.
+pub(crate) fn kept_for_hf(more: &Value) -> Map<String, Value> {
+    let mut all = Map::new();
+    for field in [
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "target_modules",
+    ] {
+        all.insert(field.to_owned(), Value::Null);
+    }
+    all.extend(more.as_object().cloned().unwrap_or_default());
+    all
+}
+
 /// Checks that `value` divides `size`, the `what` of a site.
 pub(crate) fn divides(
     field: &str,
@@ -14,16 +30,58 @@ pub(crate) fn divides(
     if value > 0 && size.is_multiple_of(value) {
         return Ok(());
     }
-    let valid: Vec<String> = (1..=size)
-        .filter(|n| size.is_multiple_of(*n))
-        .map(|n| n.to_string())
-        .collect();
     let detail = format!(
         "{value} does not divide the {size} {what} of `{}`; possible are {}",
         site.path,
-        valid.join(", ")
+        listed(size, 1..=size)
     );
     Err(Error::config(field, detail))
+}
+
+fn listed(size: usize, within: std::ops::RangeInclusive<usize>) -> String {
+    let valid: Vec<String> = within
+        .filter(|n| size.is_multiple_of(*n))
+        .map(|n| n.to_string())
+        .collect();
+    valid.join(", ")
+}
+
+/// Number and width of the blocks that a site's `size` columns are cut into, one of which a configuration gives: `count`
+/// as the field of that name, or `width`, the other being 0. Blocks of one column cannot turn.
+pub(crate) fn blocks(
+    (count_field, count): (&str, usize),
+    (width_field, width): (&str, usize),
+    size: usize,
+    site: &Site,
+) -> Result<(usize, usize)> {
+    let (field, value) = match (count, width) {
+        (0, 0) => {
+            let detail = format!("has to be given, or {count_field}, the number of blocks");
+            return Err(Error::config(width_field, detail));
+        }
+        (0, width) => (width_field, width),
+        (count, 0) => (count_field, count),
+        (count, width) => {
+            let detail = format!(
+                "{count} and {width_field} {width} cannot both be given; set the other to 0"
+            );
+            return Err(Error::config(count_field, detail));
+        }
+    };
+    divides(field, value, size, "columns", site)?;
+    let (count, width, valid) = if count == 0 {
+        (size / width, width, listed(size, 2..=size))
+    } else {
+        (count, size / count, listed(size, 1..=size / 2))
+    };
+    if width < 2 {
+        let detail = format!(
+            "{value} cuts the {size} columns of `{}` into blocks of one, which cannot turn; possible are {valid}",
+            site.path
+        );
+        return Err(Error::config(field, detail));
+    }
+    Ok((count, width))
 }
 
 /// The divisor nearest to `value`, the smaller of two: what HF takes for one that does not divide.

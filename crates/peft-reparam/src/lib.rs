@@ -51,6 +51,7 @@
 //! ```
 
 mod budget;
+mod change;
 mod drops;
 pub mod factors;
 mod fastfood;
@@ -65,6 +66,8 @@ mod rotate;
 mod shared_pair;
 mod shifted;
 pub mod structured;
+#[cfg(test)]
+mod testing;
 mod tied;
 mod triplets;
 

@@ -39,6 +39,7 @@
 
 mod fields;
 mod gates;
+mod places;
 mod select;
 mod sparse;
 pub mod structured;

@@ -14,6 +14,7 @@ use peft_core::{
     Tensor, Tensors, TrainData,
 };
 
+use crate::places::{Entries, Places};
 use crate::select::select;
 
 /// Most elements of the sparse product's intermediate result; above, the dense weight is cheaper.
@@ -47,25 +48,13 @@ pub(crate) struct Difference {
     names: Names,
     path: String,
     values: Param,
-    indices: Param,
+    places: Places,
     /// A vector is one row.
     rows: usize,
     cols: usize,
     vector: bool,
     base: BaseWeight,
     key: RngKey,
-}
-
-/// Where the entries are.
-pub(crate) struct Entries {
-    rows: Vec<u32>,
-    cols: Vec<u32>,
-}
-
-impl Entries {
-    fn len(&self) -> usize {
-        self.rows.len()
-    }
 }
 
 impl Difference {
@@ -101,7 +90,7 @@ impl Difference {
 
     /// Whether all entries train, because none were chosen yet.
     pub(crate) fn is_dense(&self) -> bool {
-        self.indices.numel() == 0 && self.size() > 0 && self.values.numel() == self.size()
+        self.places.is_empty() && self.size() > 0 && self.values.numel() == self.size()
     }
 
     /// The base weight's entries, row by row.
@@ -130,30 +119,17 @@ impl Difference {
     }
 
     /// The places, as the file or the choice has them; None while the difference is dense.
-    fn entries(&self) -> Result<Option<Entries>> {
+    fn entries(&self) -> Result<Option<Arc<Entries>>> {
         if self.is_dense() {
             return Ok(None);
         }
-        let all = self.indices.tensor().to_vec()?;
-        let (rows, cols) = all.split_at(all.len() / 2);
-        if rows.len() != self.values.numel() {
-            return Err(self.wrong(counts(self.names, "", self.values.numel(), rows.len())));
+        let found = self.places.entries(self.dims(), |detail| {
+            self.wrong(format!("{}: {detail}", self.names.indices))
+        })?;
+        if found.len() != self.values.numel() {
+            return Err(self.wrong(counts(self.names, "", self.values.numel(), found.len())));
         }
-        let inside = |axis: &[f32], len: usize| -> Result<Vec<u32>> {
-            if let Some(at) = axis
-                .iter()
-                .find(|&&i| !(i >= 0.0 && i < len as f32 && i.fract() == 0.0))
-            {
-                let (rows, cols) = self.dims();
-                let detail = format!("{at} is no place in a weight of {rows} x {cols}");
-                return Err(self.wrong(format!("{}: {detail}", self.names.indices)));
-            }
-            Ok(axis.iter().map(|&i| i as u32).collect())
-        };
-        Ok(Some(Entries {
-            rows: inside(rows, self.rows)?,
-            cols: inside(cols, self.cols)?,
-        }))
+        Ok(Some(found))
     }
 
     /// D, as large as the weight: `[rows, cols]`.
@@ -162,12 +138,7 @@ impl Difference {
         let Some(at) = entries else {
             return Ok(values.reshape(&[self.rows, self.cols])?);
         };
-        let flat: Vec<u32> = at
-            .rows
-            .iter()
-            .zip(&at.cols)
-            .map(|(r, c)| r * self.cols as u32 + c)
-            .collect();
+        let flat = at.flat(self.cols);
         let column = values.reshape(&[at.len(), 1])?;
         Ok(column
             .scatter_rows(&flat, self.size())?
@@ -175,7 +146,7 @@ impl Difference {
     }
 
     /// `x Dᵀ` from the entries alone; what is computed on the way is not kept for the backward pass.
-    fn product(&self, x: &Tensor, at: Entries) -> Result<Tensor> {
+    fn product(&self, x: &Tensor, at: Arc<Entries>) -> Result<Tensor> {
         let mut shape = x.shape().to_vec();
         if let Some(last) = shape.last_mut() {
             *last = self.rows;
@@ -197,14 +168,11 @@ impl Difference {
 
     /// Rows `ids` of D, `[ids, cols]`; None where they are zero.
     fn looked_up(&self, ids: &[u32], at: &Entries) -> Result<Option<Tensor>> {
-        let mut order: Vec<(u32, usize)> = at.rows.iter().copied().zip(0..).collect();
-        order.sort_unstable();
         let (mut which, mut flat) = (Vec::new(), Vec::new());
         for (position, id) in ids.iter().enumerate() {
-            let first = order.partition_point(|(row, _)| row < id);
-            for (_, entry) in order[first..].iter().take_while(|(row, _)| row == id) {
-                which.push(*entry as u32);
-                flat.push((position * self.cols) as u32 + at.cols[*entry]);
+            for entry in at.in_row(*id) {
+                which.push(entry as u32);
+                flat.push((position * self.cols) as u32 + at.cols[entry]);
             }
         }
         if which.is_empty() {
@@ -245,7 +213,7 @@ impl Difference {
             Tensor::zeros(&[self.size()], present.device())?
         };
         let (values, places) = self.picked(&all, flat)?;
-        self.indices.set(places)?;
+        self.places.set(places)?;
         self.values.set(values)?;
         // No gradient ever comes to a tensor without elements.
         self.values.set_trainable(!flat.is_empty());
@@ -255,7 +223,7 @@ impl Difference {
     /// Trains all entries from now on, from 0.
     pub(crate) fn widen(&self) -> Result<()> {
         let device = self.values.tensor().device().clone();
-        self.indices.set(Tensor::zeros(&[2, 0], &device)?)?;
+        self.places.set(Tensor::zeros(&[2, 0], &device)?)?;
         self.values.set(Tensor::zeros(&[self.size()], &device)?)
     }
 
@@ -305,7 +273,7 @@ impl Adapter for At {
         if entries.as_ref().is_some_and(|e| e.len() == 0) {
             return Ok(Some(w.clone()));
         }
-        let change = self.0.dense(entries.as_ref())?.reshape(w.shape())?;
+        let change = self.0.dense(entries.as_deref())?.reshape(w.shape())?;
         Ok(Some(w.add(&change)?))
     }
 
@@ -339,7 +307,9 @@ impl Adapter for At {
             return Ok(None);
         }
         let entries = self.0.entries()?;
-        Ok(Some(call.x()?.matmul_t(&self.0.dense(entries.as_ref())?)?))
+        Ok(Some(
+            call.x()?.matmul_t(&self.0.dense(entries.as_deref())?)?,
+        ))
     }
 }
 
@@ -421,7 +391,7 @@ impl Shared<Difference> {
             names,
             path: site.path.clone(),
             values: cx.ragged(names.values, &[start], &Init::Zeros)?,
-            indices: cx.integers(names.indices, &[2, 0], &Init::Zeros)?,
+            places: Places::new(cx.integers(names.indices, &[2, 0], &Init::Zeros)?),
             rows,
             cols,
             vector: site.kind == ModuleKind::Norm,
@@ -513,12 +483,7 @@ impl Shared<Difference> {
             if let (Some(dense), Some(at)) = (dense, d.entries()?)
                 && at.len() > 0
             {
-                let flat: Vec<u32> = at
-                    .rows
-                    .iter()
-                    .zip(&at.cols)
-                    .map(|(r, c)| r * d.cols as u32 + c)
-                    .collect();
+                let flat = at.flat(d.cols);
                 grads.set(&d.values.tensor(), d.picked(&dense, &flat)?.0);
             }
         }

@@ -137,3 +137,40 @@ fn files_that_do_not_fit() {
         );
     }
 }
+
+/// What is kept of the places is dropped when they change: 1 at (0, 0), then 1 at (2, 3), then a place that is none.
+#[test]
+fn places_that_change() {
+    let network = network();
+    let params = network.adapter_parameters("a").expect("there");
+    let param = |name: &str| {
+        let found = params.iter().find(|p| p.key().ends_with(name));
+        found.expect("there").clone()
+    };
+    let (entries, places) = (param("fc.sparse_values"), param("fc.sparse_indices"));
+    let tensor = |values: &[f32], shape: &[usize]| {
+        Tensor::from_vec(values.to_vec(), shape, network.device()).expect("a tensor")
+    };
+    let x: Vec<f32> = (0..COLS).map(|i| i as f32 + 1.0).collect();
+    let x = tensor(&x, &[1, COLS]);
+    entries.set(tensor(&[0.0], &[1])).expect("fits");
+    places.set(tensor(&[0.0, 0.0], &[2, 1])).expect("fits");
+    let base = values(&network.run("fc", &x, &Pass::eval()).expect("runs"));
+    entries.set(tensor(&[1.0], &[1])).expect("fits");
+    for (row, col) in [(0, 0), (2, 3), (2, 3)] {
+        places
+            .set(tensor(&[row as f32, col as f32], &[2, 1]))
+            .expect("fits");
+        for _ in 0..2 {
+            let y = values(&network.run("fc", &x, &Pass::eval()).expect("runs"));
+            let mut want = base.clone();
+            want[row] += col as f32 + 1.0;
+            close(&y, &want);
+        }
+    }
+    places
+        .set(tensor(&[0.0, COLS as f32], &[2, 1]))
+        .expect("fits");
+    let error = network.run("fc", &x, &Pass::eval()).expect_err("refused");
+    assert!(error.to_string().contains("64 is no place"), "{error}");
+}

@@ -203,6 +203,7 @@ struct Unit {
 }
 
 struct Moved {
+    /// For the first tokens; for both with tied weights.
     first: Option<Unit>,
     last: Option<Unit>,
     activation: Option<Activation>,
@@ -219,6 +220,7 @@ impl Moved {
             .filter(|t| t.batch == batch && t.seq == seq);
         let (mut first, mut last) = (Vec::new(), Vec::new());
         for row in 0..batch {
+            // The row's tokens in this call, and how many it had in calls before: padding is neither.
             let (span, seen) = match tokens {
                 Some(t) => {
                     let cached = t.mask.as_ref().map_or(t.seen, |mask| {
@@ -236,6 +238,7 @@ impl Moved {
             let to = span
                 .len()
                 .min(self.fields.prefix_positions.saturating_sub(seen));
+            // The last tokens of a text are those of its first call.
             let from = match seen {
                 0 => span.len().saturating_sub(self.fields.suffix_positions),
                 _ => span.len(),

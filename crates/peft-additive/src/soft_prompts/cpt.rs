@@ -31,14 +31,14 @@ use std::sync::{Arc, OnceLock};
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
-    Adapter, Attach, Common, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, PromptLabel,
-    Result, Site, Tensor, Tensors, TrainCx, TrainHooks, register,
+    Adapter, Attach, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, PromptLabel, Result,
+    Site, Tensor, Tensors, TrainCx, TrainHooks, register,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::ModelFields;
 use crate::balls::{movable, projected};
-use crate::virtual_tokens::{PROMPT, check_count, check_ids, word_table};
+use crate::virtual_tokens::{PROMPT, check_count, check_ids, soft_prompt, word_table};
 
 /// CPT's fields of `adapter_config.json`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -204,9 +204,7 @@ impl Cpt {
 }
 
 impl PeftMethod for Cpt {
-    fn sites(&self, _tree: &ModuleTree, _common: &Common) -> Result<Vec<Site>> {
-        Ok(vec![Site::root()])
-    }
+    soft_prompt!();
 
     fn attach(&self, _site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         let (count, dim) = (self.ids().len(), cx.tree().facts().hidden_size);
@@ -240,10 +238,6 @@ impl PeftMethod for Cpt {
             params.insert(PROMPT.to_owned(), moved);
         }
         Ok(params)
-    }
-
-    fn module_prefix(&self) -> &'static str {
-        "base_model."
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {

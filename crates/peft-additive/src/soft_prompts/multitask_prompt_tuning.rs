@@ -29,12 +29,13 @@
 
 use peft_core::serde_json::{Map, Value};
 use peft_core::{
-    Adapter, Attach, Common, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, Result, Site,
-    Tensor, Tensors, register,
+    Adapter, Attach, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, Result, Site, Tensor,
+    Tensors, register,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::virtual_tokens::{PROMPT, check_count};
+use crate::model_fields::kept_for_hf;
+use crate::virtual_tokens::{PROMPT, check_count, soft_prompt};
 use crate::{ModelFields, PromptStart};
 
 /// Multitask prompt tuning's fields of `adapter_config.json`.
@@ -72,9 +73,7 @@ impl Default for MultitaskPromptTuning {
             num_ranks: 1,
             num_tasks: 1,
             model: ModelFields::default(),
-            others: [("modules_to_save".to_owned(), Value::Null)]
-                .into_iter()
-                .collect(),
+            others: kept_for_hf(),
         }
     }
 }
@@ -194,9 +193,7 @@ fn one_task(value: &Tensor, task: usize) -> Result<Tensor> {
 }
 
 impl PeftMethod for MultitaskPromptTuning {
-    fn sites(&self, _tree: &ModuleTree, _common: &Common) -> Result<Vec<Site>> {
-        Ok(vec![Site::root()])
-    }
+    soft_prompt!();
 
     fn attach(&self, _site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         let (count, hidden) = (self.num_virtual_tokens, cx.tree().facts().hidden_size);
@@ -220,10 +217,6 @@ impl PeftMethod for MultitaskPromptTuning {
             count,
             tasks: self.num_tasks,
         }))
-    }
-
-    fn module_prefix(&self) -> &'static str {
-        "base_model."
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {

@@ -30,14 +30,15 @@ use std::collections::BTreeMap;
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
-    Adapter, Attach, Common, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, PromptPlace,
-    Result, RngKey, Site, Tensor, Tensors, register,
+    Adapter, Attach, Error, Init, ModuleTree, Param, PeftMethod, PromptCx, PromptPlace, Result,
+    RngKey, Site, Tensor, Tensors, register,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::ModelFields;
 use crate::lstm::BiLstm;
-use crate::virtual_tokens::{PROMPT, Prompt, check_count};
+use crate::model_fields::kept_for_hf;
+use crate::virtual_tokens::{PROMPT, Prompt, check_count, soft_prompt};
 
 /// P-Tuning's fields of `adapter_config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -70,9 +71,7 @@ impl Default for PTuning {
             encoder_num_layers: 2,
             encoder_dropout: 0.0,
             model: ModelFields::default(),
-            others: [("modules_to_save".to_owned(), Value::Null)]
-                .into_iter()
-                .collect(),
+            others: kept_for_hf(),
         }
     }
 }
@@ -143,9 +142,7 @@ impl PTuning {
 }
 
 impl PeftMethod for PTuning {
-    fn sites(&self, _tree: &ModuleTree, _common: &Common) -> Result<Vec<Site>> {
-        Ok(vec![Site::root()])
-    }
+    soft_prompt!();
 
     fn attach(&self, _site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         let (count, dim) = (self.num_virtual_tokens, cx.tree().facts().hidden_size);
@@ -173,10 +170,6 @@ impl PeftMethod for PTuning {
             params.insert(PROMPT.to_owned(), prompt);
         }
         Ok(params)
-    }
-
-    fn module_prefix(&self) -> &'static str {
-        "base_model."
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {

@@ -22,11 +22,11 @@
 //! With `prefix_projection` the file holds the evaluated prefix only, as HF's does; training checkpoints keep the
 //! projection.
 
-use peft_core::serde_json::{Map, Value};
-use peft_core::{Adapter, Attach, Common, ModuleTree, PeftMethod, Result, Site, Tensors, register};
+use peft_core::{PeftMethod, register};
 use serde::{Deserialize, Serialize};
 
 use crate::PrefixFields;
+use crate::deep_prefix::deep_prefix;
 
 /// Prefix tuning's fields of `adapter_config.json`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -52,25 +52,7 @@ register!(
 );
 
 impl PeftMethod for PrefixTuning {
-    fn sites(&self, _tree: &ModuleTree, _common: &Common) -> Result<Vec<Site>> {
-        Ok(vec![Site::root()])
-    }
-
-    fn attach(&self, _site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
-        self.fields.attach(cx)
-    }
-
-    fn save(&self, params: Tensors) -> Result<Tensors> {
-        self.fields.save(params)
-    }
-
-    fn module_prefix(&self) -> &'static str {
-        "base_model."
-    }
-
-    fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {
-        self.fields.finish(config, tree);
-    }
+    deep_prefix!();
 }
 
 #[cfg(test)]

@@ -28,11 +28,12 @@
 
 use peft_core::serde_json::{Map, Value};
 use peft_core::{
-    Adapter, Attach, Common, Error, ModuleTree, PeftMethod, PromptPlace, Result, Site, register,
+    Adapter, Attach, Error, ModuleTree, PeftMethod, PromptPlace, Result, Site, register,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::virtual_tokens::{PROMPT, Prompt, check_count};
+use crate::model_fields::kept_for_hf;
+use crate::virtual_tokens::{PROMPT, Prompt, check_count, soft_prompt};
 use crate::{ModelFields, PromptStart};
 
 /// Prompt tuning's fields of `adapter_config.json`.
@@ -61,9 +62,7 @@ impl Default for PromptTuning {
             prompt_place: PLACES[0].to_owned(),
             start: PromptStart::default(),
             model: ModelFields::default(),
-            others: [("modules_to_save".to_owned(), Value::Null)]
-                .into_iter()
-                .collect(),
+            others: kept_for_hf(),
         }
     }
 }
@@ -87,9 +86,7 @@ register!(
 );
 
 impl PeftMethod for PromptTuning {
-    fn sites(&self, _tree: &ModuleTree, _common: &Common) -> Result<Vec<Site>> {
-        Ok(vec![Site::root()])
-    }
+    soft_prompt!();
 
     fn attach(&self, _site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         let (count, hidden) = (self.num_virtual_tokens, cx.tree().facts().hidden_size);
@@ -100,10 +97,6 @@ impl PeftMethod for PromptTuning {
             tokens: cx.bare(PROMPT, &[count, hidden], &init)?,
             place: self.place(&cx.tree().facts().model_type)?,
         }))
-    }
-
-    fn module_prefix(&self) -> &'static str {
-        "base_model."
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {

@@ -16,6 +16,7 @@ pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
         dtype: args.dtype,
         max_shard_size: args.max_shard_size,
         overwrite: args.overwrite,
+        rest: args.rest.clone(),
     };
     let mut bar: Option<Progress> = None;
     let report = ops::merge(
@@ -38,7 +39,7 @@ pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
     if out.json {
         return out.value(&json!({
             "output": report.folder, "tensors": report.tensors, "changed_modules": report.changed,
-            "bytes": report.bytes, "files": report.files, "untied": report.untied, "notes": report.notes,
+            "bytes": report.bytes, "files": report.files, "untied": report.untied, "rest": report.rest, "notes": report.notes,
             "seconds": begun.elapsed().as_secs_f64(),
         }));
     }
@@ -51,6 +52,12 @@ pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
         bytes(report.bytes),
         seconds(begun.elapsed().as_secs_f64()),
     ));
+    if let Some(rest) = &report.rest {
+        out.note(&format!(
+            "what could not be merged is an adapter for it: {}",
+            rest.display()
+        ));
+    }
     out.note(&format!(
         "next: peft inspect --model {}",
         shell_word(&report.folder.display().to_string())

@@ -313,6 +313,75 @@ fn stacked_adapters_merge_as_they_run() {
     assert!(gap(&merged.1, &stacked.1) < CLOSE);
 }
 
+/// A union of what merges and what does not: an error that tells them apart, then a merged model and a smaller union that
+/// together are the union.
+#[test]
+fn a_union_merges_in_part() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = |name: &str| text(temp.path().join(name));
+    let base = model("llama");
+    let case = goldens().join("cases/llama-qv/case.json");
+    let out = temp.path().join("l.safetensors");
+    let lora = json!({
+        "peft_type": "LORA", "r": 2, "init_lora_weights": false, "target_modules": ["q_proj", "down_proj"]
+    });
+    let prefix = json!({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3});
+    let make = |name: &str, config: &Value| {
+        let (file, folder) = (temp.path().join(format!("{name}.json")), path(name));
+        write(&file, &config.to_string());
+        let file = text(&file);
+        peft([
+            "init", "--model", &base, "--config", &file, "--output", &folder,
+        ])
+        .ok();
+        folder
+    };
+    let union = |members: &[&Value]| json!({"peft_type": "UNION", "members": members});
+    let mixed = make("mixed", &union(&[&prefix, &lora]));
+    let (target, rest) = (path("merged"), path("rest"));
+    let merge = |adapter: &str, target: &str, more: &[&str]| {
+        let fixed = ["merge", "--json", "--model", &base, "--adapter", adapter];
+        let output = ["--output", target];
+        peft(fixed.iter().chain(&output).chain(more).copied())
+    };
+    merge(&mixed, &target, &[]).fails(
+        1,
+        &[
+            "member 0 (PREFIX_TUNING) stays",
+            "member 1 (LORA) can be merged",
+            "rest",
+        ],
+    );
+    assert!(!temp.path().join("merged").exists());
+    merge(&mixed, &target, &["--rest", &target]).fails(1, &["rest", "another folder"]);
+    let report = merge(&mixed, &target, &["--rest", &rest]).json();
+    assert_eq!(report["rest"], json!(rest));
+    let config = read_json(temp.path().join("rest/adapter_config.json"));
+    assert_eq!(config["members"], json!([prefix]));
+    assert_eq!(config["base_model_name_or_path"], json!(target));
+    let adapted = logits(&["--model", &base, "--adapter", &mixed], &case, &out).unwrap();
+    let parted = logits(&["--model", &target, "--adapter", &rest], &case, &out).unwrap();
+    assert!(gap(&parted.1, &adapted.1) < CLOSE);
+    for alone in [
+        logits(&["--model", &target], &case, &out),
+        logits(&["--model", &base, "--adapter", &rest], &case, &out),
+    ] {
+        assert!(gap(&alone.unwrap().1, &adapted.1) > 10.0 * CLOSE);
+    }
+    merge(&mixed, &path("again"), &["--rest", &rest]).fails(1, &["already holds an adapter"]);
+
+    let both = make("both", &union(&[&lora]));
+    let report = merge(&both, &path("whole"), &["--rest", &path("nothing")]).json();
+    assert_eq!(report["rest"], Value::Null);
+    assert!(report["notes"][0].as_str().unwrap().contains("no rest"));
+    assert!(!temp.path().join("nothing").exists());
+    let none = make("none", &json!({"peft_type": "MAM"}));
+    merge(&none, &path("m"), &["--rest", &path("r")]).fails(
+        1,
+        &["member 0", "member 1", "none of its members can be merged"],
+    );
+}
+
 #[test]
 fn an_unknown_architecture_merges_by_names() {
     let temp = tempfile::tempdir().unwrap();

@@ -21,12 +21,10 @@
 //! # Limits
 //! None of its own.
 
-use peft_core::{
-    Adapter, Attach, Error, Injector, PeftMethod, Result, Site, Tensors, TrainHooks, register,
-};
+use peft_core::{Injector, PeftMethod, Result, register};
 use serde::{Deserialize, Serialize};
 
-use crate::members::Members;
+use crate::members::{Members, composition};
 
 /// LoRA plus LN tuning's fields of `adapter_config.json`.
 #[derive(Serialize, Deserialize)]
@@ -64,21 +62,7 @@ impl PeftMethod for LoraLn {
         self.members.inject(&self.members.over(&defaults())?, cx)
     }
 
-    fn attach(&self, site: &Site, _cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
-        Err(Error::module(&site.path, "its members have the adapters"))
-    }
-
-    fn trainer(&self) -> Box<dyn TrainHooks> {
-        self.members.trainer()
-    }
-
-    fn save(&self, params: Tensors) -> Result<Tensors> {
-        self.members.save(params)
-    }
-
-    fn load(&self, params: Tensors) -> Result<Tensors> {
-        self.members.load(params)
-    }
+    composition!(defaults());
 }
 
 #[cfg(test)]

@@ -23,12 +23,10 @@
 //! Cannot be merged.
 
 use peft_core::hub::Hub;
-use peft_core::{
-    Adapter, Attach, Error, Injector, PeftMethod, Result, Site, Tensors, TrainHooks, register,
-};
+use peft_core::{Error, Injector, PeftMethod, Result, register};
 use serde::{Deserialize, Serialize};
 
-use crate::members::{self, Members};
+use crate::members::{self, Members, composition};
 
 /// MAM's fields of `adapter_config.json`.
 #[derive(Serialize, Deserialize)]
@@ -78,21 +76,7 @@ impl PeftMethod for Mam {
         self.members.inject(&self.members.over(&defaults())?, cx)
     }
 
-    fn attach(&self, site: &Site, _cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
-        Err(Error::module(&site.path, "its members have the adapters"))
-    }
-
-    fn trainer(&self) -> Box<dyn TrainHooks> {
-        self.members.trainer()
-    }
-
-    fn save(&self, params: Tensors) -> Result<Tensors> {
-        self.members.save(params)
-    }
-
-    fn load(&self, params: Tensors) -> Result<Tensors> {
-        self.members.load(params)
-    }
+    composition!(defaults());
 }
 
 #[cfg(test)]

@@ -18,16 +18,15 @@
 //! written.
 //!
 //! # Limits
-//! Merges if all members can be merged.
+//! `peft merge` takes the members that can be merged, and with `--rest FOLDER` writes the others there as a smaller union
+//! for the merged model; without, all have to. A member that acts around one that stays, on one module, stays too.
 
 use peft_core::hub::Hub;
 use peft_core::serde_json::json;
-use peft_core::{
-    Adapter, Attach, Error, Injector, PeftMethod, Result, Site, Tensors, TrainHooks, register,
-};
+use peft_core::{Injector, PeftMethod, Result, register};
 use serde::{Deserialize, Serialize};
 
-use crate::members::{self, Members};
+use crate::members::{self, Members, composition};
 
 /// A union's fields of `adapter_config.json`.
 #[derive(Default, Serialize, Deserialize)]
@@ -66,27 +65,11 @@ register!(
 
 impl PeftMethod for Union {
     fn inject(&self, cx: &mut Injector<'_>) -> Result<()> {
-        self.members.inject(&self.members.configs, cx)
+        self.members
+            .inject(&self.members.over(&Members::default())?, cx)
     }
 
-    fn attach(&self, site: &Site, _cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
-        Err(Error::module(
-            &site.path,
-            "a union has no adapter of its own",
-        ))
-    }
-
-    fn trainer(&self) -> Box<dyn TrainHooks> {
-        self.members.trainer()
-    }
-
-    fn save(&self, params: Tensors) -> Result<Tensors> {
-        self.members.save(params)
-    }
-
-    fn load(&self, params: Tensors) -> Result<Tensors> {
-        self.members.load(params)
-    }
+    composition!(Members::default());
 }
 
 #[cfg(test)]

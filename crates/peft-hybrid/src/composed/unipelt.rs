@@ -29,13 +29,12 @@ use std::sync::Arc;
 use peft_core::hub::{self, Hub, HubModel};
 use peft_core::serde_json::{Value, json};
 use peft_core::{
-    Adapter, Attach, Error, Injector, ModuleKind, PeftMethod, Result, Site, Tensors, TrainHooks,
-    register,
+    Adapter, Error, Injector, ModuleKind, PeftMethod, Result, Site, Tensors, register,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::gate::{Gate, Gated, GatedPrefix};
-use crate::members::{self, Members, scope, taken};
+use crate::members::{self, Members, composition, scope, taken};
 
 /// UniPELT's fields of `adapter_config.json`.
 #[derive(Serialize, Deserialize)]
@@ -107,21 +106,7 @@ impl PeftMethod for UniPelt {
         Ok(())
     }
 
-    fn attach(&self, site: &Site, _cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
-        Err(Error::module(&site.path, "its members have the adapters"))
-    }
-
-    fn trainer(&self) -> Box<dyn TrainHooks> {
-        self.members.trainer()
-    }
-
-    fn save(&self, params: Tensors) -> Result<Tensors> {
-        self.members.save(params)
-    }
-
-    fn load(&self, params: Tensors) -> Result<Tensors> {
-        self.members.load(params)
-    }
+    composition!(defaults());
 }
 
 impl UniPelt {

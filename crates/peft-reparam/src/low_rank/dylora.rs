@@ -166,14 +166,13 @@ mod tests {
     use peft_core::serde_json::json;
     use peft_core::{Base, Network, Pass};
 
+    use crate::testing::{attached, fields};
+
     fn network(more: &[(&str, Value)]) -> Result<Network> {
         let base = Base::custom().linear("fc", array![[1.0, 2.0], [3.0, 4.0]], None)?;
-        let mut network = Network::new(base);
-        let mut config =
+        let config =
             json!({"peft_type": "DYLORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"]});
-        more.iter()
-            .for_each(|(field, value)| config[*field] = value.clone());
-        network.attach("a", &config, 3)?;
+        let network = attached(base, config, &fields(more))?;
         let set = |suffix: &str, values: Array2<f32>| {
             let mut all = network.parameters().into_iter();
             let param = all

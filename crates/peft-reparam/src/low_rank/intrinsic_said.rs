@@ -30,11 +30,12 @@ use std::sync::OnceLock;
 
 use peft_core::serde_json::Value;
 use peft_core::{
-    Adapter, Attach, Call, Error, Init, Injector, Param, PeftMethod, Result, RngKey, Site, Tensor,
+    Adapter, Attach, Error, Init, Injector, Param, PeftMethod, Result, RngKey, Site, Tensor,
     register,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::change::{Change, Plus};
 use crate::fastfood::Fastfood;
 
 /// The fields of `adapter_config.json`.
@@ -101,16 +102,17 @@ impl PeftMethod for Said {
     }
 
     fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
+        // As if this were the only module, for a caller that attaches sites by itself.
         let alone = self.intrinsic_dimension.saturating_sub(1).max(1);
         let length = self.theta.get().copied().unwrap_or(alone);
         let (out, inside) = (site.out_features, site.in_features);
         let key = RngKey::new(self.projection_prng_key).fork(&site.path);
-        Ok(Box::new(Subspace {
+        Ok(Box::new(Plus(Subspace {
             theta: cx.shared("said_theta", &[length], &Init::Zeros)?,
             lambda: cx.param("said_lambda", &[1], &Init::Constant(1.0))?,
             projection: Fastfood::new(length, out * inside, key, &cx.device())?,
             shape: [out, inside],
-        }))
+        })))
     }
 }
 
@@ -123,29 +125,10 @@ struct Subspace {
     shape: [usize; 2],
 }
 
-impl Subspace {
-    /// The weight's change, `[out, in]`.
-    fn delta(&self) -> Result<Tensor> {
+impl Change for Subspace {
+    fn dense(&self) -> Result<Tensor> {
         let moved = self.projection.apply(&self.theta.tensor())?;
         Ok(moved.mul(&self.lambda.tensor())?.reshape(&self.shape)?)
-    }
-
-    fn change(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.x()?.matmul_t(&self.delta()?)?)
-    }
-}
-
-impl Adapter for Subspace {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(w.add(&self.delta()?)?))
-    }
-
-    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.base()?.add(&self.change(call)?)?)
-    }
-
-    fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
-        self.change(call).map(Some)
     }
 }
 

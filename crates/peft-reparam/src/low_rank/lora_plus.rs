@@ -249,14 +249,13 @@ mod tests {
     use peft_core::ndarray::array;
     use peft_core::{Base, Network};
 
+    use crate::testing::{attached, fields};
+
     fn network(more: &[(&str, Value)]) -> Result<Network> {
         let base = Base::custom().linear("fc", array![[1.0, 2.0], [3.0, 4.0]], None)?;
-        let mut network = Network::new(base);
-        let mut config =
+        let config =
             json!({"peft_type": "LORA", "r": 1, "loraplus_lr_ratio": 4, "target_modules": ["fc"]});
-        more.iter()
-            .for_each(|(field, value)| config[*field] = value.clone());
-        network.attach("a", &config, 0)?;
+        let network = attached(base, config, &fields(more))?;
         Ok(network)
     }
 

@@ -128,17 +128,15 @@ mod tests {
     use peft_core::serde_json::{Value, json};
     use peft_core::{Base, Network, Param, Pass, Tensor};
 
+    use crate::testing::{attached, fields};
+
     fn network(more: &[(&str, Value)]) -> Network {
         let base = Base::custom()
             .linear("fc", array![[1.0, 2.0], [3.0, 4.0]], None)
             .expect("a base");
-        let mut network = Network::new(base);
-        let mut config =
+        let config =
             json!({"peft_type": "MOSLORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"]});
-        more.iter()
-            .for_each(|(field, value)| config[*field] = value.clone());
-        network.attach("a", &config, 3).expect("attaches");
-        network
+        attached(base, config, &fields(more)).expect("attaches")
     }
 
     fn param(network: &Network, suffix: &str) -> Param {

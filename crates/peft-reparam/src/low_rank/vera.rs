@@ -34,6 +34,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::change::{Change, Plus};
 use crate::fields;
 
 /// VeRA's fields of `adapter_config.json`.
@@ -151,6 +152,7 @@ impl PeftMethod for Vera {
     }
 
     fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
+        // As if this were the only module, for a caller that attaches sites by itself.
         let alone;
         let drawn = match self.drawn.get() {
             Some(drawn) => drawn,
@@ -165,7 +167,7 @@ impl PeftMethod for Vera {
         } else {
             (Init::Constant(1.0), Init::Normal { std: 1.0 })
         };
-        Ok(Box::new(Scaled {
+        Ok(Box::new(Plus(Scaled {
             a,
             b,
             lambda_b: cx.param("vera_lambda_b", &[site.out_features], &lambda_b)?,
@@ -173,7 +175,7 @@ impl PeftMethod for Vera {
             inside: site.in_features,
             out: site.out_features,
             dropout: self.vera_dropout,
-        }))
+        })))
     }
 
     fn load(&self, mut params: Tensors) -> Result<Tensors> {
@@ -217,29 +219,20 @@ impl Scaled {
         }
         Ok((a, b))
     }
+}
 
-    fn change(&self, call: &Call<'_>) -> Result<Tensor> {
+impl Change for Scaled {
+    fn dense(&self) -> Result<Tensor> {
+        let (a, b) = self.slices()?;
+        let rows = self.lambda_b.tensor().reshape(&[self.out, 1])?;
+        Ok(b.mul(&rows)?.mul(&self.lambda_d.tensor())?.matmul(&a)?)
+    }
+
+    fn applied(&self, call: &Call<'_>) -> Result<Tensor> {
         let (a, b) = self.slices()?;
         let inner = call.dropout(call.x()?, self.dropout)?.matmul_t(&a)?;
         let outer = inner.mul(&self.lambda_d.tensor())?.matmul_t(&b)?;
         Ok(outer.mul(&self.lambda_b.tensor())?)
-    }
-}
-
-impl Adapter for Scaled {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        let (a, b) = self.slices()?;
-        let rows = self.lambda_b.tensor().reshape(&[self.out, 1])?;
-        let change = b.mul(&rows)?.mul(&self.lambda_d.tensor())?.matmul(&a)?;
-        Ok(Some(w.add(&change)?))
-    }
-
-    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.base()?.add(&self.change(call)?)?)
-    }
-
-    fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
-        self.change(call).map(Some)
     }
 }
 

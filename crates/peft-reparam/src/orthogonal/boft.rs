@@ -29,7 +29,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{divides, fan_in_fan_out, probability};
+use crate::fields::{blocks, fan_in_fan_out, kept_for_hf, probability};
 use crate::rotate::{cayley, drop_blocks, rotate};
 
 /// BOFT's fields of `adapter_config.json`.
@@ -53,17 +53,13 @@ pub struct Boft {
 
 impl Default for Boft {
     fn default() -> Self {
-        let others = json!({
-            "bias": "none", "exclude_modules": null, "fan_in_fan_out": false, "layers_pattern": null,
-            "layers_to_transform": null, "modules_to_save": null, "target_modules": null
-        });
         Self {
             boft_block_size: 4,
             boft_block_num: 0,
             boft_n_butterfly_factor: 1,
             boft_dropout: 0.0,
             init_weights: true,
-            others: others.as_object().cloned().unwrap_or_default(),
+            others: kept_for_hf(&json!({"bias": "none", "fan_in_fan_out": false})),
         }
     }
 }
@@ -82,31 +78,9 @@ register!(
 impl Boft {
     /// Number and width of the blocks.
     fn blocks(&self, site: &Site) -> Result<(usize, usize)> {
-        let size = site.in_features;
-        let (count, width) = match (self.boft_block_num, self.boft_block_size) {
-            (0, 0) => {
-                let detail = "has to be given, or boft_block_num";
-                return Err(Error::config("boft_block_size", detail));
-            }
-            (0, width) => {
-                divides("boft_block_size", width, size, "inputs", site)?;
-                (size / width, width)
-            }
-            (count, 0) => {
-                divides("boft_block_num", count, size, "inputs", site)?;
-                (count, size / count)
-            }
-            (count, width) => {
-                let detail = format!(
-                    "{count} and boft_block_size {width} cannot both be given; set the other to 0"
-                );
-                return Err(Error::config("boft_block_num", detail));
-            }
-        };
-        if width < 2 {
-            let detail = format!("blocks of one input at `{}` cannot turn", site.path);
-            return Err(Error::config("boft_block_size", detail));
-        }
+        let number = ("boft_block_num", self.boft_block_num);
+        let size = ("boft_block_size", self.boft_block_size);
+        let (count, width) = blocks(number, size, site.in_features, site)?;
         // A factor more needs twice as many blocks to bring together, and blocks that have halves.
         let most = if width.is_multiple_of(2) {
             1 + count.trailing_zeros() as usize
@@ -230,16 +204,13 @@ mod tests {
     use peft_core::serde_json::{Value, json};
     use peft_core::{Base, Network, Pass, Result, Tensor};
 
+    use crate::testing::attached;
+
     fn network(size: usize, fields: Value) -> Result<Network> {
         let bias = Some(peft_core::ndarray::Array1::from_elem(size, 0.5));
         let base = Base::custom().linear("fc", Array2::eye(size), bias)?;
-        let mut config = json!({"peft_type": "BOFT", "target_modules": ["fc"]});
-        for (field, value) in fields.as_object().expect("fields") {
-            config[field] = value.clone();
-        }
-        let mut network = Network::new(base);
-        network.attach("a", &config, 0)?;
-        Ok(network)
+        let config = json!({"peft_type": "BOFT", "target_modules": ["fc"]});
+        attached(base, config, &fields)
     }
 
     /// Quarter turns: S = [[0, 1], [-1, 0]] (half of the stored difference) gives R = [[0, -1], [1, 0]], so that
@@ -296,6 +267,17 @@ mod tests {
             (
                 json!({"boft_n_butterfly_factor": 0}),
                 ["boft_n_butterfly_factor", "`fc`"],
+            ),
+            (
+                json!({"boft_block_size": 1}),
+                [
+                    "boft_block_size",
+                    "`fc` into blocks of one, which cannot turn; possible are 2, 3, 4, 6, 12",
+                ],
+            ),
+            (
+                json!({"boft_block_size": 0, "boft_block_num": 12}),
+                ["boft_block_num", "possible are 1, 2, 3, 4, 6"],
             ),
         ] {
             let Err(error) = network(12, fields) else {

@@ -85,7 +85,9 @@ impl PeftMethod for Hra {
         let fresh = !cx.common().inference_mode;
         if paired && fresh && !r.is_multiple_of(2) {
             let detail = format!(
-                "{r} reflections cannot start as the identity; take an even number, or init_weights = false"
+                "{r} reflections at `{}` cannot start as the identity; possible are even numbers up to {inside}, or any \
+                 up to there with init_weights = false",
+                site.path
             );
             return Err(Error::config("r", detail));
         }

@@ -36,7 +36,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{divides, fan_in_fan_out, finite, nearest_divisor, probability};
+use crate::fields::{blocks, fan_in_fan_out, finite, kept_for_hf, nearest_divisor, probability};
 use crate::rotate::{bring_back, cayley, drop_blocks, neumann, rotate, skew};
 
 /// OFT's fields of `adapter_config.json`.
@@ -70,10 +70,6 @@ pub struct Oft {
 
 impl Default for Oft {
     fn default() -> Self {
-        let others = json!({
-            "bias": "none", "exclude_modules": null, "fan_in_fan_out": false, "layers_pattern": null,
-            "layers_to_transform": null, "modules_to_save": null, "target_modules": null
-        });
         Self {
             r: 0,
             oft_block_size: 32,
@@ -84,7 +80,7 @@ impl Default for Oft {
             use_cayley_neumann: true,
             num_cayley_neumann_terms: 5,
             init_weights: true,
-            others: others.as_object().cloned().unwrap_or_default(),
+            others: kept_for_hf(&json!({"bias": "none", "fan_in_fan_out": false})),
             bounded: Bounded::default(),
         }
     }
@@ -112,43 +108,24 @@ impl Oft {
             let detail = "has to be at least 2: one term is the identity";
             return Err(Error::config("num_cayley_neumann_terms", detail));
         }
-        match (self.r, self.oft_block_size) {
-            (0, 0) => Err(Error::config(
-                "oft_block_size",
-                "has to be given, or r, the number of blocks",
-            )),
-            (0, _) | (_, 0) => Ok(()),
-            (r, size) => {
-                let detail = format!(
-                    "{r} blocks and oft_block_size {size} cannot both be given; set the other to 0"
-                );
-                Err(Error::config("r", detail))
-            }
-        }
+        Ok(())
     }
 
     /// Number and width of the blocks that `size` columns are cut into.
     fn blocks(&self, size: usize, saved: bool, site: &Site) -> Result<(usize, usize)> {
-        let (field, mut value) = if self.r == 0 {
-            ("oft_block_size", self.oft_block_size)
-        } else {
-            ("r", self.r)
+        // What HF makes of a number that does not divide; a file may state one.
+        let fitted = |value: usize| match value {
+            0 => 0,
+            value if saved => nearest_divisor(size, value),
+            value => value,
         };
-        if saved {
-            value = nearest_divisor(size, value);
-        }
-        divides(field, value, size, "columns", site)?;
-        let other = size / value;
-        let (count, width) = if self.r == 0 {
-            (other, value)
-        } else {
-            (value, other)
-        };
-        if width < 2 {
-            let detail = format!("blocks of one column at `{}` cannot turn", site.path);
-            return Err(Error::config(field, detail));
-        }
-        Ok((count, width))
+        let count = ("r", fitted(self.r));
+        blocks(
+            count,
+            ("oft_block_size", fitted(self.oft_block_size)),
+            size,
+            site,
+        )
     }
 }
 
@@ -279,15 +256,12 @@ mod tests {
     use peft_core::serde_json::{Value, json};
     use peft_core::{Base, Device, Network, Pass, Result, Tensor};
 
+    use crate::testing::attached;
+
     fn network(fields: Value) -> Result<Network> {
         let base = Base::custom().linear("fc", Array2::eye(4), None)?;
-        let mut config = json!({"peft_type": "OFT", "target_modules": ["fc"]});
-        for (field, value) in fields.as_object().expect("fields") {
-            config[field] = value.clone();
-        }
-        let mut network = Network::new(base);
-        network.attach("a", &config, 0)?;
-        Ok(network)
+        let config = json!({"peft_type": "OFT", "target_modules": ["fc"]});
+        attached(base, config, &fields)
     }
 
     /// Blocks of two, Q = [[0, t], [-t, 0]] with t = 0.5 and 0: exactly, x R = (x0 c + x1 s, -x0 s + x1 c) with c = 0.6

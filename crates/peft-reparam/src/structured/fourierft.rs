@@ -29,12 +29,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
-    Adapter, Attach, Call, Error, Init, Injector, ModuleTree, Param, PeftMethod, Result, Site,
-    Targets, Tensor, matcher, register,
+    Adapter, Attach, Error, Init, Injector, ModuleTree, Param, PeftMethod, Result, Site, Targets,
+    Tensor, matcher, register,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{fan_in_fan_out, finite, rank_fits};
+use crate::change::{Change, Plus};
+use crate::fields::{fan_in_fan_out, finite, kept_for_hf, rank_fits};
 use crate::fourier::{MOST_PLACES, Plan, first_of_permutation, fits};
 
 /// FourierFT's fields of `adapter_config.json`.
@@ -60,17 +61,13 @@ pub struct FourierFt {
 
 impl Default for FourierFt {
     fn default() -> Self {
-        let others = json!({
-            "bias": "none", "exclude_modules": null, "fan_in_fan_out": false, "layers_pattern": null,
-            "layers_to_transform": null, "modules_to_save": null, "target_modules": null
-        });
         Self {
             n_frequency: 1000,
             scaling: 150.0,
             random_loc_seed: 777,
             n_frequency_pattern: Map::new(),
             init_weights: false,
-            others: others.as_object().cloned().unwrap_or_default(),
+            others: kept_for_hf(&json!({"bias": "none", "fan_in_fan_out": false})),
             plans: Plans::default(),
         }
     }
@@ -155,13 +152,13 @@ impl PeftMethod for FourierFt {
             Init::Normal { std: 1.0 }
         };
         let places = first_of_permutation(out * inside, n, self.random_loc_seed);
-        Ok(Box::new(At {
+        Ok(Box::new(Plus(At {
             spectrum: cx.param("fourierft_spectrum", &[n], &start)?,
             places: places.into_iter().map(|place| place as u32).collect(),
             plan: self.plans.of(out, inside, cx)?,
             shape: [out, inside],
             scaling: self.scaling as f32,
-        }))
+        })))
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {
@@ -200,8 +197,8 @@ struct At {
     scaling: f32,
 }
 
-impl At {
-    fn delta(&self) -> Result<Tensor> {
+impl Change for At {
+    fn dense(&self) -> Result<Tensor> {
         let all = self.shape.iter().product();
         let coefficients = self.spectrum.tensor().reshape(&[self.places.len(), 1])?;
         let spread = coefficients.scatter_rows(&self.places, all)?;
@@ -209,24 +206,6 @@ impl At {
             .plan
             .inverse(&spread.reshape(&self.shape)?)?
             .scale(self.scaling)?)
-    }
-
-    fn change(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.x()?.matmul_t(&self.delta()?)?)
-    }
-}
-
-impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(w.add(&self.delta()?)?))
-    }
-
-    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.base()?.add(&self.change(call)?)?)
-    }
-
-    fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
-        self.change(call).map(Some)
     }
 }
 
@@ -236,15 +215,12 @@ mod tests {
     use peft_core::serde_json::{Value, json};
     use peft_core::{Base, Network, Pass, Result, Tensor};
 
+    use crate::testing::attached;
+
     fn network(fields: Value) -> Result<Network> {
         let base = Base::custom().linear("layers.0.fc", Array2::zeros((2, 4)), None)?;
-        let mut config = json!({"peft_type": "FOURIERFT", "target_modules": ["fc"]});
-        for (field, value) in fields.as_object().expect("fields") {
-            config[field] = value.clone();
-        }
-        let mut network = Network::new(base);
-        network.attach("a", &config, 0)?;
-        Ok(network)
+        let config = json!({"peft_type": "FOURIERFT", "target_modules": ["fc"]});
+        attached(base, config, &fields)
     }
 
     /// torch.randperm(8) from 777 starts 7, 0: coefficients 8 at (1, 3) and 16 at (0, 0). In row a and column b of the

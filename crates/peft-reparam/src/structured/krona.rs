@@ -27,6 +27,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::change::{Change, Plus};
 use crate::fields::{divides, finite, probability, whole};
 use crate::kron::{Factor, kron, split, times_kron};
 
@@ -96,12 +97,12 @@ impl PeftMethod for KronA {
         let (a1, b1) = sizes("a1", self.a1, site.out_features, "outputs", site)?;
         let (a2, b2) = sizes("a2", self.a2, site.in_features, "inputs", site)?;
         let start = Init::LinearDefault { fan_in: a2 };
-        Ok(Box::new(At {
+        Ok(Box::new(Plus(At {
             a: Factor::Full(cx.param("krona_A", &[a1, a2], &start)?),
             b: Factor::Full(cx.param("krona_B", &[b1, b2], &Init::Zeros)?),
             scale: self.scale as f32,
             dropout: self.krona_dropout,
-        }))
+        })))
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, _tree: &ModuleTree) {
@@ -116,25 +117,14 @@ struct At {
     dropout: f32,
 }
 
-impl At {
-    fn change(&self, call: &Call<'_>) -> Result<Tensor> {
+impl Change for At {
+    fn dense(&self) -> Result<Tensor> {
+        Ok(kron(&self.a.dense()?, &self.b.dense()?)?.scale(self.scale)?)
+    }
+
+    fn applied(&self, call: &Call<'_>) -> Result<Tensor> {
         let x = call.dropout(call.x()?, self.dropout)?;
         Ok(times_kron(&x, &self.a, &self.b)?.scale(self.scale)?)
-    }
-}
-
-impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        let delta = kron(&self.a.dense()?, &self.b.dense()?)?;
-        Ok(Some(w.add(&delta.scale(self.scale)?)?))
-    }
-
-    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.base()?.add(&self.change(call)?)?)
-    }
-
-    fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
-        self.change(call).map(Some)
     }
 }
 
@@ -144,15 +134,12 @@ mod tests {
     use peft_core::serde_json::{Value, json};
     use peft_core::{Base, Network, Pass, Result, Tensor};
 
+    use crate::testing::attached;
+
     fn network(fields: Value) -> Result<Network> {
         let base = Base::custom().linear("fc", Array2::zeros((6, 4)), None)?;
-        let mut config = json!({"peft_type": "KRONA", "target_modules": ["fc"]});
-        for (field, value) in fields.as_object().expect("fields") {
-            config[field] = value.clone();
-        }
-        let mut network = Network::new(base);
-        network.attach("a", &config, 0)?;
-        Ok(network)
+        let config = json!({"peft_type": "KRONA", "target_modules": ["fc"]});
+        attached(base, config, &fields)
     }
 
     /// A = [[1, 2], [3, 4], [0, 1]], B = [[1, 0], [1, 1]], s = 2, x = (1, 10, 100, 1000): as a matrix X = [[1, 10],

@@ -28,8 +28,9 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::change::{Change, Plus};
 use crate::drops::Drops;
-use crate::fields::{finite, rank_fits, whole};
+use crate::fields::{finite, kept_for_hf, rank_fits, whole};
 
 /// LoHa's fields of `adapter_config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,17 +53,14 @@ pub struct LoHa {
 
 impl Default for LoHa {
     fn default() -> Self {
-        let others = json!({
-            "alpha_pattern": {}, "exclude_modules": null, "layers_pattern": null, "layers_to_transform": null,
-            "modules_to_save": null, "rank_pattern": {}, "target_modules": null, "use_effective_conv2d": false
-        });
+        let more = json!({"alpha_pattern": {}, "rank_pattern": {}, "use_effective_conv2d": false});
         Self {
             r: 8,
             alpha: 8.0,
             rank_dropout: 0.0,
             module_dropout: 0.0,
             init_weights: true,
-            others: others.as_object().cloned().unwrap_or_default(),
+            others: kept_for_hf(&more),
         }
     }
 }
@@ -98,7 +96,7 @@ impl PeftMethod for LoHa {
         } else {
             &rows
         };
-        Ok(Box::new(At {
+        Ok(Box::new(Plus(At {
             first: (
                 cx.param("hada_w1_a", &[out, rank], &columns)?,
                 cx.param("hada_w1_b", &[rank, inside], &rows)?,
@@ -114,7 +112,7 @@ impl PeftMethod for LoHa {
             drops,
             path: site.path.clone(),
             out,
-        }))
+        })))
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, _tree: &ModuleTree) {
@@ -136,17 +134,10 @@ struct At {
 }
 
 impl At {
-    fn delta(&self) -> Result<Tensor> {
-        let dense = |(a, b): &(Param, Param)| a.tensor().matmul(&b.tensor());
-        Ok(dense(&self.first)?
-            .mul(&dense(&self.second)?)?
-            .scale(self.scaling)?)
-    }
-
     /// `x` times the change: its entry `[o, i]` is the sum over j, k of `A1[o, j] A2[o, k] B1[j, i] B2[k, i]`.
     fn times(&self, x: &Tensor) -> Result<Tensor> {
         if !self.thin {
-            return Ok(x.matmul_t(&self.delta()?)?);
+            return Ok(x.matmul_t(&self.dense()?)?);
         }
         let r = self.rank;
         let inside = x.last_dim();
@@ -169,24 +160,19 @@ impl At {
         )?;
         Ok(x.matmul_t(&rows)?.scale(self.scaling)?.matmul_t(&columns)?)
     }
-
-    fn change(&self, call: &Call<'_>) -> Result<Tensor> {
-        self.drops
-            .apply(call, &self.path, self.out, |x| self.times(x))
-    }
 }
 
-impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(w.add(&self.delta()?)?))
+impl Change for At {
+    fn dense(&self) -> Result<Tensor> {
+        let product = |(a, b): &(Param, Param)| a.tensor().matmul(&b.tensor());
+        Ok(product(&self.first)?
+            .mul(&product(&self.second)?)?
+            .scale(self.scaling)?)
     }
 
-    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.base()?.add(&self.change(call)?)?)
-    }
-
-    fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
-        self.change(call).map(Some)
+    fn applied(&self, call: &Call<'_>) -> Result<Tensor> {
+        self.drops
+            .apply(call, &self.path, self.out, |x| self.times(x))
     }
 }
 
@@ -194,30 +180,18 @@ impl Adapter for At {
 mod tests {
     use peft_core::ndarray::{Array2, array};
     use peft_core::serde_json::{Value, json};
-    use peft_core::{Base, Network, Pass, RngKey, Tensor};
+    use peft_core::{Base, Network, Pass, RngKey};
+
+    use crate::testing::{attached, fill, row};
 
     fn network(weight: Array2<f32>, fields: Value) -> Network {
         let base = Base::custom().linear("fc", weight, None).expect("a base");
-        let mut config = json!({"peft_type": "LOHA", "target_modules": ["fc"]});
-        for (field, value) in fields.as_object().expect("fields") {
-            config[field] = value.clone();
-        }
-        let mut network = Network::new(base);
-        network.attach("a", &config, 0).expect("attaches");
-        network
-    }
-
-    fn fill(network: &Network, values: impl Fn(usize) -> Vec<f32>) {
-        for (at, param) in network.parameters().iter().enumerate() {
-            let value = Tensor::from_vec(values(at), &param.shape(), network.device());
-            param.set(value.expect("a tensor")).expect("fits");
-        }
+        let config = json!({"peft_type": "LOHA", "target_modules": ["fc"]});
+        attached(base, config, &fields).expect("attaches")
     }
 
     fn run(network: &Network, x: &[f32], pass: &Pass) -> Vec<f32> {
-        let x = Tensor::from_vec(x.to_vec(), &[1, x.len()], network.device()).expect("a tensor");
-        let y = network.run("fc", &x, pass).expect("runs");
-        y.to_vec().expect("values")
+        row(network, "fc", x, pass)
     }
 
     /// (A1 B1) = [[3, 4], [6, 8]], (A2 B2) = [[1, 2], [-1, -2]], s = 2: the change is [[6, 16], [-12, -32]].

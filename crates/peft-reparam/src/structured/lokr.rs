@@ -30,8 +30,9 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::change::{Change, Plus};
 use crate::drops::Drops;
-use crate::fields::{finite, whole};
+use crate::fields::{finite, kept_for_hf, whole};
 use crate::kron::{Factor, kron, split, times_kron};
 
 /// LoKr's fields of `adapter_config.json`.
@@ -61,10 +62,7 @@ pub struct LoKr {
 
 impl Default for LoKr {
     fn default() -> Self {
-        let others = json!({
-            "alpha_pattern": {}, "exclude_modules": null, "layers_pattern": null, "layers_to_transform": null,
-            "modules_to_save": null, "rank_pattern": {}, "target_modules": null, "use_effective_conv2d": false
-        });
+        let more = json!({"alpha_pattern": {}, "rank_pattern": {}, "use_effective_conv2d": false});
         Self {
             r: 8,
             alpha: 8.0,
@@ -74,7 +72,7 @@ impl Default for LoKr {
             decompose_both: false,
             decompose_factor: -1,
             init_weights: Value::Bool(true),
-            others: others.as_object().cloned().unwrap_or_default(),
+            others: kept_for_hf(&more),
         }
     }
 }
@@ -160,14 +158,14 @@ impl PeftMethod for LoKr {
         } else {
             Factor::Full(cx.param("lokr_w2", &[k, n], &unless(second_zero, n))?)
         };
-        Ok(Box::new(At {
+        Ok(Box::new(Plus(At {
             first,
             second,
             scaling: (alpha / rank as f64) as f32,
             drops,
             path: site.path.clone(),
             out: site.out_features,
-        }))
+        })))
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, _tree: &ModuleTree) {
@@ -186,26 +184,15 @@ struct At {
     out: usize,
 }
 
-impl At {
-    fn change(&self, call: &Call<'_>) -> Result<Tensor> {
+impl Change for At {
+    fn dense(&self) -> Result<Tensor> {
+        Ok(kron(&self.first.dense()?, &self.second.dense()?)?.scale(self.scaling)?)
+    }
+
+    fn applied(&self, call: &Call<'_>) -> Result<Tensor> {
         self.drops.apply(call, &self.path, self.out, |x| {
             Ok(times_kron(x, &self.first, &self.second)?.scale(self.scaling)?)
         })
-    }
-}
-
-impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        let delta = kron(&self.first.dense()?, &self.second.dense()?)?;
-        Ok(Some(w.add(&delta.scale(self.scaling)?)?))
-    }
-
-    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
-        Ok(call.base()?.add(&self.change(call)?)?)
-    }
-
-    fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
-        self.change(call).map(Some)
     }
 }
 
@@ -215,15 +202,12 @@ mod tests {
     use peft_core::serde_json::{Value, json};
     use peft_core::{Base, Network, Pass, Result, Tensor};
 
+    use crate::testing::attached;
+
     fn network(out: usize, inside: usize, fields: Value) -> Result<Network> {
         let base = Base::custom().linear("fc", Array2::zeros((out, inside)), None)?;
-        let mut config = json!({"peft_type": "LOKR", "target_modules": ["fc"]});
-        for (field, value) in fields.as_object().expect("fields") {
-            config[field] = value.clone();
-        }
-        let mut network = Network::new(base);
-        network.attach("a", &config, 0)?;
-        Ok(network)
+        let config = json!({"peft_type": "LOKR", "target_modules": ["fc"]});
+        attached(base, config, &fields)
     }
 
     fn shapes(out: usize, inside: usize, fields: Value) -> Vec<(String, Vec<usize>)> {

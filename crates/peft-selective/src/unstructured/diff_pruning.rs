@@ -125,6 +125,7 @@ impl PeftMethod for DiffPruning {
             }
         }
         let at = self.found.make(site, cx, SPARSE, true)?;
+        // A file holds what was kept, and no gates.
         if cx.common().inference_mode {
             return Ok(Box::new(At(at)));
         }
@@ -172,35 +173,32 @@ impl PeftMethod for DiffPruning {
 
 /// A module's change with its gates.
 struct Gated {
+    /// D, all of it until the pruning.
     at: Arc<Difference>,
+    /// Logits of z, `[rows, cols]`.
     alpha: Param,
+    /// The logit of z_g.
     group: Option<Param>,
     gate: HardConcrete,
 }
 
 impl Gated {
-    /// `z z_g D`.
+    /// `z z_g D`, with gates drawn by `key`; without one they are as they stand outside of training.
     fn change(&self, key: Option<RngKey>) -> Result<Tensor> {
         let (rows, cols) = self.at.dims();
-        let own = self
-            .gate
-            .sample(&self.alpha.tensor(), key.map(|k| k.fork(ALPHA)))?;
-        let change = self
-            .at
-            .values()
-            .tensor()
-            .reshape(&[rows, cols])?
-            .mul(&own)?;
+        let gates = |logits: &Param, label: &str| {
+            let key = key.map(|k| k.fork(label));
+            self.gate.sample(&logits.tensor(), key)
+        };
+        let all = self.at.values().tensor().reshape(&[rows, cols])?;
+        let change = all.mul(&gates(&self.alpha, ALPHA)?)?;
         match &self.group {
-            Some(group) => Ok(change.mul(
-                &self
-                    .gate
-                    .sample(&group.tensor(), key.map(|k| k.fork(GROUP)))?,
-            )?),
+            Some(group) => Ok(change.mul(&gates(group, GROUP)?)?),
             None => Ok(change),
         }
     }
 
+    /// `W + z z_g D`.
     fn on(&self, w: &Tensor, key: Option<RngKey>) -> Result<Tensor> {
         Ok(w.add(&self.change(key)?.reshape(w.shape())?)?)
     }

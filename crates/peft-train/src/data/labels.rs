@@ -97,6 +97,14 @@ impl LabelNames {
         }
     }
 
+    /// Writes the names to a folder's `labels.json`.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        peft_io::write_json(&folder.join(LABELS_FILE), &self.to_json()).map_err(io)
+    }
+
     /// The names in an `id2label` as `config.json` has it: `{"0": "negative", "1": "positive"}`.
     pub fn from_config(config: &Value) -> Option<Self> {
         let map = config.get("id2label")?.as_object()?;

@@ -51,7 +51,7 @@ pub(super) fn write(
     let network = model.network();
     if network.adapters().contains(&ADAPTER_NAME) {
         if let Some(labels) = labels {
-            peft_io::write_json(&folder.join(LABELS_FILE), &labels.to_json()).map_err(io)?;
+            labels.write(folder)?;
         }
         let (settings, tensors) = network.export(ADAPTER_NAME)?;
         let tensors: NamedTensors = tensors

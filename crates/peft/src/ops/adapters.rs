@@ -49,15 +49,7 @@ pub fn write_adapter(
     folder: &Path,
     overwrite: bool,
 ) -> Result<PathBuf> {
-    if !overwrite
-        && (folder.join(peft_io::ADAPTER_CONFIG).exists()
-            || folder.join(peft_io::ADAPTER_WEIGHTS).exists())
-    {
-        return Err(Error::file(
-            folder,
-            "the folder already holds an adapter; choose another folder or allow overwriting",
-        ));
-    }
+    check_free(folder, overwrite)?;
     let (mut config, tensors) = network.export(name)?;
     if let Some(fields) = config.as_object_mut() {
         fields.insert("base_model_name_or_path".to_owned(), Value::from(base));
@@ -65,4 +57,16 @@ pub fn write_adapter(
     let integers = network.integer_keys(name)?;
     peft_io::write_adapter_with(folder, &config, &named_tensors(&tensors)?, &integers)?;
     Ok(folder.to_owned())
+}
+
+/// That `folder` holds no adapter, or one that may be overwritten.
+pub(super) fn check_free(folder: &Path, overwrite: bool) -> Result<()> {
+    let files = [peft_io::ADAPTER_CONFIG, peft_io::ADAPTER_WEIGHTS];
+    if !overwrite && files.iter().any(|file| folder.join(file).exists()) {
+        return Err(Error::file(
+            folder,
+            "the folder already holds an adapter; choose another folder or allow overwriting",
+        ));
+    }
+    Ok(())
 }

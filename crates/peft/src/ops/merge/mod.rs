@@ -3,6 +3,7 @@
 
 mod config;
 mod plan;
+mod rest;
 mod side;
 mod write;
 
@@ -64,14 +65,16 @@ impl FromStr for MergeDType {
 }
 
 /// How to merge.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct MergeOptions {
     /// Element type of the result.
     pub dtype: MergeDType,
     /// Bytes of the largest file.
     pub max_shard_size: u64,
-    /// Whether a checkpoint in the target folder may be replaced.
+    /// Whether a checkpoint or an adapter in a target folder may be replaced.
     pub overwrite: bool,
+    /// Where an adapter of a composition's members that cannot be merged goes; without, all have to be.
+    pub rest: Option<PathBuf>,
 }
 
 impl Default for MergeOptions {
@@ -81,6 +84,7 @@ impl Default for MergeOptions {
             dtype: MergeDType::Keep,
             max_shard_size: 5_000_000_000,
             overwrite: false,
+            rest: None,
         }
     }
 }
@@ -100,6 +104,8 @@ pub struct MergeReport {
     pub files: Vec<String>,
     /// Whether a tied pair of embeddings was untied.
     pub untied: bool,
+    /// The adapter of what could not be merged, for this checkpoint.
+    pub rest: Option<PathBuf>,
     /// What the user should know.
     pub notes: Vec<String>,
 }
@@ -108,7 +114,8 @@ pub struct MergeReport {
 /// `progress` is told (tensors written, tensors in all).
 ///
 /// # Errors
-/// If model or adapters cannot be read or do not fit, an adapter is no change of weights, a parameter is not finite,
+/// If model or adapters cannot be read or do not fit, an adapter or a member of one is no change of weights (members may
+/// stay where `options.rest` says where), a parameter is not finite,
 /// or the result cannot be written; nothing is left in `output` then.
 pub fn merge(
     model: &str,
@@ -117,8 +124,14 @@ pub fn merge(
     options: &MergeOptions,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
-    let (subject, opened) = Subject::with_adapters(model, adapters, false)?;
+    let (mut subject, opened) = Subject::with_adapters(model, adapters, false)?;
     refuse(&subject, output)?;
+    let folder = options.rest.as_deref();
+    if folder.is_some_and(|folder| folder == output || same(folder, output)) {
+        let detail = "has to be another folder than the merged model's";
+        return Err(Error::config("rest", detail));
+    }
+    let rest = rest::set_aside(&mut subject, &opened, folder, options.overwrite)?;
     let network = subject.network();
     network.check_mergeable()?;
     check_places(&subject)?;
@@ -152,7 +165,13 @@ pub fn merge(
     if files.len() > 1 {
         files.push("model.safetensors.index.json".to_owned());
     }
-    let mut notes = Vec::new();
+    let mut notes = rest.as_ref().map_or(Vec::new(), |r| r.notes.clone());
+    if let (Some(folder), None) = (folder, &rest) {
+        let folder = folder.display();
+        notes.push(format!(
+            "all of it is merged: there is no rest to write to {folder}"
+        ));
+    }
     if subject.config.is_object() {
         let mut labels = None;
         for adapter in opened.iter().rev() {
@@ -164,6 +183,7 @@ pub fn merge(
         notes.push("the model has no config.json, so the result has none".to_owned());
     }
     files.extend(side::add(&mut writer, &subject, &mut notes)?);
+    let rest = rest.map(|rest| rest.write(network, output)).transpose()?;
     writer.finish()?;
     Ok(MergeReport {
         folder: output.to_owned(),
@@ -172,6 +192,7 @@ pub fn merge(
         bytes: shards.total_size(),
         files,
         untied,
+        rest,
         notes,
     })
 }
@@ -187,6 +208,11 @@ fn add(
     Ok(())
 }
 
+/// Whether two paths lead to one place.
+fn same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
 /// What makes a merge pointless or harmful from the start.
 fn refuse(subject: &Subject, output: &Path) -> Result<()> {
     let folder = if subject.path.is_dir() {
@@ -194,7 +220,6 @@ fn refuse(subject: &Subject, output: &Path) -> Result<()> {
     } else {
         subject.path.parent()
     };
-    let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
     if folder.is_some_and(|folder| same(folder, output)) {
         return Err(Error::file(
             output,

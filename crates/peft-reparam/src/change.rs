@@ -1,0 +1,31 @@
+//! Methods whose weight is the base's plus a change that they can work out: `W' = W + D`.
+
+use peft_core::{Adapter, Call, Result, Tensor};
+
+/// A change D of a weight.
+pub(crate) trait Change: Send + Sync {
+    /// D, `[out, in]`.
+    fn dense(&self) -> Result<Tensor>;
+
+    /// `x Dᵀ` for a call's input x, in the cheapest way there is, with the dropout of training.
+    fn applied(&self, call: &Call<'_>) -> Result<Tensor> {
+        Ok(call.x()?.matmul_t(&self.dense()?)?)
+    }
+}
+
+/// A change as an adapter.
+pub(crate) struct Plus<C>(pub(crate) C);
+
+impl<C: Change> Adapter for Plus<C> {
+    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(w.add(&self.0.dense()?)?))
+    }
+
+    fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
+        Ok(call.base()?.add(&self.0.applied(call)?)?)
+    }
+
+    fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
+        self.0.applied(call).map(Some)
+    }
+}
