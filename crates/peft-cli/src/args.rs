@@ -35,6 +35,8 @@ pub(crate) enum Verb {
     Logits(Logits),
     /// Merge adapters into a full checkpoint
     Merge(Merge),
+    /// Write a model with its linear layers quantised
+    Quantize(Quantize),
     /// Show a model's modules, and what an adapter changes or would
     Inspect(Inspect),
     /// List the methods, or show one
@@ -176,7 +178,15 @@ pub(crate) struct Merge {
     /// Folder of the new checkpoint
     #[arg(long)]
     pub(crate) output: PathBuf,
-    /// Element type: keep, f32, bf16 or f16 (keep: each tensor's own; f32 where a GGUF has it quantised)
+    /// On a quantised base: dequantized adds the change to the values its codes stand for (the default), original to the
+    /// weights from before, which --base has
+    #[arg(long, value_name = "WHAT", value_parser = ["dequantized", "original"], requires_if("original", "base"))]
+    pub(crate) onto: Option<String>,
+    /// With --onto original: the model from before the quantisation
+    #[arg(long, value_name = "MODEL", requires = "onto")]
+    pub(crate) base: Option<String>,
+    /// Element type: keep, f32, bf16 or f16 (keep: each tensor's own; where it is quantised, f32 in a GGUF and the type of
+    /// the other tensors in a folder)
     #[arg(long, default_value = "keep", value_parser = dtype)]
     pub(crate) dtype: MergeDType,
     /// Largest file, such as 5GB or 500MiB
@@ -186,6 +196,24 @@ pub(crate) struct Merge {
     #[arg(long)]
     pub(crate) rest: Option<PathBuf>,
     /// Replace a checkpoint or a rest that is there already
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Quantize {
+    /// Model folder, .gguf file or hub id
+    pub(crate) model: String,
+    /// Folder of the new checkpoint, in bitsandbytes' layout
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// nf4 (scales in 8 bits too), nf4_single (scales in f32) or int8
+    #[arg(long, default_value = "nf4", value_parser = quantization)]
+    pub(crate) format: peft::models::Quantize,
+    /// Largest file, such as 5GB or 500MiB
+    #[arg(long, default_value = "5GB", value_parser = size)]
+    pub(crate) max_shard_size: u64,
+    /// Replace a checkpoint that is there already
     #[arg(long)]
     pub(crate) overwrite: bool,
 }
@@ -285,6 +313,14 @@ fn positive(text: &str) -> Result<usize, String> {
 fn dtype(text: &str) -> Result<MergeDType, String> {
     text.parse()
         .map_err(|_| format!("has to be one of {}", MergeDType::NAMES.join(", ")))
+}
+
+fn quantization(text: &str) -> Result<peft::models::Quantize, String> {
+    const NAMES: [&str; 3] = ["nf4", "nf4_single", "int8"];
+    text.parse()
+        .ok()
+        .filter(|_| NAMES.contains(&text))
+        .ok_or_else(|| format!("has to be one of {}", NAMES.join(", ")))
 }
 
 fn size(text: &str) -> Result<u64, String> {

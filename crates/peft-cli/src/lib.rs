@@ -62,6 +62,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Generate(args) => verbs::generate::run(&args, &out),
         Verb::Logits(args) => verbs::logits::run(&args, &out),
         Verb::Merge(args) => verbs::merge::run(&args, &out),
+        Verb::Quantize(args) => verbs::quantize::run(&args, &out),
         Verb::Inspect(args) => verbs::inspect::run(&args, &out),
         Verb::Methods(args) => verbs::methods::run(&args, &out),
         Verb::Init(args) => verbs::init::run(&args, &out),

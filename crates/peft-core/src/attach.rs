@@ -37,6 +37,8 @@ pub(crate) struct Store {
     index: HashMap<String, usize>,
     /// Trained stand-ins for base parameters.
     pub(crate) selected: HashMap<(ModuleId, Slot), Param>,
+    /// Frozen stand-ins for base weights.
+    pub(crate) replaced: HashMap<ModuleId, BaseWeight>,
     pub(crate) sites: Vec<Placed>,
     /// Module paths, where the configuration did not list them.
     pub(crate) resolved_targets: Option<Vec<String>>,
@@ -444,6 +446,27 @@ impl Attach<'_> {
             .and_then(|id| base.tree().info(id).weight.as_deref());
         name.and_then(|n| base.weight(n))
             .ok_or_else(|| Error::module(&self.site.path, "has no weight"))
+    }
+
+    /// The same as it was before the model was quantised while it loaded; None where the base is as it is stored.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn original_weight(&self) -> Result<Option<BaseWeight>> {
+        let base = self.cx.base();
+        let name = self
+            .site
+            .id
+            .and_then(|id| base.tree().info(id).weight.as_deref());
+        name.map_or(Ok(None), |name| base.original(name))
+    }
+
+    /// Puts another frozen weight in the place of this module's while the adapter is active. It is in no file: a method
+    /// makes it again from the base when it is loaded. The base itself stays as it is.
+    pub fn replace_weight(&mut self, weight: BaseWeight) {
+        if let Some(id) = self.site.id {
+            self.cx.store().replaced.insert(id, weight);
+        }
     }
 
     /// A parameter of the base model by its full name, as values.

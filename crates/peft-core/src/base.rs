@@ -22,6 +22,10 @@ pub trait Tokenize: Send + Sync {
 /// that start from another adapter.
 pub type ReadTensors = dyn Fn(&str) -> Result<(Value, Tensors)> + Send + Sync;
 
+/// A matrix of the base by its parameter's name, and whether it belongs to a Conv1D, as it was before it was quantised
+/// while loading; None where the checkpoint has none.
+pub type Originals = dyn Fn(&str, bool) -> Result<Option<BaseWeight>> + Send + Sync;
+
 /// A module tree with the parameters it names. Methods read it and never change it.
 #[derive(Clone)]
 pub struct Base {
@@ -30,6 +34,7 @@ pub struct Base {
     device: Device,
     tokenizer: Option<Arc<dyn Tokenize>>,
     reader: Option<Arc<ReadTensors>>,
+    originals: Option<Arc<Originals>>,
 }
 
 impl Base {
@@ -41,6 +46,7 @@ impl Base {
             device: device.clone(),
             tokenizer: None,
             reader: None,
+            originals: None,
         }
     }
 
@@ -50,6 +56,18 @@ impl Base {
 
     pub(crate) fn tokenizer(&self) -> Option<&dyn Tokenize> {
         self.tokenizer.as_deref()
+    }
+
+    pub(crate) fn set_originals(&mut self, originals: Arc<Originals>) {
+        self.originals = Some(originals);
+    }
+
+    /// The weight of a module as it was before it was quantised while loading; None where it was not.
+    pub(crate) fn original(&self, name: &str) -> Result<Option<BaseWeight>> {
+        match &self.originals {
+            Some(read) => read(name, self.is_conv1d(name)),
+            None => Ok(None),
+        }
     }
 
     pub(crate) fn set_reader(&mut self, reader: Arc<ReadTensors>) {

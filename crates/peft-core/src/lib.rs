@@ -32,7 +32,7 @@ mod tokens;
 mod tree;
 
 pub use attach::{Attach, Injector, Slot};
-pub use base::{Base, ReadTensors, Tokenize};
+pub use base::{Base, Originals, ReadTensors, Tokenize};
 pub use call::{AttentionCall, Call, Pass, ProjectFn, Tokens};
 pub use config::Common;
 pub use error::{Error, Result, nearest};

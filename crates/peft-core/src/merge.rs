@@ -61,7 +61,7 @@ impl Network {
                 let mut merged = match replaced {
                     Some(param) => self.stand_in(id, param).to_dense()?.detach(),
                     None if info.kind == ModuleKind::Norm => stored_values(weight)?,
-                    None => weight.to_dense()?,
+                    None => self.replaced.get(&id).unwrap_or(weight).to_dense()?,
                 };
                 if info.offset != 0.0 {
                     merged = merged.affine(1.0, info.offset)?;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use peft_tensor::{Device, RngKey, Tensor};
+use peft_tensor::{BaseWeight, Device, RngKey, Tensor};
 use serde_json::Value;
 
 use crate::attach::{Injector, Slot, Store};
@@ -12,8 +12,8 @@ use crate::call::Stacked;
 use crate::compose::Composition;
 use crate::merge::MergedModule;
 use crate::{
-    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Param, PeftMethod,
-    ReadTensors, Result, Tokenize, TrainHooks, builtin, entry_for,
+    Base, Common, Error, MethodEntry, ModuleId, ModuleKind, ModuleTree, Originals, Param,
+    PeftMethod, ReadTensors, Result, Tokenize, TrainHooks, builtin, entry_for,
 };
 
 /// One attached adapter: a method with its parameters on this model.
@@ -38,6 +38,8 @@ pub struct Network {
     pub(crate) roots: Vec<Stacked>,
     /// Trained stand-ins of the active adapters for base parameters.
     pub(crate) selected: HashMap<(ModuleId, Slot), Param>,
+    /// Frozen stand-ins of the active adapters for base weights.
+    pub(crate) replaced: HashMap<ModuleId, BaseWeight>,
     /// Trainable base parameters, in full-parameter training.
     pub(crate) base_params: BTreeMap<String, Param>,
     /// Biases and norm weights as tensors, made once.
@@ -75,6 +77,7 @@ impl Network {
             stacks: HashMap::new(),
             roots: Vec::new(),
             selected: HashMap::new(),
+            replaced: HashMap::new(),
             base_params: BTreeMap::new(),
             vectors,
             merged: None,
@@ -105,6 +108,11 @@ impl Network {
     /// Gives methods that start from another adapter's tensors a way to read them.
     pub fn set_tensors(&mut self, read: Arc<ReadTensors>) {
         self.base.set_reader(read);
+    }
+
+    /// What reads weights as they were before they were quantised while the model loaded.
+    pub fn set_originals(&mut self, read: Arc<Originals>) {
+        self.base.set_originals(read);
     }
 
     /// Leaves the adapters of the first `layers` layers out, as AdapterDrop does; 0 = none. Merged weights and trained
@@ -245,6 +253,7 @@ impl Network {
         self.stacks.clear();
         self.roots.clear();
         self.selected.clear();
+        self.replaced.clear();
         for name in &self.active {
             let Some(attached) = self.adapters.iter().find(|a| a.name == *name) else {
                 continue;
@@ -271,6 +280,9 @@ impl Network {
                 .iter()
                 .map(|(at, param)| (*at, param.clone()));
             self.selected.extend(selected);
+            let replaced = &attached.store.replaced;
+            self.replaced
+                .extend(replaced.iter().map(|(id, weight)| (*id, weight.clone())));
         }
         self.average();
     }

@@ -140,7 +140,10 @@ impl Network {
         let info = self.tree().info(id);
         let weight = match selected(Slot::Weight) {
             Some(param) => Some(self.stand_in(id, &param)),
-            None => self.own_weight(id)?,
+            None => match name.and_then(|n| self.find(n).ok()?.store.replaced.get(&id)) {
+                Some(weight) => Some(weight.clone()),
+                None => self.own_weight(id)?,
+            },
         };
         let weight = match weight {
             Some(w) if info.kind == ModuleKind::Norm => {

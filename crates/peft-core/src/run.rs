@@ -44,7 +44,7 @@ impl Network {
         crate::attach::stored_values(&self.base_weight(name)?)
     }
 
-    /// A module's weight: the trained stand-in of an active adapter, or the base's.
+    /// A module's weight: the trained or frozen stand-in of an active adapter, or the base's.
     pub(crate) fn weight_of(&self, id: ModuleId) -> Result<Option<BaseWeight>> {
         let info = self.tree().info(id);
         let Some(name) = &info.weight else {
@@ -52,7 +52,10 @@ impl Network {
         };
         match self.selected.get(&(id, Slot::Weight)) {
             Some(param) => Ok(Some(self.stand_in(id, param))),
-            None => self.base_weight(name).map(Some),
+            None => match self.replaced.get(&id) {
+                Some(weight) => Ok(Some(weight.clone())),
+                None => self.base_weight(name).map(Some),
+            },
         }
     }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use peft_core::serde_json::Value;
 use peft_core::{Device, Error, ModuleTree, Network, Pass, Result};
 use peft_io::Checkpoint;
 use peft_tensor::Tensor;
@@ -14,7 +15,8 @@ use crate::decoder::Decoder;
 use crate::gguf;
 use crate::gpt2::Gpt2;
 use crate::origin::{Origin, Place, other_adapter};
-use crate::source::{Source, base, io};
+use crate::quantize::Quantize;
+use crate::source::{Source, base, io, originals};
 use crate::tokenizer::Tokenizer;
 
 /// What a model is asked for.
@@ -40,6 +42,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// Decides the values of a head the checkpoint does not have, and all values of [`Model::from_config`].
     pub seed: u64,
+    /// Format to bring the linear layers of the blocks into; None = as they are stored.
+    pub quantize: Option<Quantize>,
 }
 
 impl Default for LoadOptions {
@@ -48,6 +52,7 @@ impl Default for LoadOptions {
             task: None,
             device: Device::cpu(),
             seed: 0,
+            quantize: None,
         }
     }
 }
@@ -162,6 +167,7 @@ impl Model {
             None => peft_io::read_json(&folder.join("config.json")).map_err(io)?,
         };
         let config = ModelConfig::from_json(&json).map_err(name)?;
+        check_quantised(&json).map_err(name)?;
         let origin = match checkpoint.gguf() {
             Some(_) => Place::Gguf(checkpoint.clone()),
             None => Place::Folder(folder),
@@ -227,16 +233,13 @@ impl Model {
         if config.model_type == "bert" {
             fresh.extend(["bert.pooler.dense", "pooler.dense"].map(str::to_owned));
         }
-        let base = base(
-            tree,
-            &config,
-            source.as_ref(),
-            &fresh,
-            options.seed,
-            &options.device,
-        )?;
+        let base = base(tree, &config, source.as_ref(), &fresh, options)?;
         let origin = Arc::new(Origin::new(place));
         let mut network = Network::new(base);
+        if let (Some(checkpoint), Some(_)) = (checkpoint, options.quantize) {
+            let features = task == Task::Features;
+            network.set_originals(originals(checkpoint, &config, features, &options.device));
+        }
         network.set_tokenizer(origin.clone());
         network.set_tensors(Arc::new(other_adapter));
         Ok(Self {
@@ -379,6 +382,18 @@ fn architecture(config: &ModelConfig, task: &Task) -> (ModuleTree, Box<dyn Archi
             let (tree, code) = Decoder::build(config, task);
             (tree, Box::new(code))
         }
+    }
+}
+
+/// Refuses quantised checkpoints of other libraries, whose tensors have other names and meanings.
+fn check_quantised(json: &Value) -> Result<()> {
+    let field = "quantization_config.quant_method";
+    match json["quantization_config"]["quant_method"].as_str() {
+        None | Some("bitsandbytes") => Ok(()),
+        Some(other) => Err(Error::config(
+            field,
+            format!("{other:?} is not read; bitsandbytes is, and GGUF files are"),
+        )),
     }
 }
 

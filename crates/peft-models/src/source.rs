@@ -1,13 +1,16 @@
 //! Base weights from a checkpoint, whatever its names and formats, or fresh ones from a seed.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
-use peft_core::{Base, BaseWeight, Error, ModuleKind, ModuleTree, Result, RngKey};
+use peft_core::{Base, BaseWeight, Error, ModuleKind, ModuleTree, Originals, Result, RngKey};
 use peft_io::Checkpoint;
 use peft_tensor::{Device, FrozenWeight, Tensor};
 
 use crate::config::ModelConfig;
 use crate::gguf::{self, Change};
+use crate::model::LoadOptions;
+use crate::quantize::Quantize;
 use crate::rope::{RopeConfig, RopeScaling};
 
 /// An error about a file in this workspace's terms.
@@ -117,17 +120,26 @@ impl<'a> Source<'a> {
         Ok(Some(rope))
     }
 
-    fn matrix(&self, place: &Place, transposed: bool, device: &Device) -> Result<BaseWeight> {
+    fn matrix(
+        &self,
+        place: &Place,
+        transposed: bool,
+        quantize: Option<Quantize>,
+        device: &Device,
+    ) -> Result<BaseWeight> {
         let mut weight = self.checkpoint.weight(&place.name).map_err(io)?;
         if let Change::Heads(heads) = place.change {
             weight = weight.permute_rows(&gguf::head_order(weight.rows(), heads))?;
         }
-        // llama.cpp stores GPT-2's matrices as everybody else's.
-        Ok(BaseWeight::frozen(
-            weight,
-            transposed && self.architecture.is_none(),
-            device,
-        ))
+        // llama.cpp and bitsandbytes store GPT-2's matrices as everybody else's.
+        let transposed =
+            transposed && self.architecture.is_none() && !self.checkpoint.is_quantised(&place.name);
+        if let Some(quantize) = quantize {
+            let made = quantize.apply(&weight, transposed);
+            let made = made.map_err(|e| e.context(format!("tensor `{}`", place.name)))?;
+            return Ok(BaseWeight::frozen(made, false, device));
+        }
+        Ok(BaseWeight::frozen(weight, transposed, device))
     }
 
     fn vector(&self, place: &Place, device: &Device) -> Result<BaseWeight> {
@@ -156,10 +168,10 @@ pub(crate) fn base(
     config: &ModelConfig,
     source: Option<&Source<'_>>,
     fresh: &[String],
-    seed: u64,
-    device: &Device,
+    options: &LoadOptions,
 ) -> Result<Base> {
-    let key = RngKey::new(seed).fork("init");
+    let device = &options.device;
+    let key = RngKey::new(options.seed).fork("init");
     let mut made = Vec::new();
     let mut done = HashSet::new();
     for (_, m) in tree.iter() {
@@ -188,7 +200,10 @@ pub(crate) fn base(
             });
             let weight = match (source, place) {
                 (Some(s), Some(place)) if is_bias || vector => s.vector(&place, device)?,
-                (Some(s), Some(place)) => s.matrix(&place, transposed, device)?,
+                (Some(s), Some(place)) => {
+                    let quantize = options.quantize.filter(|_| Quantize::covers(m));
+                    s.matrix(&place, transposed, quantize, device)?
+                }
                 (Some(_), None) if !fresh.contains(&m.path) => continue,
                 _ => {
                     if source.is_some() {
@@ -225,6 +240,24 @@ pub(crate) fn base(
     }
     base.check()?;
     Ok(base)
+}
+
+/// Reads the matrices of a model by their names as they were before they were quantised.
+pub(crate) fn originals(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    features: bool,
+    device: &Device,
+) -> Arc<Originals> {
+    let (checkpoint, config) = (checkpoint.clone(), config.clone());
+    let device = device.clone();
+    Arc::new(move |name: &str, transposed: bool| {
+        let source = Source::new(&checkpoint, &config, features)?;
+        let Some(place) = source.find(name) else {
+            return Ok(None);
+        };
+        source.matrix(&place, transposed, None, &device).map(Some)
+    })
 }
 
 /// A constant vector, or a matrix of normal values.

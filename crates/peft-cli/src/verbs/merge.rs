@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use peft::ops::{self, MergeOptions};
+use peft::ops::{self, MergeOptions, Onto};
 use serde_json::json;
 
 use crate::args::Merge;
@@ -12,7 +12,17 @@ use crate::progress::Progress;
 
 pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
     let begun = Instant::now();
+    let onto = match (args.onto.as_deref(), &args.base) {
+        (Some("original"), Some(base)) => Onto::Original(base.clone()),
+        (Some("dequantized"), None) => Onto::Dequantized,
+        (None, None) => Onto::AsIs,
+        _ => {
+            let detail = "goes with `--onto original`, which needs it";
+            return Err(peft::core::Error::config("base", detail).into());
+        }
+    };
     let options = MergeOptions {
+        onto,
         dtype: args.dtype,
         max_shard_size: args.max_shard_size,
         overwrite: args.overwrite,

@@ -8,6 +8,7 @@ pub(crate) mod inspect;
 pub(crate) mod logits;
 pub(crate) mod merge;
 pub(crate) mod methods;
+pub(crate) mod quantize;
 pub(crate) mod train;
 
 /// Cells of a table's row.

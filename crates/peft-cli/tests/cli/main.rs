@@ -4,5 +4,6 @@ mod bad_input;
 mod common;
 mod looking;
 mod merging;
+mod quantising;
 mod training;
 mod usage;

@@ -1,6 +1,7 @@
 //! One checkpoint, whatever its files: a safetensors file, an HF folder of shards, or a GGUF, opened by
 //! memory map and read tensor by tensor.
 
+mod bnb;
 mod convert;
 mod open;
 
@@ -82,6 +83,8 @@ pub struct Checkpoint {
     metas: BTreeMap<String, TensorMeta>,
     /// Names by file, then by offset.
     order: Vec<String>,
+    /// Weights that several stored tensors make, see [`bnb`].
+    quantised: BTreeMap<String, bnb::Quantised>,
     gguf: Option<Gguf>,
     folder: Option<PathBuf>,
     metadata: BTreeMap<String, String>,
@@ -147,13 +150,24 @@ impl Checkpoint {
         &self.metadata
     }
 
-    /// The stored bytes of a tensor, as a view of the mapped file.
+    /// The stored bytes of a tensor, as a view of the mapped file; of a weight that bitsandbytes quantised, its codes.
     ///
     /// # Errors
     /// When there is no such tensor.
     pub fn bytes(&self, name: &str) -> Result<Bytes> {
-        let meta = self.require(name)?;
-        let outside = || Error::tensor(self.path_of(meta), name, "lies outside of its file");
+        match self.quantised.get(name) {
+            Some(parts) => self.slice(&parts.codes),
+            None => self.slice(self.require(name)?),
+        }
+    }
+
+    /// Whether bitsandbytes quantised this weight. Such a weight is stored `[out, in]` whatever its module.
+    pub fn is_quantised(&self, name: &str) -> bool {
+        self.quantised.contains_key(name)
+    }
+
+    fn slice(&self, meta: &TensorMeta) -> Result<Bytes> {
+        let outside = || Error::tensor(self.path_of(meta), &meta.name, "lies outside of its file");
         let (_, file) = self.files.get(meta.file).ok_or_else(outside)?;
         let start = usize::try_from(meta.offset).map_err(|_| outside())?;
         let len = usize::try_from(meta.nbytes).map_err(|_| outside())?;
@@ -161,7 +175,7 @@ impl Checkpoint {
         file.slice(start..end).ok_or_else(outside)
     }
 
-    /// The tensor as a frozen matrix, mapped and not copied: 2-D as `[rows, cols]`, 1-D `[1, n]`, N-D
+    /// The tensor as a frozen matrix, mapped and not copied (bitsandbytes' weights are put together in memory): 2-D as `[rows, cols]`, 1-D `[1, n]`, N-D
     /// `[d0, product of the rest]`, a scalar `[1, 1]`.
     ///
     /// # Errors
@@ -186,6 +200,9 @@ impl Checkpoint {
             .iter()
             .try_fold(1usize, |n, &d| n.checked_mul(d))
             .ok_or_else(|| fail(format!("shape {:?} overflows", meta.shape)))?;
+        if let Some(parts) = self.quantised.get(name) {
+            return bnb::weight(self, name, parts, rows, cols);
+        }
         FrozenWeight::new(rows, cols, format, self.bytes(name)?).map_err(|e| fail(e.to_string()))
     }
 

@@ -119,6 +119,7 @@ fn open_file(path: &Path) -> Result<Checkpoint> {
         files: vec![(path.to_owned(), bytes)],
         metas: BTreeMap::new(),
         order: Vec::new(),
+        quantised: BTreeMap::new(),
         gguf: None,
         folder: None,
         metadata: header.metadata,
@@ -126,6 +127,7 @@ fn open_file(path: &Path) -> Result<Checkpoint> {
     for entry in header.entries {
         checkpoint.add(meta_of(entry, header.data_start, 0));
     }
+    super::bnb::gather(&mut checkpoint)?;
     Ok(checkpoint)
 }
 
@@ -135,6 +137,7 @@ fn from_gguf(path: &Path, bytes: Bytes) -> Result<Checkpoint> {
         files: vec![(path.to_owned(), bytes)],
         metas: BTreeMap::new(),
         order: Vec::new(),
+        quantised: BTreeMap::new(),
         gguf: Some(gguf),
         folder: None,
         metadata: BTreeMap::new(),
@@ -176,6 +179,7 @@ fn open_shards(folder: &Path, index: &Path) -> Result<Checkpoint> {
         files: Vec::new(),
         metas: BTreeMap::new(),
         order: Vec::new(),
+        quantised: BTreeMap::new(),
         gguf: None,
         folder: None,
         metadata: BTreeMap::new(),
@@ -220,6 +224,7 @@ fn open_shards(folder: &Path, index: &Path) -> Result<Checkpoint> {
             ),
         ));
     }
+    super::bnb::gather(&mut checkpoint)?;
     Ok(checkpoint)
 }
 

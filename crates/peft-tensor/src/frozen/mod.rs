@@ -1,9 +1,10 @@
 //! Frozen weights: matrices kept in the format their checkpoint stores them in.
 //!
 //! A format is a run of blocks, each of a fixed number of values in a fixed number of bytes. One format is
-//! one `impl BlockFormat` in a file of its group ([`dense`], [`legacy`], [`kquant`]) and one line of the
+//! one `impl BlockFormat` in a file of its group ([`dense`], [`legacy`], [`kquant`], [`bnb`]) and one line of the
 //! table below; nothing else in the workspace lists them.
 
+pub mod bnb;
 mod dense;
 mod kquant;
 mod legacy;
@@ -13,6 +14,17 @@ use crate::error::{Result, TensorError};
 
 pub use weight::FrozenWeight;
 
+/// How the blocks of a format lie in a matrix.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Layout {
+    /// Every row is whole blocks.
+    Rows,
+    /// One run of blocks through all rows, the last of them filled up.
+    Flat,
+    /// Every row is this many bytes of its own in front of its blocks.
+    Headed(usize),
+}
+
 /// What a storage format has to say about itself.
 trait BlockFormat {
     /// Name as GGUF and safetensors print it.
@@ -21,9 +33,16 @@ trait BlockFormat {
     const LEN: usize;
     /// Bytes of a block.
     const BYTES: usize;
-    /// Decodes whole blocks; `src` and `out` hold the same number of them.
+    /// How blocks lie in a matrix.
+    const LAYOUT: Layout = Layout::Rows;
+    /// Decodes whole blocks; `src` and `out` hold the same number of them. Where rows have bytes in front, one row.
     fn decode(src: &[u8], out: &mut [f32]);
-    /// Appends the blocks of `values`, a whole number of them; false where the format has no encoder.
+    /// The same with instructions chosen by hand, to the same bits; false where the format or the processor has none.
+    fn decode_by_hand(_src: &[u8], _out: &mut [f32]) -> bool {
+        false
+    }
+    /// Appends the blocks of `values`: a whole number of them, one row where rows have bytes in front, or all values of
+    /// the matrix where blocks run through it; false where the format has no encoder.
     fn encode(_values: &[f32], _out: &mut Vec<u8>) -> bool {
         false
     }
@@ -31,7 +50,8 @@ trait BlockFormat {
 
 macro_rules! formats {
     ($($(#[$doc:meta])* $name:ident = $format:ty,)*) => {
-        /// How the values of a frozen weight are stored. Block layouts are ggml's, all little-endian.
+        /// How the values of a frozen weight are stored, little-endian. The layouts of `Q` formats are ggml's; those of
+        /// NF4, FP4 and INT8 hold bitsandbytes' numbers.
         #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
         pub enum WeightFormat { $($(#[$doc])* $name,)* }
 
@@ -46,7 +66,7 @@ macro_rules! formats {
                 match self { $(WeightFormat::$name => <$format>::NAME,)* }
             }
 
-            /// Values in a block: 1 for the plain floats, 32 or 256 for the quantised formats.
+            /// Values in a block: 1 for the plain floats and INT8, 32, 64 or 256 for the other quantised formats.
             pub fn block_len(self) -> usize {
                 match self { $(WeightFormat::$name => <$format>::LEN,)* }
             }
@@ -55,11 +75,19 @@ macro_rules! formats {
             pub fn block_bytes(self) -> usize {
                 match self { $(WeightFormat::$name => <$format>::BYTES,)* }
             }
+
+            fn layout(self) -> Layout {
+                match self { $(WeightFormat::$name => <$format>::LAYOUT,)* }
+            }
         }
 
         #[inline(always)]
         fn decode_with_target(format: WeightFormat, src: &[u8], out: &mut [f32]) {
             match format { $(WeightFormat::$name => <$format>::decode(src, out),)* }
+        }
+
+        fn decode_by_hand(format: WeightFormat, src: &[u8], out: &mut [f32]) -> bool {
+            match format { $(WeightFormat::$name => <$format>::decode_by_hand(src, out),)* }
         }
 
         fn encode_into(format: WeightFormat, values: &[f32], out: &mut Vec<u8>) -> bool {
@@ -95,6 +123,13 @@ formats! {
     Q5K = kquant::Q5K,
     /// 256 values: 6 bits, sixteen 8-bit scales, f16 scale of them.
     Q6K = kquant::Q6K,
+    /// bitsandbytes' 4-bit codes of a normal distribution, 64 values of the flat matrix: f32 scale, two codes a byte with
+    /// the first in the high half.
+    NF4 = bnb::Nf4,
+    /// As NF4, codes of a 4-bit float.
+    FP4 = bnb::Fp4,
+    /// LLM.int8's rows: f32 scale, a signed byte a value.
+    INT8 = bnb::Int8,
 }
 
 impl WeightFormat {
@@ -110,12 +145,38 @@ impl WeightFormat {
                 self.name()
             )));
         }
-        (cols / len).checked_mul(bytes).ok_or_else(|| {
-            TensorError::Format(format!(
-                "a row of {cols} columns in {} is too large",
-                self.name()
-            ))
-        })
+        let head = match self.layout() {
+            Layout::Headed(head) => head,
+            Layout::Rows | Layout::Flat => 0,
+        };
+        (cols / len)
+            .checked_mul(bytes)
+            .and_then(|n| n.checked_add(head))
+            .ok_or_else(|| {
+                TensorError::Format(format!(
+                    "a row of {cols} columns in {} is too large",
+                    self.name()
+                ))
+            })
+    }
+
+    /// Bytes of a matrix.
+    ///
+    /// # Errors
+    /// As [`row_bytes`](Self::row_bytes), but where blocks run through the matrix a row need not be whole ones.
+    pub fn matrix_bytes(self, rows: usize, cols: usize) -> Result<usize> {
+        let bytes = match self.layout() {
+            Layout::Flat => rows
+                .checked_mul(cols)
+                .and_then(|n| n.div_ceil(self.block_len()).checked_mul(self.block_bytes())),
+            Layout::Rows | Layout::Headed(_) => rows.checked_mul(self.row_bytes(cols)?),
+        };
+        bytes.ok_or_else(|| TensorError::Format(format!("a {rows} x {cols} matrix is too large")))
+    }
+
+    /// Whether values can be stored in it, not only read.
+    pub fn can_encode(self) -> bool {
+        encode_into(self, &[], &mut Vec::new())
     }
 }
 
@@ -123,12 +184,11 @@ impl WeightFormat {
 ///
 /// `F32`, `F16` and `BF16` round to nearest even, as a merged checkpoint needs (a magnitude above the
 /// format's largest becomes infinite). `Q4_0`, `Q4_1`, `Q5_0`, `Q5_1` and `Q8_0` use ggml's reference
-/// quantisers, bit for bit on finite values.
+/// quantisers, `NF4` and `INT8` bitsandbytes', bit for bit on finite values.
 ///
 /// # Errors
 /// Where the values are not whole rows, a row is not whole blocks, or the format (a K-quant) has no encoder.
 pub fn encode(format: WeightFormat, values: &[f32], cols: usize) -> Result<Vec<u8>> {
-    let row = format.row_bytes(cols)?;
     let whole = if cols == 0 {
         values.is_empty()
     } else {
@@ -141,8 +201,14 @@ pub fn encode(format: WeightFormat, values: &[f32], cols: usize) -> Result<Vec<u
         )));
     }
     let rows = values.len().checked_div(cols).unwrap_or(0);
-    let mut out = Vec::with_capacity(rows.saturating_mul(row));
-    if encode_into(format, values, &mut out) {
+    let mut out = Vec::with_capacity(format.matrix_bytes(rows, cols)?);
+    let encoded = match format.layout() {
+        Layout::Headed(_) if cols > 0 => values
+            .chunks(cols)
+            .all(|row| encode_into(format, row, &mut out)),
+        _ => encode_into(format, values, &mut out),
+    };
+    if encoded {
         Ok(out)
     } else {
         Err(TensorError::Unsupported(format!(
@@ -154,17 +220,19 @@ pub fn encode(format: WeightFormat, values: &[f32], cols: usize) -> Result<Vec<u
 }
 
 fn writable() -> Vec<&'static str> {
-    let can = |f: &&WeightFormat| encode_into(**f, &[], &mut Vec::new());
     WeightFormat::all()
         .iter()
-        .filter(can)
+        .filter(|f| f.can_encode())
         .map(|f| f.name())
         .collect()
 }
 
-/// Decodes whole blocks with the widest vectors the processor has. The loops are the same ones compiled
-/// again; without fused multiply-add there is one result for all of them.
+/// Decodes whole blocks (one row, where rows have bytes in front) with the widest vectors the processor has. The loops
+/// are the same ones compiled again; without fused multiply-add there is one result for all of them.
 fn decode(format: WeightFormat, src: &[u8], out: &mut [f32]) {
+    if decode_by_hand(format, src, out) {
+        return;
+    }
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
         // SAFETY: the function needs AVX2 and nothing else, and the processor was just asked for it.

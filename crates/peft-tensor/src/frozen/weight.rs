@@ -5,20 +5,21 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{WeightFormat, decode};
+use super::{Layout, WeightFormat, decode};
 use crate::Bytes;
 use crate::error::{Result, TensorError};
 
 /// Values that one task of [`FrozenWeight::to_f32`] decodes, about.
 const CHUNK: usize = 1 << 16;
 
-/// A frozen matrix `[rows, cols]`, row-major, each row a whole number of blocks. A parameter of one
-/// dimension has one row.
+/// A frozen matrix `[rows, cols]`, row-major, each row a whole number of blocks; in NF4 and FP4 a block may also go on in
+/// the next row. A parameter of one dimension has one row.
 #[derive(Clone)]
 pub struct FrozenWeight {
     rows: usize,
     cols: usize,
-    row_bytes: usize,
+    /// Bytes of a row; None where rows do not begin at a block.
+    row_bytes: Option<usize>,
     format: WeightFormat,
     bytes: Bytes,
 }
@@ -29,20 +30,23 @@ impl FrozenWeight {
     /// # Errors
     /// Where a row is not whole blocks, or the bytes are not exactly those of the matrix.
     pub fn new(rows: usize, cols: usize, format: WeightFormat, bytes: Bytes) -> Result<Self> {
-        let row_bytes = format.row_bytes(cols)?;
+        let row_bytes = match format.layout() {
+            Layout::Flat => format.row_bytes(cols).ok(),
+            Layout::Rows | Layout::Headed(_) => Some(format.row_bytes(cols)?),
+        };
         // The decoded matrix must be addressable too, or a hostile header would overflow a later product.
         let fits = rows
             .checked_mul(cols)
             .is_some_and(|n| n <= isize::MAX as usize / size_of::<f32>());
-        match rows.checked_mul(row_bytes) {
-            Some(want) if fits && want == bytes.len() => Ok(FrozenWeight {
+        match format.matrix_bytes(rows, cols) {
+            Ok(want) if fits && want == bytes.len() => Ok(FrozenWeight {
                 rows,
                 cols,
                 row_bytes,
                 format,
                 bytes,
             }),
-            Some(want) if fits => Err(TensorError::Format(format!(
+            Ok(want) if fits => Err(TensorError::Format(format!(
                 "a {rows} x {cols} matrix in {} takes {want} bytes, there are {}",
                 format.name(),
                 bytes.len()
@@ -51,6 +55,47 @@ impl FrozenWeight {
                 "a {rows} x {cols} matrix is too large"
             ))),
         }
+    }
+
+    /// A matrix of these values, row-major, in any format that can be written; on all threads.
+    ///
+    /// # Errors
+    /// Where the number of values is not `rows * cols`, one is not finite, a row is not whole blocks or the format can
+    /// only be read.
+    pub fn quantize(
+        rows: usize,
+        cols: usize,
+        values: &[f32],
+        format: WeightFormat,
+    ) -> Result<Self> {
+        if rows.checked_mul(cols) != Some(values.len()) {
+            return Err(TensorError::Format(format!(
+                "{} values for a {rows} x {cols} matrix",
+                values.len()
+            )));
+        }
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            return Err(TensorError::Format(format!(
+                "{} at row {}, column {}: only numbers can be quantised",
+                values[at],
+                at / cols,
+                at % cols
+            )));
+        }
+        // What is encoded at a time is whole rows and whole blocks, so that the pieces are those of the whole.
+        let step = match format.layout() {
+            Layout::Flat => CHUNK.next_multiple_of(format.block_len()),
+            Layout::Rows | Layout::Headed(_) => (CHUNK / cols.max(1)).max(1) * cols.max(1),
+        };
+        let width = |piece: &[f32]| match format.layout() {
+            Layout::Flat => piece.len(),
+            Layout::Rows | Layout::Headed(_) => cols,
+        };
+        let pieces: Result<Vec<Vec<u8>>> = values
+            .par_chunks(step)
+            .map(|piece| super::encode(format, piece, width(piece)))
+            .collect();
+        Self::new(rows, cols, format, Bytes::from_vec(pieces?.concat()))
     }
 
     /// A matrix of floats, row-major.
@@ -86,6 +131,11 @@ impl FrozenWeight {
         &self.bytes
     }
 
+    /// Bytes of a row; None where rows do not begin at a block (NF4 with a number of columns that 64 does not divide).
+    pub fn row_bytes(&self) -> Option<usize> {
+        self.row_bytes
+    }
+
     /// Size of the stored bytes.
     pub fn nbytes(&self) -> usize {
         self.bytes.len()
@@ -113,12 +163,47 @@ impl FrozenWeight {
         );
         if let Some(all) = self.as_f32() {
             out.copy_from_slice(&all[r.start * self.cols..r.end * self.cols]);
-        } else {
-            decode(
-                self.format,
-                &self.bytes[r.start * self.row_bytes..r.end * self.row_bytes],
-                out,
-            );
+            return;
+        }
+        match (self.row_bytes, self.format.layout()) {
+            (Some(row), Layout::Headed(_)) => {
+                let rows = self.bytes[r.start * row..r.end * row].chunks(row.max(1));
+                for (src, out) in rows.zip(out.chunks_mut(self.cols.max(1))) {
+                    decode(self.format, src, out);
+                }
+            }
+            (Some(row), _) => decode(self.format, &self.bytes[r.start * row..r.end * row], out),
+            (None, _) => self.decode_values(r.start * self.cols, out),
+        }
+    }
+
+    /// Decodes the values from `first` on of a matrix whose blocks run through it.
+    fn decode_values(&self, first: usize, out: &mut [f32]) {
+        let (len, bytes) = (self.format.block_len(), self.format.block_bytes());
+        let block = |i: usize| &self.bytes[i * bytes..(i + 1) * bytes];
+        let mut one = vec![0.0; len];
+        let mut at = first;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let (skip, whole) = (at % len, rest.len() / len);
+            let (here, after) = if skip == 0 && whole > 0 {
+                let (here, after) = rest.split_at_mut(whole * len);
+                let i = at / len;
+                decode(
+                    self.format,
+                    &self.bytes[i * bytes..(i + whole) * bytes],
+                    here,
+                );
+                (whole * len, after)
+            } else {
+                let count = (len - skip).min(rest.len());
+                let (here, after) = rest.split_at_mut(count);
+                decode(self.format, block(at / len), &mut one);
+                here.copy_from_slice(&one[skip..skip + count]);
+                (count, after)
+            };
+            at += here;
+            rest = after;
         }
     }
 
@@ -158,7 +243,14 @@ impl FrozenWeight {
                 ),
             });
         }
-        let row = |r: usize| &self.bytes[r * self.row_bytes..(r + 1) * self.row_bytes];
+        let Some(row_bytes) = self.row_bytes else {
+            return Err(TensorError::Unsupported(format!(
+                "rows of {} columns in {} cannot be put in another order: they share blocks",
+                self.cols,
+                self.format.name()
+            )));
+        };
+        let row = |r: usize| &self.bytes[r * row_bytes..(r + 1) * row_bytes];
         let bytes = match self.as_f32() {
             Some(values) => {
                 let row = |r: usize| &values[r * self.cols..(r + 1) * self.cols];

@@ -21,7 +21,7 @@ pub(crate) fn weight(format: WeightFormat, rows: usize, cols: usize, seed: u64) 
     let mut values = vec![0.0; rows * cols];
     RngKey::new(seed).fill_uniform(-1.0, 1.0, &mut values);
     let bytes = encode(format, &values, cols).unwrap_or_else(|_| {
-        let mut bytes = vec![0u8; rows * format.row_bytes(cols).unwrap()];
+        let mut bytes = vec![0u8; format.matrix_bytes(rows, cols).unwrap()];
         for (i, byte) in bytes.iter_mut().enumerate() {
             *byte = RngKey::new(seed).below(i as u64, 256) as u8;
         }
@@ -30,6 +30,9 @@ pub(crate) fn weight(format: WeightFormat, rows: usize, cols: usize, seed: u64) 
             scale_offsets(format)
                 .iter()
                 .for_each(|at| block[*at..*at + 2].copy_from_slice(&0x0c00u16.to_le_bytes()));
+            if format == WeightFormat::FP4 {
+                block[..4].copy_from_slice(&0.7f32.to_le_bytes());
+            }
         }
         bytes
     });
@@ -74,7 +77,9 @@ proptest! {
     #[test]
     fn every_format(which in 0..WeightFormat::all().len(), rows in 1..40usize, blocks in 1..4usize, m in 1..12usize, seed in 0..1000u64) {
         let format = WeightFormat::all()[which];
-        let cols = if format.block_len() == 1 { blocks * 17 } else { blocks * format.block_len() };
+        // Blocks that run through the matrix need not fill rows.
+        let free = format.block_len() == 1 || matches!(format, WeightFormat::NF4 | WeightFormat::FP4);
+        let cols = if free { blocks * 17 } else { blocks * format.block_len() };
         compare(format, rows, cols, m, seed);
     }
 }
@@ -86,4 +91,7 @@ fn several_slabs() {
     compare(WeightFormat::BF16, 1200, 999, 5, 2);
     compare(WeightFormat::Q4K, 700, 512, 1, 3);
     compare(WeightFormat::Q4_1, 700, 544, 3, 4);
+    compare(WeightFormat::NF4, 1100, 1000, 6, 5);
+    compare(WeightFormat::NF4, 1100, 1024, 1, 6);
+    compare(WeightFormat::INT8, 1100, 1000, 2, 7);
 }

@@ -1,8 +1,9 @@
 //! Ranges, required fields and what this build does not do.
 
 use peft_core::{Error, Result};
+use peft_models::Quantize;
 
-use super::TrainConfig;
+use super::{ModelInit, TrainConfig};
 
 impl TrainConfig {
     /// Checks values that have the right type.
@@ -66,14 +67,33 @@ impl TrainConfig {
                 ));
             }
         }
-        match &self.model.quantize {
-            None => Ok(()),
-            Some(format) => {
-                let detail =
-                    format!("{format:?} {LATER}; leave it out (GGUF files keep their own format)");
-                Err(Error::config("model.quantize", detail))
-            }
+        if self.quantize()?.is_none() {
+            return Ok(());
         }
+        if self.model.init == ModelInit::Random {
+            let detail = "needs weights to quantise, and `model.init` is random";
+            return Err(Error::config("model.quantize", detail));
+        }
+        if self.adapter.is_none() {
+            let detail = "a quantised base is not trained itself: give an [adapter]";
+            return Err(Error::config("model.quantize", detail));
+        }
+        Ok(())
+    }
+
+    /// `model.quantize`, read.
+    ///
+    /// # Errors
+    /// If there is no format of that name.
+    pub(crate) fn quantize(&self) -> Result<Option<Quantize>> {
+        let Some(name) = &self.model.quantize else {
+            return Ok(None);
+        };
+        let made = name.parse().map_err(|_| {
+            let detail = format!("{name:?} is not one of {}", Quantize::NAMES.join(", "));
+            Error::config("model.quantize", detail)
+        });
+        made.map(Some)
     }
 
     fn check_data(&self) -> Result<()> {

@@ -52,7 +52,7 @@ pub struct ModelSection {
     pub num_labels: Option<usize>,
     /// Whether weights are read or drawn anew.
     pub init: ModelInit,
-    /// Format to hold the base in.
+    /// Format to hold the linear layers of the base's blocks in: nf4, nf4_single, int8, q8_0, q5_1, q5_0, q4_1 or q4_0.
     pub quantize: Option<String>,
 }
 

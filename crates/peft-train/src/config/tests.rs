@@ -126,8 +126,8 @@ fn a_wrong_type_or_value_names_its_field() {
         ("device=wgpu", &["device", "not in this build yet"]),
         ("device=tpu", &["device", "tpu", "cpu, wgpu, auto"]),
         (
-            "model.quantize=nf4",
-            &["model.quantize", "nf4", "not in this build yet"],
+            "model.quantize=int4",
+            &["model.quantize", "int4", "nf4, nf4_single, int8"],
         ),
         (
             r#"train.lr_multipliers=[{"pattern":"x"}]"#,

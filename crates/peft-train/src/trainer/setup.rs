@@ -145,6 +145,7 @@ fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
     let options = LoadOptions {
         task: Some(task),
         seed: config.train.seed,
+        quantize: config.quantize()?,
         ..LoadOptions::default()
     };
     match config.model.init {

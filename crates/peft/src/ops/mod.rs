@@ -20,5 +20,7 @@ pub use count::count_parameters;
 pub use evaluate::{EvaluateOptions, evaluate, vote};
 pub use inspect::{Inspection, ModuleRow, inspect};
 pub use logits::{LogitsInput, LogitsReport, write_logits};
-pub use merge::{MergeDType, MergeOptions, MergeReport, merge};
+pub use merge::{
+    MergeDType, MergeOptions, MergeReport, Onto, QuantizeOptions, QuantizeReport, merge, quantize,
+};
 pub use open::{OpenedAdapter, Subject, open, open_composed, task_of_adapters};

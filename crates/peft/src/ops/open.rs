@@ -6,6 +6,7 @@ use peft_core::serde_json::Value;
 use peft_core::{Base, BaseWeight, Device, Error, ModuleKind, ModuleTree, Network, Result};
 use peft_io::{AdapterFiles, Checkpoint, StoredFormat};
 use peft_models::{LoadOptions, MODEL_TYPES, Model, Task};
+use peft_tensor::WeightFormat;
 
 use super::adapterhub::reroot;
 use super::adapters::tensors_of;
@@ -289,6 +290,15 @@ impl Subject {
             Kind::Model(model) => model.network_mut(),
             Kind::Names(network) => Ok(network),
         }
+    }
+
+    /// Whether some of its weights are kept in a quantised format.
+    pub fn is_quantised(&self) -> bool {
+        let float = [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16];
+        let weights = self.network().base().weights().values();
+        weights
+            .filter_map(BaseWeight::as_frozen)
+            .any(|w| !float.contains(&w.format()))
     }
 
     /// The stored tensor of a base parameter: under its own name, with or without the prefix of a class, or under

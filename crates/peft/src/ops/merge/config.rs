@@ -44,6 +44,8 @@ pub(super) fn merged(
     }
     set_positions(&mut config, subject.network().position_scale())?;
     config.remove("_name_or_path");
+    // What is written are floats.
+    config.remove("quantization_config");
     config.sort_keys();
     Ok(Value::Object(config))
 }

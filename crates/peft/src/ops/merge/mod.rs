@@ -3,6 +3,7 @@
 
 mod config;
 mod plan;
+mod quantize;
 mod rest;
 mod side;
 mod write;
@@ -18,11 +19,24 @@ use peft_train::LabelNames;
 
 use super::Subject;
 use plan::{Output, Source};
+pub use quantize::{QuantizeOptions, QuantizeReport, quantize};
+
+/// What a change is added to where the base is quantised.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Onto {
+    /// The base as it is: where it is quantised, the values its codes stand for, which the adapter was trained on.
+    #[default]
+    AsIs,
+    /// The same, and the base has to be quantised.
+    Dequantized,
+    /// The weights from before the quantisation, in this model: better ones, that the adapter has not seen.
+    Original(String),
+}
 
 /// Element type of a merged checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MergeDType {
-    /// Each tensor's own; f32 where a GGUF has it quantised.
+    /// Each tensor's own; where it is quantised, f32 in a GGUF and the type of the other tensors in a folder.
     #[default]
     Keep,
     /// 32-bit floats.
@@ -67,6 +81,8 @@ impl FromStr for MergeDType {
 /// How to merge.
 #[derive(Clone, Debug)]
 pub struct MergeOptions {
+    /// What the change is added to.
+    pub onto: Onto,
     /// Element type of the result.
     pub dtype: MergeDType,
     /// Bytes of the largest file.
@@ -78,9 +94,10 @@ pub struct MergeOptions {
 }
 
 impl Default for MergeOptions {
-    /// Own types, 5 GB, nothing replaced.
+    /// The base as it is, own types, 5 GB, nothing replaced.
     fn default() -> Self {
         Self {
+            onto: Onto::AsIs,
             dtype: MergeDType::Keep,
             max_shard_size: 5_000_000_000,
             overwrite: false,
@@ -124,7 +141,15 @@ pub fn merge(
     options: &MergeOptions,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
-    let (mut subject, opened) = Subject::with_adapters(model, adapters, false)?;
+    let mut notes = Vec::new();
+    let (mut subject, opened) = match &options.onto {
+        Onto::Original(original) => {
+            let (subject, opened) = Subject::with_adapters(original, adapters, false)?;
+            check_original(&subject, model)?;
+            (subject, opened)
+        }
+        Onto::AsIs | Onto::Dequantized => Subject::with_adapters(model, adapters, false)?,
+    };
     refuse(&subject, output)?;
     let folder = options.rest.as_deref();
     if folder.is_some_and(|folder| folder == output || same(folder, output)) {
@@ -132,6 +157,19 @@ pub fn merge(
         return Err(Error::config("rest", detail));
     }
     let rest = rest::set_aside(&mut subject, &opened, folder, options.overwrite)?;
+    match (&options.onto, subject.is_quantised()) {
+        (Onto::AsIs, true) => notes.push(
+            "the base is quantised: the change is added to the values its codes stand for; \
+             `--onto original --base MODEL` adds it to the weights from before"
+                .to_owned(),
+        ),
+        (Onto::Dequantized, false) => {
+            let detail =
+                "\"dequantized\" is for a quantised base, and this one is not: leave it out";
+            return Err(Error::config("onto", detail));
+        }
+        _ => {}
+    }
     let network = subject.network();
     network.check_mergeable()?;
     check_places(&subject)?;
@@ -165,7 +203,7 @@ pub fn merge(
     if files.len() > 1 {
         files.push("model.safetensors.index.json".to_owned());
     }
-    let mut notes = rest.as_ref().map_or(Vec::new(), |r| r.notes.clone());
+    notes.extend(rest.iter().flat_map(|r| r.notes.clone()));
     if let (Some(folder), None) = (folder, &rest) {
         let folder = folder.display();
         notes.push(format!(
@@ -234,13 +272,32 @@ fn refuse(subject: &Subject, output: &Path) -> Result<()> {
             "its architecture is not known, so its tensors cannot be given Hugging Face's names";
         return Err(Error::file(&subject.path, detail));
     }
-    if subject
-        .config
-        .get("quantization_config")
-        .is_some_and(|q| !q.is_null())
-    {
-        let detail = "its weights are quantised (`quantization_config` in config.json); merge into the original";
-        return Err(Error::file(&subject.path, detail));
+    Ok(())
+}
+
+/// The weights from before a quantisation have to be those of the same model.
+fn check_original(original: &Subject, model: &str) -> Result<()> {
+    let quantised = Subject::open(model, &[], &Default::default())?;
+    let fail = |detail: String| Err(Error::file(&original.path, detail));
+    if original.is_quantised() {
+        return fail("its weights are quantised themselves: give the model from before".to_owned());
+    }
+    if !quantised.is_quantised() {
+        return fail(format!(
+            "is given as the original of {model}, which is not quantised: leave it out"
+        ));
+    }
+    let (ours, theirs) = (original.network().tree(), quantised.network().tree());
+    for (_, module) in theirs.iter() {
+        let same = ours
+            .get(&module.path)
+            .is_some_and(|id| ours.info(id).weight_shape() == module.weight_shape());
+        if module.weight.is_some() && !same {
+            return fail(format!(
+                "is not the original of {model}: `{}` is missing or of another size",
+                module.path
+            ));
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use peft_core::{Error, ModuleId, Result};
+use peft_core::{Error, ModuleId, ModuleKind, Result};
 use peft_io::{DType, PlanEntry, StoredFormat};
 use peft_models::Task;
 use peft_tensor::WeightFormat;
@@ -74,6 +74,10 @@ pub(super) fn outputs(subject: &Subject, untied: bool, dtype: MergeDType) -> Res
             let element = element_of(subject, stored.as_deref(), parameter, dtype);
             let source = match (&stored, changed) {
                 (_, true) => Source::Merged(id),
+                (Some(stored), false) if turned(subject, stored, id) => {
+                    taken.insert(stored.clone());
+                    Source::Base(parameter.clone(), id)
+                }
                 (Some(stored), false) => Source::Stored(stored.clone()),
                 (None, false) => Source::Base(parameter.clone(), id),
             };
@@ -152,7 +156,14 @@ fn tied_name(subject: &Subject, parameter: &str) -> Option<String> {
     }
 }
 
+/// Whether a weight is not stored in the layout of Hugging Face's class: bitsandbytes turns those of GPT-2.
+fn turned(subject: &Subject, stored: &str, id: ModuleId) -> bool {
+    subject.network().tree().info(id).kind == ModuleKind::Conv1d
+        && subject.checkpoint.is_quantised(stored)
+}
+
 fn stored_shape(subject: &Subject, stored: Option<&str>, id: ModuleId) -> Vec<usize> {
+    let stored = stored.filter(|name| !turned(subject, name, id));
     let meta = stored.and_then(|name| subject.checkpoint.meta(name));
     meta.map_or_else(
         || subject.network().tree().info(id).weight_shape(),
@@ -168,6 +179,8 @@ fn element_of(
     dtype: MergeDType,
 ) -> DType {
     let format = match stored.and_then(|name| subject.checkpoint.meta(name)) {
+        // bitsandbytes leaves embeddings and norms in the type the model had.
+        Some(meta) if subject.checkpoint.is_quantised(&meta.name) => plain(subject),
         Some(meta) => meta.format,
         // Fresh heads and what a GGUF holds: as the model's largest tensor, if that is a plain float.
         None => {
@@ -177,15 +190,24 @@ fn element_of(
                 .weight(parameter)
                 .and_then(|w| w.as_frozen().map(|f| f.format()));
             let fresh = subject.checkpoint.gguf().is_none();
-            let largest = subject.checkpoint.metas().values().max_by_key(|m| m.nbytes);
-            match (fresh, largest, frozen) {
-                (true, Some(meta), _) => meta.format,
-                (_, _, Some(format)) => StoredFormat::Weight(format),
-                _ => StoredFormat::Weight(WeightFormat::F32),
+            match (fresh, frozen) {
+                (true, _) => plain(subject),
+                (false, Some(format)) => StoredFormat::Weight(format),
+                (false, None) => StoredFormat::Weight(WeightFormat::F32),
             }
         }
     };
     element(format, dtype).unwrap_or(DType::F32)
+}
+
+/// The format of the largest tensor of floats; f32 if there is none.
+fn plain(subject: &Subject) -> StoredFormat {
+    let metas = subject.checkpoint.metas().values();
+    let floats =
+        metas.filter(|m| matches!(m.format, StoredFormat::Weight(_)) && m.format.dtype().is_some());
+    floats
+        .max_by_key(|m| m.nbytes)
+        .map_or(StoredFormat::Weight(WeightFormat::F32), |m| m.format)
 }
 
 /// The element type to write a stored format as; None where it cannot be written as what it is.
