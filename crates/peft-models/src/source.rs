@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use peft_core::{Base, BaseWeight, Error, ModuleKind, ModuleTree, Originals, Result, RngKey};
 use peft_io::Checkpoint;
-use peft_tensor::{Device, FrozenWeight, Tensor};
+use peft_tensor::{Bytes, Device, FrozenWeight, Precision, Tensor, WeightFormat, encode};
 
 use crate::config::ModelConfig;
 use crate::gguf::{self, Change};
@@ -138,6 +138,12 @@ impl<'a> Source<'a> {
             let made = quantize.apply(&weight, transposed);
             let made = made.map_err(|e| e.context(format!("tensor `{}`", place.name)))?;
             return Ok(BaseWeight::frozen(made, false, device));
+        }
+        if device.backend().precision() == Precision::Bf16 && weight.format() == WeightFormat::F32 {
+            let half = encode(WeightFormat::BF16, &weight.to_f32(), weight.cols())?;
+            weight.bytes().release();
+            let (rows, cols) = (weight.rows(), weight.cols());
+            weight = FrozenWeight::new(rows, cols, WeightFormat::BF16, Bytes::from_vec(half))?;
         }
         Ok(BaseWeight::frozen(weight, transposed, device))
     }

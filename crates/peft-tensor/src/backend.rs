@@ -183,6 +183,31 @@ pub struct Rope {
     pub positions: Arc<Vec<u32>>,
 }
 
+/// What a device keeps large values in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Single precision throughout.
+    #[default]
+    F32,
+    /// Base weights that are stored in single precision, and the activations that wait for the backward pass, in
+    /// bfloat16. Sums, norms, softmax, losses, adapter parameters, gradients and moments are single precision.
+    Bf16,
+}
+
+impl std::str::FromStr for Precision {
+    type Err = TensorError;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            other => Err(TensorError::Unsupported(format!(
+                "{other:?} is not one of f32, bf16"
+            ))),
+        }
+    }
+}
+
 /// What a device can do. Shapes are in elements; `rows` and `cols` describe a buffer as `[rows, cols]`.
 pub trait Backend: Send + Sync {
     /// The name users give with `--device`.
@@ -200,6 +225,10 @@ pub trait Backend: Send + Sync {
     /// `len` times `value`.
     fn fill(&self, len: usize, value: f32) -> Result<Buffer>;
 
+    /// What it keeps large values in.
+    fn precision(&self) -> Precision {
+        Precision::F32
+    }
     /// A smaller form of `x` to keep until the backward pass; None = as it is.
     fn pack(&self, _x: &Buffer) -> Option<Buffer> {
         None
@@ -415,10 +444,21 @@ impl Device {
         Self(Arc::new(backend))
     }
 
-    /// The processor.
+    /// The processor, in single precision.
     pub fn cpu() -> Self {
-        static CPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        CPU.get_or_init(|| Self::new(crate::cpu::CpuBackend::new()))
+        Self::cpu_in(Precision::F32)
+    }
+
+    /// The processor. Tensors of different precisions go together; an operation follows its first one.
+    pub fn cpu_in(precision: Precision) -> Self {
+        static SINGLE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+        static HALF: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+        let device = match precision {
+            Precision::F32 => &SINGLE,
+            Precision::Bf16 => &HALF,
+        };
+        device
+            .get_or_init(|| Self::new(crate::cpu::CpuBackend::new(precision)))
             .clone()
     }
 
@@ -455,9 +495,9 @@ impl Device {
         &*self.0
     }
 
-    /// Whether both are the same backend.
+    /// Whether tensors of both go together: the same backend, in whatever precision.
     pub fn same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        Arc::ptr_eq(&self.0, &other.0) || self.0.name() == other.0.name()
     }
 }
 

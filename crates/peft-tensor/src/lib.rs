@@ -25,7 +25,7 @@ mod tensor;
 pub mod torch_rng;
 
 pub use backend::{
-    Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Rope, Unary,
+    Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Precision, Rope, Unary,
 };
 pub use base_weight::BaseWeight;
 pub use bytes::Bytes;

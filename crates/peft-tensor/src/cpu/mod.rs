@@ -7,6 +7,7 @@ mod attention;
 mod dropout;
 mod elementwise;
 mod frozen;
+mod half;
 mod loss;
 mod matmul;
 mod norm;
@@ -16,20 +17,23 @@ mod rope;
 mod shape;
 pub(crate) mod simd;
 
-use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Rope, Unary};
+use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Precision, Rope, Unary};
 use crate::{FrozenWeight, Result, RngKey, TensorError};
+use half::Halves;
 use pool::Floats;
 
 /// The processor.
 pub(crate) struct CpuBackend {
     scratch: frozen::Scratch,
+    precision: Precision,
 }
 
 impl CpuBackend {
     /// There is nothing to open.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(precision: Precision) -> Self {
         Self {
             scratch: frozen::Scratch::default(),
+            precision,
         }
     }
 }
@@ -56,6 +60,24 @@ fn owned(mut buffer: Buffer) -> Result<Floats> {
 impl Backend for CpuBackend {
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    fn pack(&self, x: &Buffer) -> Option<Buffer> {
+        if self.precision == Precision::F32 {
+            return None;
+        }
+        Some(Buffer::new(Halves::pack(get(x).ok()?)))
+    }
+
+    fn unpack(&self, x: &Buffer) -> Result<Buffer> {
+        match x.get::<Halves>() {
+            Some(halves) => Ok(put(halves.unpack())),
+            None => Ok(x.clone()),
+        }
     }
 
     fn upload(&self, values: Vec<f32>) -> Result<Buffer> {

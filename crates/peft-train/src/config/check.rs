@@ -2,6 +2,7 @@
 
 use peft_core::{Error, Result};
 use peft_models::Quantize;
+use peft_tensor::{Precision, TensorError};
 
 use super::{ModelInit, TrainConfig};
 
@@ -52,21 +53,7 @@ impl TrainConfig {
                 ));
             }
         }
-        match self.precision.as_str() {
-            "f32" => {}
-            "bf16" => {
-                return Err(Error::config(
-                    "precision",
-                    format!("\"bf16\" {LATER}; use \"f32\""),
-                ));
-            }
-            other => {
-                return Err(Error::config(
-                    "precision",
-                    format!("{other:?} is not one of f32, bf16"),
-                ));
-            }
-        }
+        self.precision()?;
         if self.quantize()?.is_none() {
             return Ok(());
         }
@@ -79,6 +66,16 @@ impl TrainConfig {
             return Err(Error::config("model.quantize", detail));
         }
         Ok(())
+    }
+
+    /// `precision`, read.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub(crate) fn precision(&self) -> Result<Precision> {
+        self.precision
+            .parse()
+            .map_err(|e: TensorError| Error::config("precision", e.to_string()))
     }
 
     /// `model.quantize`, read.

@@ -26,7 +26,8 @@ use crate::schedule::Schedule;
 pub struct TrainConfig {
     /// `cpu`, or `auto` for the best there is.
     pub device: String,
-    /// `f32`: what gradients and moments are kept in.
+    /// `f32` or `bf16`: what base weights and the activations that wait for the backward pass are kept in. Gradients,
+    /// moments and adapters are always f32.
     pub precision: String,
     /// The model.
     pub model: ModelSection,

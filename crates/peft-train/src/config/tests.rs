@@ -122,7 +122,7 @@ fn a_wrong_type_or_value_names_its_field() {
         ("data=3", &["`data`", "table"]),
         ("adapter=3", &["`adapter`"]),
         ("adapter.init_from=3", &["adapter.init_from"]),
-        ("precision=bf16", &["precision", "not in this build yet"]),
+        ("precision=f64", &["precision", "f64", "f32, bf16"]),
         ("device=wgpu", &["device", "not in this build yet"]),
         ("device=tpu", &["device", "tpu", "cpu, wgpu, auto"]),
         (

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use peft_core::{Error, Network, Pass, Result, Tensors};
 use peft_io::resolve_model;
 use peft_models::{LoadOptions, Model, ModelConfig, Task, Tokenizer};
-use peft_tensor::{RngKey, Tensor, no_grad};
+use peft_tensor::{Device, RngKey, Tensor, no_grad};
 use serde_json::{Value, json};
 
 use super::{ADAPTER_NAME, Trainer, output};
@@ -146,6 +146,7 @@ fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
         task: Some(task),
         seed: config.train.seed,
         quantize: config.quantize()?,
+        device: Device::cpu_in(config.precision()?),
         ..LoadOptions::default()
     };
     match config.model.init {
