@@ -189,7 +189,7 @@ mod tests {
             (json!({"lora_alpha": 0}), "lora_alpha"),
             (json!({"r": 25}), "needs 1 to 24"),
         ] {
-            let text = network(1, fields).err().expect("is refused").to_string();
+            let text = network(1, fields).expect_err("is refused").to_string();
             assert!(text.contains(says), "{says}: {text}");
         }
     }
