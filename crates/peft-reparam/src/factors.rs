@@ -27,7 +27,7 @@ pub struct LowRank {
     pub use_rslora: bool,
     /// Whether B has a bias.
     pub lora_bias: bool,
-    /// Start: true, false, `gaussian`, `pissa`, `pissa_niter_<N>`, `olora`, `orthogonal`.
+    /// Start: true, false, `gaussian`, `pissa`, `pissa_niter_<N>`, `olora`, `orthogonal`, `loftq`.
     pub init_lora_weights: Value,
     /// Whether the weight is stored `[in, out]`; found out from the model, kept for the file.
     pub fan_in_fan_out: bool,
@@ -231,7 +231,8 @@ impl LowRank {
             rank,
             scaling,
         };
-        let start = init::start(&self.init_lora_weights, shape, cx, &site.path)?;
+        let loftq = self.others.get("loftq_config").unwrap_or(&Value::Null);
+        let start = init::start(&self.init_lora_weights, loftq, shape, cx, &site.path)?;
         Ok(Pair {
             kind: Kind::Linear,
             a: make_a(cx, "lora_A.weight", &start.a)?,

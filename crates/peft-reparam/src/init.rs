@@ -26,11 +26,17 @@ pub(crate) struct Shape {
     pub(crate) scaling: f32,
 }
 
-/// The start that `init_lora_weights` names.
+/// The start that `init_lora_weights` names; `loftq` are the settings of the one of that name.
 ///
 /// # Errors
 /// If there is none of that name, or it does not fit the layer.
-pub(crate) fn start(which: &Value, shape: Shape, cx: &Attach<'_>, module: &str) -> Result<Start> {
+pub(crate) fn start(
+    which: &Value,
+    loftq: &Value,
+    shape: Shape,
+    cx: &mut Attach<'_>,
+    module: &str,
+) -> Result<Start> {
     const FIELD: &str = "init_lora_weights";
     let plain = |a, b| {
         Ok(Start {
@@ -90,6 +96,10 @@ pub(crate) fn start(which: &Value, shape: Shape, cx: &Attach<'_>, module: &str) 
             olora(shape, cx)
         }
         "orthogonal" => orthogonal(shape, cx),
+        "loftq" => {
+            fits()?;
+            crate::loftq::start(loftq, shape, cx, module)
+        }
         "pissa" => {
             fits()?;
             let svd = linalg::svd(&weight(cx)?)?;
@@ -113,7 +123,7 @@ pub(crate) fn start(which: &Value, shape: Shape, cx: &Attach<'_>, module: &str) 
             None => Err(Error::config(
                 FIELD,
                 format!(
-                    "{name:?} is not one of true, false, gaussian, pissa, pissa_niter_<N>, olora, orthogonal"
+                    "{name:?} is not one of true, false, gaussian, pissa, pissa_niter_<N>, olora, orthogonal, loftq"
                 ),
             )),
         },

@@ -60,6 +60,7 @@ mod fourier;
 mod hub;
 mod init;
 mod kron;
+mod loftq;
 pub mod low_rank;
 pub mod orthogonal;
 mod rotate;

@@ -29,14 +29,17 @@ pub(super) struct Quantised {
 enum Scales {
     /// One for each row.
     Rows(TensorMeta),
-    /// One for each `blocksize` values.
-    Blocks {
-        format: WeightFormat,
-        blocksize: usize,
-        absmax: TensorMeta,
-        map: TensorMeta,
-        nested: Option<Second>,
-    },
+    /// One for each block of values.
+    Blocks(Box<Blocks>),
+}
+
+#[derive(Clone, Debug)]
+struct Blocks {
+    format: WeightFormat,
+    blocksize: usize,
+    absmax: TensorMeta,
+    map: TensorMeta,
+    nested: Option<Second>,
 }
 
 #[derive(Clone, Debug)]
@@ -139,13 +142,13 @@ fn four_bit(checkpoint: &mut Checkpoint, weight: &str, state: &str, kind: &str) 
         nbytes,
         ..codes.clone()
     };
-    let scales = Scales::Blocks {
+    let scales = Scales::Blocks(Box::new(Blocks {
         format,
         blocksize,
         absmax,
         map,
         nested,
-    };
+    }));
     insert(checkpoint, meta, Quantised { codes, scales });
     Ok(())
 }
@@ -209,19 +212,13 @@ pub(super) fn weight(
     let codes = checkpoint.slice(&parts.codes)?;
     let made = match &parts.scales {
         Scales::Rows(scales) => pack_int8(rows, cols, &codes, &floats(checkpoint, scales)?),
-        Scales::Blocks {
-            format,
-            blocksize,
-            absmax,
-            map,
-            nested,
-        } => {
-            check_table(checkpoint, *format, map)?;
-            let scales = match nested {
-                None => floats(checkpoint, absmax)?,
-                Some(nested) => second(checkpoint, absmax, nested)?,
+        Scales::Blocks(blocks) => {
+            check_table(checkpoint, blocks.format, &blocks.map)?;
+            let scales = match &blocks.nested {
+                None => floats(checkpoint, &blocks.absmax)?,
+                Some(nested) => second(checkpoint, &blocks.absmax, nested)?,
             };
-            pack(*format, rows, cols, &codes, &scales, *blocksize)
+            pack(blocks.format, rows, cols, &codes, &scales, blocks.blocksize)
         }
     };
     // They are in memory in another layout now.

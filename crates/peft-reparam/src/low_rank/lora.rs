@@ -13,15 +13,18 @@
 //!
 //! # Defaults and their source
 //! r 8, lora_alpha 8, dropout 0, A uniform with bound `1 / sqrt(in)`, B zero: HF PEFT 0.21. Starts from the weight:
-//! PiSSA arXiv 2404.02948, OLoRA arXiv 2406.01775.
+//! PiSSA arXiv 2404.02948, OLoRA arXiv 2406.01775, LoftQ arXiv 2310.08659.
 //!
 //! # Differences from HF
 //! PiSSA and OLoRA leave the base weight as it is and subtract the initial product beside it: the same function, but
 //! the base can be shared, quantised and restored. `lora_bias` merges into a base bias only where there is one.
+//! LoftQ keeps the base as well: a quantised weight stands in for it while the adapter acts, and is made again when the
+//! adapter is loaded, so the model to give is the one from before the quantisation (with `model.quantize` in training,
+//! which one round shares); the pair is divided by the scaling, HF's is not, which is the same for `lora_alpha = r`.
 //! A tied embedding adapted on one side merges into that side alone; `ensure_weight_tying` adapts both by one pair.
 //!
 //! # Limits
-//! The starts `eva`, `corda`, `loftq`, `lora_ga` and `mica` are refused by name, and so are HF's variants of LoRA that
+//! The starts `eva`, `corda`, `lora_ga` and `mica` are refused by name, and so are HF's variants of LoRA that
 //! have no method of their own here.
 
 use peft_core::serde_json::{Map, Value};
