@@ -35,6 +35,7 @@ mod files;
 mod gguf;
 mod header;
 mod hub;
+mod scratch;
 mod stage;
 mod state;
 mod stream;
@@ -58,6 +59,7 @@ pub use gguf::{Gguf, GgufBuilder, MetaArray, MetaValue};
 pub use hub::{HubCache, resolve_adapter, resolve_model};
 /// Element types as a safetensors header names them.
 pub use safetensors::Dtype as DType;
-pub use state::{list_states, read_state, remove_state, write_state};
+pub use scratch::Scratch;
+pub use state::{StateWriter, list_states, open_state, read_state, remove_state, write_state};
 pub use stream::{PlanEntry, ShardPlan, StreamWriter, parse_size};
 pub use tensors::{NamedTensors, check_finite, read_tensors, write_tensors};

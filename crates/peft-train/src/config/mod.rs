@@ -146,7 +146,7 @@ pub struct TrainSection {
     pub learning_rate: f64,
     /// Decoupled weight decay, for every parameter that no rule sets apart (biases and norms too, as in PyTorch).
     pub weight_decay: f64,
-    /// `adamw`
+    /// `adamw` or `adamw_8bit`
     pub optimizer: Optimizer,
     /// Decay of AdamW's two moments.
     pub betas: [f64; 2],
@@ -213,6 +213,16 @@ pub enum Optimizer {
     /// AdamW (arXiv 1711.05101), as `torch.optim.AdamW`.
     #[default]
     Adamw,
+    /// The same with moments in blocks of 8 bits (arXiv 2110.02861), as `bitsandbytes.optim.AdamW8bit`.
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
+}
+
+impl Optimizer {
+    /// Whether moments are kept in 8 bits.
+    pub fn eight_bit(self) -> bool {
+        self == Self::Adamw8bit
+    }
 }
 
 /// One entry of `train.lr_multipliers`.

@@ -207,7 +207,7 @@ impl<'a> Trainer<'a> {
         let train = &self.config.train;
         Ok(Progress {
             groups: Groups::new(train, &rules, params)?,
-            optimizer: AdamW::new(train.betas, train.eps),
+            optimizer: AdamW::new(train.betas, train.eps, train.optimizer.eight_bit()),
             hooks,
             step: 0,
             earlier: 0.0,
@@ -283,7 +283,7 @@ impl<'a> Trainer<'a> {
             .iter_mut()
             .try_for_each(|(_, hook)| call(hook.as_mut(), &mut cx))?;
         if reset.get() {
-            progress.optimizer.reset();
+            progress.optimizer.reset()?;
         }
         Ok(())
     }
