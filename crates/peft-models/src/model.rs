@@ -65,6 +65,9 @@ pub struct Batch {
     pub mask: Option<Vec<bool>>,
     /// Task of each row, for methods that learn several.
     pub task_ids: Option<Vec<u32>>,
+    /// `[batch * seq]`: where several texts share a row, each run of equal numbers is one of them, with positions of its own
+    /// and no sight of the others; None = one text a row. For decoders, in training.
+    pub segments: Option<Vec<u32>>,
 }
 
 impl Batch {
@@ -77,6 +80,7 @@ impl Batch {
             seq,
             mask: None,
             task_ids: None,
+            segments: None,
         }
     }
 
@@ -98,6 +102,7 @@ impl Batch {
             seq,
             mask,
             task_ids: None,
+            segments: None,
         }
     }
 
@@ -121,6 +126,14 @@ impl Batch {
             return Err(Error::config(
                 "attention_mask",
                 format!("{} entries for {} ids", mask.len(), self.ids.len()),
+            ));
+        }
+        if let Some(segments) = &self.segments
+            && segments.len() != self.ids.len()
+        {
+            return Err(Error::config(
+                "segments",
+                format!("{} entries for {} ids", segments.len(), self.ids.len()),
             ));
         }
         if let Some(tasks) = &self.task_ids

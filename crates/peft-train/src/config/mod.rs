@@ -95,6 +95,8 @@ pub struct DataSection {
     pub shuffle: bool,
     /// Whether rows of similar length share a batch; only with `shuffle`.
     pub bucket: bool,
+    /// Whether several texts share a row of up to `max_length` tokens, with attention kept apart; for decoders.
+    pub packing: bool,
     /// Whether the tokenizer's end-of-text token follows every text and completion.
     pub add_eos: bool,
     /// Whether evaluation also chooses among the completions the data has; by default where these are few.
@@ -111,6 +113,7 @@ impl Default for DataSection {
             max_length: 512,
             shuffle: true,
             bucket: true,
+            packing: false,
             add_eos: true,
             choices: None,
         }
