@@ -35,6 +35,7 @@ mod files;
 mod gguf;
 mod header;
 mod hub;
+mod memory;
 mod scratch;
 mod stage;
 mod state;
@@ -57,6 +58,7 @@ pub use files::{
 };
 pub use gguf::{Gguf, GgufBuilder, MetaArray, MetaValue};
 pub use hub::{HubCache, resolve_adapter, resolve_model};
+pub use memory::{Resident, resident_memory};
 /// Element types as a safetensors header names them.
 pub use safetensors::Dtype as DType;
 pub use scratch::Scratch;

@@ -165,6 +165,9 @@ pub struct TrainSection {
     pub warmup_steps: Option<u64>,
     /// Largest norm of all gradients together; 0 is no limit.
     pub max_grad_norm: f64,
+    /// Most resident memory, such as "2GiB". Where the run is predicted to need more, the optimiser's moments go to a file
+    /// in the output folder; a run that needs more even so is refused. It is a prediction that is held to, not a guard.
+    pub memory_limit: Option<String>,
     /// Whether layers are computed again in the backward pass to save memory.
     pub gradient_checkpointing: bool,
     /// The seed of everything random.
@@ -198,6 +201,7 @@ impl Default for TrainSection {
             warmup_ratio: 0.0,
             warmup_steps: None,
             max_grad_norm: 1.0,
+            memory_limit: None,
             gradient_checkpointing: false,
             seed: 0,
             eval_every: 0,
@@ -219,6 +223,20 @@ pub enum Optimizer {
     /// The same with moments in blocks of 8 bits (arXiv 2110.02861), as `bitsandbytes.optim.AdamW8bit`.
     #[serde(rename = "adamw_8bit")]
     Adamw8bit,
+}
+
+impl TrainSection {
+    /// `memory_limit` in bytes.
+    ///
+    /// # Errors
+    /// If it is not a size.
+    pub fn memory_limit(&self) -> Result<Option<u64>> {
+        let size = |text: &String| {
+            peft_io::parse_size(text)
+                .map_err(|e| Error::config("train.memory_limit", e.to_string()))
+        };
+        self.memory_limit.as_ref().map(size).transpose()
+    }
 }
 
 impl Optimizer {
@@ -312,6 +330,7 @@ impl TrainConfig {
             "train.eval_before",
             "train.save_every",
             "train.keep_checkpoints",
+            "train.memory_limit",
         ];
         // Through text, as `written` went: a number may lose its last bit there. Plain data always has that form.
         let text = serde_json::to_string(self).unwrap_or_default();
