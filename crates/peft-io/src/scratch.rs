@@ -82,7 +82,7 @@ fn read_exact_at(file: &File, at: u64, bytes: &mut [u8]) -> std::io::Result<()> 
 }
 
 #[cfg(unix)]
-fn write_all_at(file: &File, at: u64, bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) fn write_all_at(file: &File, at: u64, bytes: &[u8]) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
 }
 
@@ -98,7 +98,7 @@ fn read_exact_at(file: &File, mut at: u64, mut bytes: &mut [u8]) -> std::io::Res
 }
 
 #[cfg(windows)]
-fn write_all_at(file: &File, mut at: u64, mut bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) fn write_all_at(file: &File, mut at: u64, mut bytes: &[u8]) -> std::io::Result<()> {
     while !bytes.is_empty() {
         match std::os::windows::fs::FileExt::seek_write(file, bytes, at)? {
             0 => return Err(std::io::ErrorKind::WriteZero.into()),
