@@ -15,7 +15,7 @@
 //! let folder = tempfile::tempdir().unwrap();
 //! let entry = PlanEntry { name: "w".into(), shape: vec![2, 2], dtype: DType::F32 };
 //! let plan = ShardPlan::new(vec![entry], 5_000_000_000)?;
-//! let mut writer = StreamWriter::create(folder.path(), &plan, &Default::default(), false)?;
+//! let writer = StreamWriter::create(folder.path(), &plan, &Default::default(), false)?;
 //! writer.write("w", bytemuck::cast_slice(&[1f32, 2.0, 3.0, 4.0]))?;
 //! writer.finish()?;
 //!
