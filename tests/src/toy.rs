@@ -280,6 +280,7 @@ impl Toy {
                 seen: 0,
                 virtual_tokens: width - seq,
                 mask: None,
+                segments: None,
             })),
             ..pass.clone()
         };

@@ -270,7 +270,10 @@ impl Inserted {
         let gate = gate.apply(z)?.sigmoid()?;
         // One value a row: the mean over its positions, padding included.
         match *gate.shape() {
-            [_, seq, _] => Ok(out.mul(&gate.sum_axis(1)?.scale(1.0 / seq.max(1) as f32)?)?),
+            [_, seq, _] => {
+                call.pass().whole_rows()?;
+                Ok(out.mul(&gate.sum_axis(1)?.scale(1.0 / seq.max(1) as f32)?)?)
+            }
             _ => Ok(out.mul(&gate)?),
         }
     }

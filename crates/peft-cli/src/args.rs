@@ -74,6 +74,9 @@ pub(crate) struct Train {
     /// Override a key: --set train.steps=100
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Most resident memory, such as 2GiB: what is predicted to be more keeps the optimizer's moments on disk, or is refused
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) memory_limit: Option<u64>,
     /// Go on from the newest checkpoint in the output folder
     #[arg(long)]
     pub(crate) resume: bool,
@@ -220,8 +223,15 @@ pub(crate) struct Quantize {
 
 #[derive(Args, Debug)]
 pub(crate) struct Inspect {
-    #[command(flatten)]
-    pub(crate) subject: Subject,
+    /// Model folder, .gguf file or hub id
+    #[arg(long, required_unless_present = "train_config")]
+    pub(crate) model: Option<String>,
+    /// Adapter folder or hub id, or NAME=ADAPTER; repeat it to stack several, the first innermost
+    #[arg(long)]
+    pub(crate) adapter: Vec<String>,
+    /// Instead of a model: predict peak memory and time of a step of the run with this configuration, on this machine
+    #[arg(long, value_name = "CONFIG", conflicts_with_all = ["model", "adapter", "config", "target_modules", "adapted"])]
+    pub(crate) train_config: Option<PathBuf>,
     /// What an adapter of this configuration would change
     #[arg(long, value_name = "ADAPTER_CONFIG", conflicts_with = "adapter")]
     pub(crate) config: Option<PathBuf>,

@@ -41,6 +41,8 @@ pub struct Tokens {
     pub virtual_tokens: usize,
     /// Which positions are no padding, `[batch * (seen + seq)]`; None = all.
     pub mask: Option<Arc<Vec<bool>>>,
+    /// Which of several texts in its row each position belongs to, `[batch * seq]`; None = one text a row.
+    pub segments: Option<Arc<Vec<u32>>>,
 }
 
 impl Tokens {
@@ -64,6 +66,20 @@ impl Tokens {
 }
 
 impl Pass {
+    /// For methods that treat a row as one text, that count its positions or average over it.
+    ///
+    /// # Errors
+    /// If several texts share a row.
+    pub fn whole_rows(&self) -> Result<()> {
+        let packed = self.tokens.as_ref().is_some_and(|t| t.segments.is_some());
+        if packed {
+            return Err(Error::other(
+                "the method treats a row as one text; several packed into one do not work with it",
+            ));
+        }
+        Ok(())
+    }
+
     /// Without dropout.
     pub fn eval() -> Self {
         Self {

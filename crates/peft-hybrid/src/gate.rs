@@ -52,6 +52,7 @@ impl Gated {
                 "the method there does not work by adding, so that it cannot be gated",
             ));
         };
+        call.pass().whole_rows()?;
         Ok(added.mul(&self.gate.of(&self.inner.reads(call)?)?)?)
     }
 }
@@ -111,6 +112,7 @@ impl Adapter for GatedPrefix {
         let (Some(prefix), Some(gate)) = (self.inner.prefix(at)?, self.gates.get(at.layer)) else {
             return Ok(None);
         };
+        at.pass.whole_rows()?;
         let g = gate.of(at.hidden)?;
         let last = g.last_dim() - 1;
         let weigh = |t: &Tensor, which: usize| -> Result<Tensor> {

@@ -15,7 +15,7 @@
 //! let folder = tempfile::tempdir().unwrap();
 //! let entry = PlanEntry { name: "w".into(), shape: vec![2, 2], dtype: DType::F32 };
 //! let plan = ShardPlan::new(vec![entry], 5_000_000_000)?;
-//! let mut writer = StreamWriter::create(folder.path(), &plan, &Default::default(), false)?;
+//! let writer = StreamWriter::create(folder.path(), &plan, &Default::default(), false)?;
 //! writer.write("w", bytemuck::cast_slice(&[1f32, 2.0, 3.0, 4.0]))?;
 //! writer.finish()?;
 //!
@@ -35,6 +35,8 @@ mod files;
 mod gguf;
 mod header;
 mod hub;
+mod memory;
+mod scratch;
 mod stage;
 mod state;
 mod stream;
@@ -56,8 +58,10 @@ pub use files::{
 };
 pub use gguf::{Gguf, GgufBuilder, MetaArray, MetaValue};
 pub use hub::{HubCache, resolve_adapter, resolve_model};
+pub use memory::{Resident, resident_memory};
 /// Element types as a safetensors header names them.
 pub use safetensors::Dtype as DType;
-pub use state::{list_states, read_state, remove_state, write_state};
+pub use scratch::Scratch;
+pub use state::{StateWriter, list_states, open_state, read_state, remove_state, write_state};
 pub use stream::{PlanEntry, ShardPlan, StreamWriter, parse_size};
 pub use tensors::{NamedTensors, check_finite, read_tensors, write_tensors};

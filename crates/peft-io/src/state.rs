@@ -6,12 +6,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use crate::checkpoint::is_file_name;
 use crate::files::pretty_json;
 use crate::stage::{Stage, sync_folder};
 use crate::tensors::stage_tensors;
-use crate::{Error, NamedTensors, Result, create_folder, read_json, read_tensors};
+use crate::{
+    Checkpoint, Error, NamedTensors, PlanEntry, Result, create_folder, header, read_json,
+    read_tensors,
+};
 
 const TENSORS: &str = "state.safetensors";
 const JSON: &str = "state.json";
@@ -29,23 +33,117 @@ const REPLACED: &str = ".replaced-";
 /// When `name` is not a plain file name or starts with a dot, a shape disagrees with its values, or a
 /// file cannot be written.
 pub fn write_state(dir: &Path, name: &str, tensors: &NamedTensors, json: &Value) -> Result<()> {
-    check_name(name)?;
-    create_folder(dir)?;
-    recover(dir)?;
-    let partial = dir.join(format!("{PARTIAL}{name}"));
-    let written = fill(&partial, tensors, json).and_then(|()| swap(dir, name, &partial));
-    if written.is_err() {
-        // The first error is the one to tell.
-        let _ = fs::remove_dir_all(&partial);
-    }
-    written
-}
-
-fn fill(partial: &Path, tensors: &NamedTensors, json: &Value) -> Result<()> {
-    let mut stage = Stage::new(partial)?;
+    let partial = Partial::new(dir, name)?;
+    let mut stage = Stage::new(&partial.path)?;
     stage_tensors(&mut stage, TENSORS, tensors, &[], &BTreeMap::new())?;
     stage.add(JSON, pretty_json(json).as_bytes())?;
-    stage.commit()
+    stage.commit()?;
+    swap(dir, name, &partial.path)
+}
+
+/// The folder a state is made in; what is left of it when dropped is removed.
+#[derive(Debug)]
+struct Partial {
+    path: PathBuf,
+}
+
+impl Partial {
+    fn new(dir: &Path, name: &str) -> Result<Self> {
+        check_name(name)?;
+        create_folder(dir)?;
+        recover(dir)?;
+        let path = dir.join(format!("{PARTIAL}{name}"));
+        Ok(Self { path })
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Renamed away if all went well; otherwise the first error is the one to tell.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Writes a state tensor by tensor, as [`write_state`] writes one that is in memory.
+#[derive(Debug)]
+pub struct StateWriter {
+    dir: PathBuf,
+    name: String,
+    path: PathBuf,
+    // Dropped in order: the temporary, the stage, the folder.
+    out: std::io::BufWriter<NamedTempFile>,
+    stage: Stage,
+    partial: Partial,
+    /// Bytes that are still to come.
+    left: u64,
+}
+
+impl StateWriter {
+    /// Begins the state `dir/name/` with these tensors: their bytes have to come in this order. Wide element types should
+    /// come first, so that each tensor is aligned.
+    ///
+    /// # Errors
+    /// As [`write_state`].
+    pub fn create(dir: &Path, name: &str, plan: &[PlanEntry]) -> Result<Self> {
+        let partial = Partial::new(dir, name)?;
+        let stage = Stage::new(&partial.path)?;
+        let path = stage.target(TENSORS);
+        let entries: Vec<_> = plan
+            .iter()
+            .map(|e| (e.name.clone(), e.dtype, e.shape.clone()))
+            .collect();
+        let (head, placed) = header::build(&path, &entries, &BTreeMap::new())?;
+        let mut writer = Self {
+            dir: dir.to_owned(),
+            name: name.to_owned(),
+            path,
+            out: std::io::BufWriter::with_capacity(1 << 20, stage.temp(TENSORS)?),
+            stage,
+            partial,
+            left: head.len() as u64 + placed.last().map_or(0, |e| e.end as u64),
+        };
+        writer.write(&head)?;
+        Ok(writer)
+    }
+
+    /// Writes the next bytes.
+    ///
+    /// # Errors
+    /// When they are more than was planned, or the disk refuses.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        use std::io::Write as _;
+        let Some(left) = self.left.checked_sub(bytes.len() as u64) else {
+            let detail = format!(
+                "{} bytes come after {} planned ones",
+                bytes.len(),
+                self.left
+            );
+            return Err(Error::format(&self.path, detail));
+        };
+        self.left = left;
+        self.out
+            .write_all(bytes)
+            .map_err(|e| Error::io("write", &self.path, e))
+    }
+
+    /// Puts the state in place.
+    ///
+    /// # Errors
+    /// When bytes are missing or something cannot be written; then nothing remains.
+    pub fn finish(mut self, json: &Value) -> Result<()> {
+        if self.left > 0 {
+            let detail = format!("{} planned bytes did not come", self.left);
+            return Err(Error::format(&self.path, detail));
+        }
+        let temp = self
+            .out
+            .into_inner()
+            .map_err(|e| Error::io("write", &self.path, e.into_error()))?;
+        self.stage.push(TENSORS, temp)?;
+        self.stage.add(JSON, pretty_json(json).as_bytes())?;
+        self.stage.commit()?;
+        swap(&self.dir, &self.name, &self.partial.path)
+    }
 }
 
 fn swap(dir: &Path, name: &str, partial: &Path) -> Result<()> {
@@ -90,6 +188,26 @@ fn recover(dir: &Path) -> Result<()> {
 /// # Errors
 /// When it is not there or a file of it is damaged.
 pub fn read_state(dir: &Path, name: &str) -> Result<(NamedTensors, Value)> {
+    let folder = state_folder(dir, name)?;
+    Ok((
+        read_tensors(&folder.join(TENSORS))?,
+        read_json(&folder.join(JSON))?,
+    ))
+}
+
+/// As [`read_state`], with the tensors in their file until they are asked for.
+///
+/// # Errors
+/// As [`read_state`].
+pub fn open_state(dir: &Path, name: &str) -> Result<(Checkpoint, Value)> {
+    let folder = state_folder(dir, name)?;
+    Ok((
+        Checkpoint::open(&folder.join(TENSORS))?,
+        read_json(&folder.join(JSON))?,
+    ))
+}
+
+fn state_folder(dir: &Path, name: &str) -> Result<PathBuf> {
     check_name(name)?;
     let mut folder = dir.join(name);
     let replaced = dir.join(format!("{REPLACED}{name}"));
@@ -109,10 +227,7 @@ pub fn read_state(dir: &Path, name: &str) -> Result<(NamedTensors, Value)> {
             format!("no such state; there are: {known}"),
         ));
     }
-    Ok((
-        read_tensors(&folder.join(TENSORS))?,
-        read_json(&folder.join(JSON))?,
-    ))
+    Ok(folder)
 }
 
 /// Names of the complete states in `dir`, sorted with numbers in numeric order (`step-9` before

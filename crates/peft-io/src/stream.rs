@@ -2,8 +2,8 @@
 //! the peak memory is the one tensor (or part of one) being written.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use safetensors::Dtype;
 use serde_json::json;
@@ -11,6 +11,7 @@ use tempfile::NamedTempFile;
 
 use crate::checkpoint::{INDEX, SINGLE, checkpoint_files, is_file_name};
 use crate::files::pretty_json;
+use crate::scratch::write_all_at;
 use crate::stage::{Stage, sync_folder};
 use crate::{Error, Result, header};
 
@@ -109,13 +110,20 @@ struct Slot {
     /// First byte in the file.
     start: u64,
     len: u64,
-    written: u64,
+    state: Mutex<Written>,
+}
+
+/// How much of a tensor is there; a tensor without bytes is there once it was touched.
+#[derive(Debug, Default, Clone, Copy)]
+struct Written {
+    bytes: u64,
     touched: bool,
 }
 
 impl Slot {
     fn complete(&self) -> bool {
-        self.touched && self.written == self.len
+        let state = lock(&self.state);
+        state.touched && state.bytes == self.len
     }
 }
 
@@ -124,18 +132,28 @@ impl Slot {
 struct Shard {
     name: String,
     header: Vec<u8>,
-    file: Option<NamedTempFile>,
-    /// Tensors not complete yet.
-    open: usize,
+    state: Mutex<Open>,
 }
 
-/// Writes a checkpoint that was planned. Tensors may come in any order, whole or in parts; nothing of it
-/// is visible before [`finish`](Self::finish), and nothing remains if that is never reached.
+#[derive(Debug)]
+struct Open {
+    file: Option<Arc<NamedTempFile>>,
+    /// Tensors not complete yet.
+    tensors: usize,
+}
+
+/// A panic elsewhere leaves nothing half-done in what these locks guard.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes a checkpoint that was planned. Tensors may come in any order, whole or in parts, from several threads; nothing
+/// of it is visible before [`finish`](Self::finish), and nothing remains if that is never reached.
 #[derive(Debug)]
 pub struct StreamWriter {
     shards: Vec<Shard>,
     slots: HashMap<String, Slot>,
-    stage: Stage,
+    stage: Mutex<Stage>,
     index: Option<String>,
     /// Old checkpoint files that no new file replaces.
     stale: Vec<std::path::PathBuf>,
@@ -185,16 +203,17 @@ impl StreamWriter {
                         shard: i,
                         start,
                         len,
-                        written: 0,
-                        touched: false,
+                        state: Mutex::default(),
                     },
                 );
             }
             shards.push(Shard {
                 name: name.clone(),
                 header: head,
-                file: None,
-                open: entries.len(),
+                state: Mutex::new(Open {
+                    file: None,
+                    tensors: entries.len(),
+                }),
             });
         }
         let index = (names.len() > 1).then(|| {
@@ -210,7 +229,7 @@ impl StreamWriter {
         Ok(Self {
             shards,
             slots,
-            stage: Stage::new(folder)?,
+            stage: Mutex::new(Stage::new(folder)?),
             index,
             stale,
         })
@@ -220,10 +239,10 @@ impl StreamWriter {
     ///
     /// # Errors
     /// When it is not in the plan, was written before, has another size, or the disk refuses.
-    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         // One that is complete already is `write_part`'s to refuse.
         let open = self.slots.get(name).filter(|slot| !slot.complete());
-        let len = open.map(|slot| slot.len - slot.written);
+        let len = open.map(|slot| slot.len - lock(&slot.state).bytes);
         if let Some(len) = len.filter(|&len| len != bytes.len() as u64) {
             let detail = format!("{} bytes given, the plan has {len}", bytes.len());
             return Err(Error::tensor(self.path_of(name), name, detail));
@@ -235,60 +254,74 @@ impl StreamWriter {
     ///
     /// # Errors
     /// As [`write`](Self::write).
-    pub fn write_part(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+    pub fn write_part(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path_of(name);
         let fail = |detail: String| Error::tensor(&path, name, detail);
         let slot = self
             .slots
-            .get_mut(name)
+            .get(name)
             .ok_or_else(|| fail("is not in the plan".into()))?;
-        if slot.complete() {
+        let shard = self
+            .shards
+            .get(slot.shard)
+            .ok_or_else(|| fail("has no shard".into()))?;
+        // Held while writing: the parts of a tensor come one after the other. Other tensors do not wait.
+        let mut state = lock(&slot.state);
+        if state.touched && state.bytes == slot.len {
             return Err(fail("is already written".into()));
         }
-        if bytes.len() as u64 > slot.len - slot.written {
+        if bytes.len() as u64 > slot.len - state.bytes {
             return Err(fail(format!(
                 "{} bytes given, {} of {} are left to write",
                 bytes.len(),
-                slot.len - slot.written,
+                slot.len - state.bytes,
                 slot.len
             )));
         }
-        let shard = self
-            .shards
-            .get_mut(slot.shard)
-            .ok_or_else(|| fail("has no shard".into()))?;
-        let file = match &mut shard.file {
-            Some(file) => file,
-            None => {
-                let mut file = self.stage.temp(&shard.name)?;
-                file.write_all(&shard.header)
-                    .map_err(|e| Error::io("write", &path, e))?;
-                shard.file.insert(file)
-            }
-        };
-        file.seek(SeekFrom::Start(slot.start + slot.written))
-            .and_then(|_| file.write_all(bytes))
-            .map_err(|e| Error::io("write", &path, e))?;
-        slot.written += bytes.len() as u64;
-        slot.touched = true;
-        if slot.complete() {
-            shard.open -= 1;
-            if let Some(file) = shard.file.take_if(|_| shard.open == 0) {
-                self.stage.push(&shard.name, file)?;
-            }
+        let io = |e| Error::io("write", &path, e);
+        let file = self.file(shard, &path)?;
+        write_all_at(file.as_file(), slot.start + state.bytes, bytes).map_err(io)?;
+        drop(file);
+        state.bytes += bytes.len() as u64;
+        state.touched = true;
+        if state.bytes < slot.len {
+            return Ok(());
+        }
+        let mut open = lock(&shard.state);
+        open.tensors -= 1;
+        if open.tensors > 0 {
+            return Ok(());
+        }
+        // Whoever completes the last tensor closes the file: nobody else has it then.
+        if let Some(file) = open.file.take()
+            && let Some(file) = Arc::into_inner(file)
+        {
+            lock(&self.stage).push(&shard.name, file)?;
         }
         Ok(())
+    }
+
+    /// A shard's file, with its header where it is new.
+    fn file(&self, shard: &Shard, path: &Path) -> Result<Arc<NamedTempFile>> {
+        let mut open = lock(&shard.state);
+        if let Some(file) = &open.file {
+            return Ok(file.clone());
+        }
+        let file = Arc::new(lock(&self.stage).temp(&shard.name)?);
+        write_all_at(file.as_file(), 0, &shard.header).map_err(|e| Error::io("write", path, e))?;
+        open.file = Some(file.clone());
+        Ok(file)
     }
 
     /// Adds a small file, such as `config.json`, that appears together with the tensors.
     ///
     /// # Errors
     /// When `name` is not a plain file name or the file cannot be written.
-    pub fn add_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+    pub fn add_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
         if !is_file_name(name) {
             return Err(Error::Usage(format!("`{name}` is not a file name")));
         }
-        self.stage.add(name, bytes)
+        lock(&self.stage).add(name, bytes)
     }
 
     /// Puts everything in place: shards, index, added files; removes files of an overwritten checkpoint
@@ -297,7 +330,7 @@ impl StreamWriter {
     /// # Errors
     /// When a planned tensor was not written (all are listed) or a file cannot be put in place; the
     /// folder is then as it was.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
         let mut missing: Vec<&str> = self
             .slots
             .iter()
@@ -312,15 +345,19 @@ impl StreamWriter {
                 missing.join(", ")
             )));
         }
+        let mut stage = self
+            .stage
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
         // A plan without tensors has one shard, which no write has opened.
         for shard in self.shards.iter().filter(|_| self.slots.is_empty()) {
-            self.stage.add(&shard.name, &shard.header)?;
+            stage.add(&shard.name, &shard.header)?;
         }
         if let Some(index) = &self.index {
-            self.stage.add(INDEX, index.as_bytes())?;
+            stage.add(INDEX, index.as_bytes())?;
         }
-        let folder = self.stage.target("");
-        self.stage.commit()?;
+        let folder = stage.target("");
+        stage.commit()?;
         for old in &self.stale {
             std::fs::remove_file(old).map_err(|e| Error::io("remove", old, e))?;
         }
@@ -332,7 +369,7 @@ impl StreamWriter {
             .slots
             .get(name)
             .and_then(|slot| self.shards.get(slot.shard));
-        self.stage.target(shard.map_or("", |s| s.name.as_str()))
+        lock(&self.stage).target(shard.map_or("", |s| s.name.as_str()))
     }
 }
 

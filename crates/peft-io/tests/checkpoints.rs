@@ -88,7 +88,7 @@ fn other_dtypes_become_f32_or_say_why_not() {
     let write = |dtype, shape: &[usize], bytes: Vec<u8>| {
         let folder = root.path().join(format!("{dtype}-{}", bytes.len()));
         let plan = ShardPlan::new(vec![entry("t", shape, dtype)], u64::MAX).unwrap();
-        let mut out = StreamWriter::create(&folder, &plan, &BTreeMap::new(), true).unwrap();
+        let out = StreamWriter::create(&folder, &plan, &BTreeMap::new(), true).unwrap();
         out.write("t", &bytes).unwrap();
         out.finish().unwrap();
         Checkpoint::open(&folder).unwrap()
@@ -258,7 +258,7 @@ fn one_file_is_what_the_reference_reader_reads() {
         1 << 30,
     )
     .unwrap();
-    let mut out = StreamWriter::create(root.path(), &plan, &BTreeMap::new(), false).unwrap();
+    let out = StreamWriter::create(root.path(), &plan, &BTreeMap::new(), false).unwrap();
     for e in plan.entries() {
         out.write(&e.name, &content(e, 1)).unwrap();
     }
@@ -295,7 +295,7 @@ fn a_writer_refuses_what_was_not_planned() {
         4,
     )
     .unwrap();
-    let mut out = StreamWriter::create(&folder, &plan, &BTreeMap::new(), false).unwrap();
+    let out = StreamWriter::create(&folder, &plan, &BTreeMap::new(), false).unwrap();
     for (name, bytes, want) in [
         ("c", &[0u8; 4][..], "not in the plan"),
         ("a", &[0; 3], "3 bytes given, the plan has 4"),
@@ -357,7 +357,7 @@ fn dropping_a_writer_leaves_the_old_checkpoint_alone() {
             .map(|i| entry(&format!("t{i}"), &[8], DType::U8))
             .collect();
         let plan = ShardPlan::new(entries, max).unwrap();
-        let mut out = StreamWriter::create(folder, &plan, &BTreeMap::new(), overwrite)?;
+        let out = StreamWriter::create(folder, &plan, &BTreeMap::new(), overwrite)?;
         for e in plan.entries() {
             out.write(&e.name, &content(e, seed))?;
         }
@@ -430,7 +430,7 @@ proptest! {
         let entries: Vec<_> =
             shapes.iter().enumerate().map(|(i, (shape, dtype))| entry(&format!("t{i}"), shape, *dtype)).collect();
         let plan = ShardPlan::new(entries.clone(), max).unwrap();
-        let mut out = StreamWriter::create(root.path(), &plan, &BTreeMap::new(), false).unwrap();
+        let out = StreamWriter::create(root.path(), &plan, &BTreeMap::new(), false).unwrap();
         let mut shuffled: Vec<_> = entries.iter().enumerate().collect();
         shuffled.sort_by_key(|(i, _)| (order >> (i % 60)) & 7);
         for (i, e) in shuffled {

@@ -65,7 +65,7 @@ fn write(folder: &Path, parts: &Parts) {
         dtype: *dtype,
     };
     let plan = ShardPlan::new(parts.iter().map(entry).collect(), 1 << 30).unwrap();
-    let mut writer = StreamWriter::create(folder, &plan, &Default::default(), true).unwrap();
+    let writer = StreamWriter::create(folder, &plan, &Default::default(), true).unwrap();
     for (name, (_, _, data)) in parts {
         writer.write(name, data).unwrap();
     }

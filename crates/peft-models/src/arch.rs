@@ -75,9 +75,21 @@ pub(crate) fn embedded(
     let mut x = x.reshape(&[batch.batch, batch.seq, x.last_dim()])?;
     let mut keys = batch.mask.clone();
     let mut added = 0;
+    if seen > 0 && batch.segments.is_some() {
+        return Err(Error::config(
+            "segments",
+            "texts that share a row are not generated",
+        ));
+    }
     if seen == 0
         && let Some(prompt) = network.prompt(batch.batch, pass)?
     {
+        if batch.segments.is_some() {
+            return Err(Error::config(
+                "segments",
+                "an adapter puts virtual tokens in front of each row, so that a row can hold but one text",
+            ));
+        }
         let prompt = per_row(&prompt, batch.batch)?;
         let virtual_tokens = prompt.dims3()?.1;
         added = virtual_tokens;
@@ -100,14 +112,22 @@ pub(crate) fn embedded(
             keys: keys.map(Arc::new),
             seen,
             virtual_tokens: added,
+            segments: batch.segments.clone().map(Arc::new),
         },
     ))
 }
 
-/// Positions `first..` of every row of the batch.
+/// Positions `first..` of every row of the batch, or of every text of it where several share a row.
 pub(crate) fn positions(rows: &Rows, first: usize) -> Result<Arc<Vec<u32>>> {
     let end =
         u32::try_from(first + rows.seq).map_err(|_| Error::other("the sequence is too long"))?;
+    if let Some(segments) = &rows.segments {
+        let texts = segments
+            .chunks(rows.seq.max(1))
+            .flat_map(|row| row.chunk_by(|a, b| a == b));
+        let positions = texts.flat_map(|text| (first as u32..).take(text.len()));
+        return Ok(Arc::new(positions.collect()));
+    }
     let one: Vec<u32> = (first as u32..end).collect();
     Ok(Arc::new(
         one.iter()

@@ -41,6 +41,8 @@ pub(crate) struct Rows {
     pub(crate) seen: usize,
     /// Virtual tokens in front.
     pub(crate) virtual_tokens: usize,
+    /// Which text of its row each position belongs to, `[B * seq]`; None = one text a row.
+    pub(crate) segments: Option<Arc<Vec<u32>>>,
 }
 
 impl Rows {
@@ -52,6 +54,7 @@ impl Rows {
             seen: self.seen,
             virtual_tokens: self.virtual_tokens,
             mask: self.keys.clone(),
+            segments: self.segments.clone(),
         };
         Pass {
             tokens: Some(Arc::new(tokens)),
@@ -73,7 +76,19 @@ impl Rows {
             };
             Arc::new(keys.chunks(len.max(1)).flat_map(row).collect())
         });
-        Mask { keys }
+        let segments = self.segments.as_ref().map(|segments| {
+            if prefix == 0 {
+                return segments.clone();
+            }
+            // Keys of the prefix are seen by all texts, whatever their number.
+            let row = |r: &[u32]| {
+                std::iter::repeat_n(u32::MAX, prefix)
+                    .chain(r.iter().copied())
+                    .collect::<Vec<_>>()
+            };
+            Arc::new(segments.chunks(self.seq.max(1)).flat_map(row).collect())
+        });
+        Mask { keys, segments }
     }
 }
 

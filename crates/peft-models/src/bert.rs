@@ -214,6 +214,12 @@ impl Architecture for Bert {
                 "BERT sees both sides of a token and cannot generate text",
             ));
         }
+        if batch.segments.is_some() {
+            return Err(Error::config(
+                "segments",
+                "BERT reads a row as one text; several can share one only with decoders",
+            ));
+        }
         let (x, rows) = embedded(network, self.words, None, batch, 0, pass)?;
         let pass = &rows.pass(pass);
         let first = network.prefix_len();

@@ -70,6 +70,9 @@ pub struct Batch {
     pub mask: Option<Vec<bool>>,
     /// Task of each row, for methods that learn several.
     pub task_ids: Option<Vec<u32>>,
+    /// `[batch * seq]`: where several texts share a row, each run of equal numbers is one of them, with positions of its own
+    /// and no sight of the others; None = one text a row. For decoders, in training.
+    pub segments: Option<Vec<u32>>,
 }
 
 impl Batch {
@@ -82,6 +85,7 @@ impl Batch {
             seq,
             mask: None,
             task_ids: None,
+            segments: None,
         }
     }
 
@@ -103,6 +107,7 @@ impl Batch {
             seq,
             mask,
             task_ids: None,
+            segments: None,
         }
     }
 
@@ -126,6 +131,14 @@ impl Batch {
             return Err(Error::config(
                 "attention_mask",
                 format!("{} entries for {} ids", mask.len(), self.ids.len()),
+            ));
+        }
+        if let Some(segments) = &self.segments
+            && segments.len() != self.ids.len()
+        {
+            return Err(Error::config(
+                "segments",
+                format!("{} entries for {} ids", segments.len(), self.ids.len()),
             ));
         }
         if let Some(tasks) = &self.task_ids

@@ -165,6 +165,7 @@ fn gradients_do_not_depend_on_checkpointing() {
             seq: 9,
             mask: None,
             task_ids: None,
+            segments: None,
         };
         let labels = Labels::Tokens(labels);
         let run = |checkpoint: bool| {
@@ -208,6 +209,7 @@ fn the_loss_is_the_mean_over_labelled_tokens_after_the_shift() {
         seq: s,
         mask: None,
         task_ids: None,
+        segments: None,
     };
     let logits = model
         .logits(&batch, &Pass::eval())
@@ -264,6 +266,7 @@ fn a_long_batch_is_scored_in_pieces_that_add_up() {
         seq: 60,
         mask: None,
         task_ids: None,
+        segments: None,
     };
     let all = model
         .loss(&whole, &Labels::Tokens(labels.clone()), &Pass::eval())
@@ -480,6 +483,7 @@ fn batches_say_what_is_wrong() {
     refused(
         Batch {
             task_ids: Some(vec![0, 0]),
+            segments: None,
             ..Batch::single(vec![1, 2])
         },
         "task_ids",
@@ -567,4 +571,33 @@ fn fresh_models_start_as_hugging_faces() {
         ..LoadOptions::default()
     };
     assert!(Model::from_config(&tiny("bert"), &causal).is_err());
+}
+
+/// Two texts in one row are the two texts in rows of their own, and padding behind them changes nothing.
+#[test]
+fn texts_that_share_a_row_do_not_see_each_other() {
+    for (seed, name) in CAUSAL.iter().enumerate() {
+        let model = fresh(name, 40 + seed as u64);
+        let (one, two) = (ids(1, 6, 53), ids(2, 4, 53));
+        let row = [&one[..], &two[..], &[0, 0]].concat();
+        let packed = Batch {
+            batch: 1,
+            seq: 12,
+            mask: Some([vec![true; 10], vec![false; 2]].concat()),
+            segments: Some([vec![7; 6], vec![0; 4], vec![7; 2]].concat()),
+            ids: row,
+            task_ids: None,
+        };
+        let all = model.logits(&packed, &Pass::eval()).unwrap();
+        let mut first = 0;
+        for text in [one, two] {
+            let n = text.len();
+            let alone = model.logits(&Batch::single(text), &Pass::eval()).unwrap();
+            let packed = all.narrow(1, first, n).unwrap();
+            let far = worst(&packed.to_vec().unwrap(), &alone.to_vec().unwrap());
+            // Sums over other blocks of keys.
+            assert!(far < 1e-5, "{name}: {far}");
+            first += n;
+        }
+    }
 }

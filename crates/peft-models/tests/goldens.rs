@@ -29,6 +29,7 @@ fn batch(input: &Value) -> Batch {
         seq,
         mask,
         task_ids: None,
+        segments: None,
     }
 }
 

@@ -42,6 +42,7 @@ fn repeated(x: &Tensor, spec: &Attention) -> Result<Tensor> {
 /// Whatever the attention below returns.
 pub(crate) fn attention(call: &Call<'_>, ratio: f64) -> Result<Tensor> {
     let at = call.attention()?;
+    call.pass().whole_rows()?;
     let mut spec = at.spec.clone();
     let (_, seq, _) = at.q.dims3()?;
     let total = at.k.shape()[1];
@@ -97,7 +98,10 @@ fn within(mask: &Mask, total: usize, prefix: usize, group: &Range<usize>) -> Mas
         };
         Arc::new(keys.chunks(total.max(1)).flat_map(row).collect())
     });
-    Mask { keys: rows }
+    Mask {
+        keys: rows,
+        segments: None,
+    }
 }
 
 #[cfg(test)]
@@ -120,6 +124,7 @@ mod tests {
         let mask = within(
             &Mask {
                 keys: Some(Arc::new(keys)),
+                segments: None,
             },
             6,
             2,

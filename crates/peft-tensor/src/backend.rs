@@ -136,6 +136,9 @@ pub enum Glu {
 pub struct Mask {
     /// Per row of the batch and key position, `[B * T]`: true = may be seen. None = all.
     pub keys: Option<Arc<Vec<bool>>>,
+    /// Per row of the batch and key position, `[B * T]`: a query sees only keys of its own run of equal numbers, as where
+    /// several texts share a row. None = one run. Keys of the prefix are outside of this rule too.
+    pub segments: Option<Arc<Vec<u32>>>,
 }
 
 /// Multi-head attention with grouped queries.

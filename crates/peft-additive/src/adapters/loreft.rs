@@ -281,6 +281,7 @@ impl Adapter for Moved {
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
         let x = call.x()?;
         let (batch, seq, _) = x.dims3()?;
+        call.pass().whole_rows()?;
         let (mut first, mut last) = self.rows(call, batch, seq);
         if self.fields.tied_weights {
             first.append(&mut last);
@@ -353,6 +354,7 @@ mod tests {
             seen: 0,
             virtual_tokens: 0,
             mask: Some(Arc::new(vec![false, true, true])),
+            segments: None,
         };
         let mut pass = Pass::eval();
         pass.tokens = Some(Arc::new(tokens.clone()));

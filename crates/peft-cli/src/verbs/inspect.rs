@@ -1,18 +1,23 @@
 //! `peft inspect`
 
+use std::path::Path;
+
 use peft::core::{Common, ModuleKind, methods};
 use peft::io::AdapterFiles;
 use peft::models::LoadOptions;
 use peft::ops::{self, Inspection, Subject};
-use peft::train::apply_set;
+use peft::train::{TrainConfig, apply_set, predict};
 use serde_json::{Map, Value, json};
 
 use super::row;
 use crate::args::Inspect;
 use crate::failure::Failure;
-use crate::out::{Out, bytes, count};
+use crate::out::{Out, bytes, count, seconds};
 
 pub(crate) fn run(args: &Inspect, out: &Out) -> Result<(), Failure> {
+    if let Some(path) = &args.train_config {
+        return forecast(path, args, out);
+    }
     let (subject, matched) = open(args)?;
     let mut found = ops::inspect(&subject);
     if let Some(paths) = matched {
@@ -35,15 +40,54 @@ pub(crate) fn run(args: &Inspect, out: &Out) -> Result<(), Failure> {
     print_totals(&found, planned, out)
 }
 
+/// What a training run will need.
+fn forecast(path: &Path, args: &Inspect, out: &Out) -> Result<(), Failure> {
+    let value = crate::config::read(path, &args.set)?;
+    let config = TrainConfig::from_value(&value)
+        .map_err(|e| Failure::Usage(format!("{}: {e}", path.display())))?;
+    let found = predict(&config)?;
+    if out.json {
+        return out.value(&found.to_json());
+    }
+    let mut rows = vec![row(["peak memory, predicted", ""])];
+    let parts = found.memory.parts().into_iter();
+    rows.extend(
+        parts
+            .filter(|(_, size)| *size > 0)
+            .map(|(name, size)| vec![name.to_owned(), bytes(size)]),
+    );
+    rows.push(vec!["total".to_owned(), bytes(found.memory.total())]);
+    out.table(&rows)?;
+    if found.paged {
+        out.note("note: train.memory_limit puts the optimizer's moments on disk");
+    }
+    out.text("\n")?;
+    let each = found.step_tokens / found.step_seconds.max(1e-9);
+    out.table(&[
+        row(["time, predicted", ""]),
+        vec!["step".to_owned(), format!("{:.3} s", found.step_seconds)],
+        vec!["tokens/s".to_owned(), format!("{each:.0}")],
+        vec!["steps".to_owned(), found.steps.to_string()],
+        vec![
+            "run without evaluation".to_owned(),
+            seconds(found.step_seconds * found.steps as f64),
+        ],
+        vec![
+            "largest batch".to_owned(),
+            format!("{} x {} tokens", found.largest.0, found.largest.1),
+        ],
+    ])
+}
+
 /// The model with what is asked about attached, or the paths that targets alone would match.
 fn open(args: &Inspect) -> Result<(Subject, Option<Vec<String>>), Failure> {
     let options = LoadOptions::default();
-    let model = &args.subject.model;
+    let model = args.model.as_deref().unwrap_or_default();
     let config = match (&args.config, &args.target_modules) {
         (Some(path), _) => crate::config::read(path, &args.set)?,
         (None, Some(targets)) => from_targets(args, &targets.join(","))?,
         (None, None) => {
-            let (subject, _) = Subject::with_adapters(model, &args.subject.adapter, true)?;
+            let (subject, _) = Subject::with_adapters(model, &args.adapter, true)?;
             return Ok((subject, None));
         }
     };

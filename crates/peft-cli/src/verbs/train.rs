@@ -4,7 +4,9 @@ use std::path::Path;
 
 use peft::core::entry_for;
 use peft::train::data::RowKind;
-use peft::train::{EvalReport, Observer, RawData, StepReport, Summary, TrainConfig, train};
+use peft::train::{
+    EvalReport, Observer, RawData, StepReport, Summary, TrainConfig, apply_set, train,
+};
 use serde_json::{Value, json};
 
 use super::eval::{metrics, to_json};
@@ -15,7 +17,10 @@ use crate::out::{Out, count, seconds, shell_word};
 use crate::progress::Progress;
 
 pub(crate) fn run(args: &Train, out: &Out) -> Result<(), Failure> {
-    let value = crate::config::read(&args.config, &args.set)?;
+    let mut value = crate::config::read(&args.config, &args.set)?;
+    if let Some(bytes) = args.memory_limit {
+        apply_set(&mut value, &format!("train.memory_limit=\"{bytes}B\""))?;
+    }
     let config = TrainConfig::from_value(&value)
         .map_err(|e| Failure::Usage(format!("{}: {e}", args.config.display())))?;
     plan(&config, out)?;

@@ -345,3 +345,25 @@ fn a_classifier_trains_evaluates_and_merges() {
     let gap = again["loss"].as_f64().unwrap() - trained["loss"].as_f64().unwrap();
     assert!(gap.abs() < 1e-5, "{again} {trained}");
 }
+
+#[test]
+fn a_forecast_is_made_and_a_limit_held_to() {
+    let temp = tempfile::tempdir().unwrap();
+    let file = temp.path().join("train.json");
+    write(&file, &setting(temp.path()).to_string());
+    let shown = peft(["inspect", "--train-config", &text(&file)]).ok();
+    for word in ["peak memory", "optimizer", "total", "tokens/s"] {
+        assert!(shown.stdout.contains(word), "{word}: {}", shown.stdout);
+    }
+    let found = peft(["inspect", "--train-config", &text(&file), "--json"]).json();
+    let parts = found["parts"].as_object().unwrap().values();
+    let sum: u64 = parts.map(|v| v.as_u64().unwrap()).sum();
+    assert_eq!(found["peak_bytes"], sum);
+    assert_eq!(found["steps"], 12);
+    assert!(!temp.path().join("out").exists());
+    peft(["train", &text(&file), "--memory-limit", "1MB"]).fails(1, &["train.memory_limit", "MB"]);
+    assert!(!temp.path().join("out").exists());
+    peft(["train", &text(&file), "--memory-limit", "4GiB"]).ok();
+    peft(["train", &text(&file), "--memory-limit", "much"]).fails(2, &["--memory-limit", "GiB"]);
+    peft(["inspect"]).fails(2, &["--model"]);
+}

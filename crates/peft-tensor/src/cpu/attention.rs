@@ -30,6 +30,8 @@ struct Geometry<'a> {
     block: usize,
     /// 0 for keys that may be seen and -infinity for padding, `[B * T]`.
     bias: Option<Vec<f32>>,
+    /// First position and end of each position's run of equal segments, `[B * T]`.
+    runs: Option<Vec<(usize, usize)>>,
 }
 
 /// The keys a block of queries works on: up to two spans of them, side by side in the tile.
@@ -75,11 +77,12 @@ impl<'a> Geometry<'a> {
             kv_width: spec.kv_heads * spec.head_dim,
             block,
             bias,
+            runs: spec.mask.segments.as_ref().map(|all| runs(all, t)),
         }
     }
 
-    /// First key and end of the keys that query i sees, the prefix apart.
-    fn seen(&self, i: usize) -> (usize, usize) {
+    /// First key and end of the keys that query i of a row of the batch sees, the prefix apart.
+    fn seen(&self, batch: usize, i: usize) -> (usize, usize) {
         // The position of query i among the keys.
         let at = i + self.t - self.s;
         let first = self
@@ -87,13 +90,19 @@ impl<'a> Geometry<'a> {
             .window
             .map_or(0, |window| (at + 1).saturating_sub(window));
         let end = if self.spec.causal { at + 1 } else { self.t };
-        (first, end)
+        match &self.runs {
+            Some(runs) => {
+                let (start, stop) = runs[batch * self.t + at];
+                (first.max(start), end.min(stop))
+            }
+            None => (first, end),
+        }
     }
 
     fn keys(&self, batch: usize, queries: &Range<usize>) -> Keys {
         let prefix = self.spec.prefix.min(self.t);
-        let first = self.seen(queries.start).0;
-        let end = self.seen(queries.end - 1).1.max(prefix);
+        let first = self.seen(batch, queries.start).0;
+        let end = self.seen(batch, queries.end - 1).1.max(prefix);
         let spans = if first <= prefix {
             [0..0, 0..end]
         } else {
@@ -111,9 +120,9 @@ impl<'a> Geometry<'a> {
     }
 
     /// The columns of the tile that query i sees.
-    fn columns(&self, i: usize, keys: &Keys) -> [Range<usize>; 2] {
+    fn columns(&self, batch: usize, i: usize, keys: &Keys) -> [Range<usize>; 2] {
         let prefix = self.spec.prefix.min(self.t);
-        let (first, end) = self.seen(i);
+        let (first, end) = self.seen(batch, i);
         let first = first.max(prefix);
         let end = end.max(first);
         let [front, near] = &keys.spans;
@@ -197,6 +206,19 @@ impl<'a> Geometry<'a> {
             add = true;
         }
     }
+}
+
+/// For each position of rows of `t`, where its run of equal numbers begins and ends.
+fn runs(segments: &[u32], t: usize) -> Vec<(usize, usize)> {
+    let mut all = Vec::with_capacity(segments.len());
+    for row in segments.chunks(t.max(1)) {
+        let mut start = 0;
+        for run in row.chunk_by(|a, b| a == b) {
+            all.resize(all.len() + run.len(), (start, start + run.len()));
+            start += run.len();
+        }
+    }
+    all
 }
 
 pub(super) fn attention(
@@ -290,7 +312,7 @@ fn block(
             &mut tile,
         );
         for (r, row) in tile.chunks_mut(keys.width).enumerate() {
-            let columns = g.columns(queries.start + r, &keys);
+            let columns = g.columns(batch, queries.start + r, &keys);
             (inverse[r], lse[slot * count + r]) = weights(
                 row,
                 &columns,
@@ -490,7 +512,7 @@ fn backward(
                 let at = r * g.q_width;
                 let delta = dot(&out_rows.data[at..at + d], &dout_rows.data[at..at + d]);
                 let lse = lse[(batch * g.spec.heads + h) * s + start + r];
-                let columns = g.columns(start + r, &keys);
+                let columns = g.columns(batch, start + r, &keys);
                 row_grad(
                     weights,
                     slopes,

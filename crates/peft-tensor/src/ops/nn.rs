@@ -206,10 +206,11 @@ impl Tensor {
             && spec.kv_heads > 0
             && spec.heads.is_multiple_of(spec.kv_heads)
             && spec.prefix <= t
-            && spec.mask.keys.as_ref().is_none_or(|m| m.len() == b * t);
+            && spec.mask.keys.as_ref().is_none_or(|m| m.len() == b * t)
+            && spec.mask.segments.as_ref().is_none_or(|m| m.len() == b * t);
         if !fits {
             let detail = format!(
-                "q {:?}, k {:?}, v {:?} with {} heads, {} key heads of {}, prefix {}, mask of {:?}",
+                "q {:?}, k {:?}, v {:?} with {} heads, {} key heads of {}, prefix {}, mask of {:?}, segments of {:?}",
                 self.shape(),
                 k.shape(),
                 v.shape(),
@@ -217,7 +218,8 @@ impl Tensor {
                 spec.kv_heads,
                 spec.head_dim,
                 spec.prefix,
-                spec.mask.keys.as_ref().map(|m| m.len())
+                spec.mask.keys.as_ref().map(|m| m.len()),
+                spec.mask.segments.as_ref().map(|m| m.len())
             );
             return shape_err("attention", detail);
         }

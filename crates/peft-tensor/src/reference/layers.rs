@@ -126,7 +126,17 @@ fn sees(batch: usize, i: usize, j: usize, s: usize, t: usize, spec: &Attention) 
     if j < spec.prefix {
         return true;
     }
-    let at = (i + t - s) as i64;
+    let own = i + t - s;
+    if let Some(segments) = &spec.mask.segments {
+        let between = batch * t + own.min(j)..=batch * t + own.max(j);
+        if segments[between]
+            .iter()
+            .any(|n| *n != segments[batch * t + own])
+        {
+            return false;
+        }
+    }
+    let at = own as i64;
     let late = spec.causal && j as i64 > at;
     let far = spec
         .window

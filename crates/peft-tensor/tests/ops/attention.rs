@@ -38,11 +38,12 @@ fn cases(queries: usize) -> impl Strategy<Value = Case> {
         0..6usize,
         prop::option::of(1.0f32..20.0),
         prop::option::of(0..4u64),
+        prop::option::of(1..9usize),
     );
     (sizes, rules, 0..1000u64).prop_map(
         |(
             (b, s, more, kv_heads, group, head_dim),
-            (causal, window, prefix, softcap, holes),
+            (causal, window, prefix, softcap, holes, run),
             seed,
         )| {
             let t = s + more;
@@ -54,6 +55,11 @@ fn cases(queries: usize) -> impl Strategy<Value = Case> {
                         .collect(),
                 )
             });
+            // Runs of one to twice `run` positions, other ones in each row; the number of one may come again.
+            let segments = run.map(|run| {
+                let number = |i: usize| ((i + i / t * 3) / run % 3) as u32;
+                Arc::new((0..b * t).map(number).collect())
+            });
             let spec = Attention {
                 heads: kv_heads * group,
                 kv_heads,
@@ -63,7 +69,7 @@ fn cases(queries: usize) -> impl Strategy<Value = Case> {
                 window,
                 prefix: prefix.min(t),
                 softcap,
-                mask: Mask { keys },
+                mask: Mask { keys, segments },
             };
             Case {
                 b,

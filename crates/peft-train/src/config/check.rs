@@ -143,6 +143,7 @@ impl TrainConfig {
                 return Err(Error::config(field, "has to be at least 1"));
             }
         }
+        train.memory_limit()?;
         within("train.epochs", train.epochs, f64::MIN_POSITIVE, 1e9)?;
         within("train.learning_rate", train.learning_rate, 0.0, f64::MAX)?;
         within("train.weight_decay", train.weight_decay, 0.0, f64::MAX)?;

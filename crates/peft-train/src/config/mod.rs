@@ -96,6 +96,8 @@ pub struct DataSection {
     pub shuffle: bool,
     /// Whether rows of similar length share a batch; only with `shuffle`.
     pub bucket: bool,
+    /// Whether several texts share a row of up to `max_length` tokens, with attention kept apart; for decoders.
+    pub packing: bool,
     /// Whether the tokenizer's end-of-text token follows every text and completion.
     pub add_eos: bool,
     /// Whether evaluation also chooses among the completions the data has; by default where these are few.
@@ -112,6 +114,7 @@ impl Default for DataSection {
             max_length: 512,
             shuffle: true,
             bucket: true,
+            packing: false,
             add_eos: true,
             choices: None,
         }
@@ -147,7 +150,7 @@ pub struct TrainSection {
     pub learning_rate: f64,
     /// Decoupled weight decay, for every parameter that no rule sets apart (biases and norms too, as in PyTorch).
     pub weight_decay: f64,
-    /// `adamw`
+    /// `adamw` or `adamw_8bit`
     pub optimizer: Optimizer,
     /// Decay of AdamW's two moments.
     pub betas: [f64; 2],
@@ -163,6 +166,9 @@ pub struct TrainSection {
     pub warmup_steps: Option<u64>,
     /// Largest norm of all gradients together; 0 is no limit.
     pub max_grad_norm: f64,
+    /// Most resident memory, such as "2GiB". Where the run is predicted to need more, the optimiser's moments go to a file
+    /// in the output folder; a run that needs more even so is refused. It is a prediction that is held to, not a guard.
+    pub memory_limit: Option<String>,
     /// Whether layers are computed again in the backward pass to save memory.
     pub gradient_checkpointing: bool,
     /// The seed of everything random.
@@ -196,6 +202,7 @@ impl Default for TrainSection {
             warmup_ratio: 0.0,
             warmup_steps: None,
             max_grad_norm: 1.0,
+            memory_limit: None,
             gradient_checkpointing: false,
             seed: 0,
             eval_every: 0,
@@ -214,6 +221,30 @@ pub enum Optimizer {
     /// AdamW (arXiv 1711.05101), as `torch.optim.AdamW`.
     #[default]
     Adamw,
+    /// The same with moments in blocks of 8 bits (arXiv 2110.02861), as `bitsandbytes.optim.AdamW8bit`.
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
+}
+
+impl TrainSection {
+    /// `memory_limit` in bytes.
+    ///
+    /// # Errors
+    /// If it is not a size.
+    pub fn memory_limit(&self) -> Result<Option<u64>> {
+        let size = |text: &String| {
+            peft_io::parse_size(text)
+                .map_err(|e| Error::config("train.memory_limit", e.to_string()))
+        };
+        self.memory_limit.as_ref().map(size).transpose()
+    }
+}
+
+impl Optimizer {
+    /// Whether moments are kept in 8 bits.
+    pub fn eight_bit(self) -> bool {
+        self == Self::Adamw8bit
+    }
 }
 
 /// One entry of `train.lr_multipliers`.
@@ -300,6 +331,7 @@ impl TrainConfig {
             "train.eval_before",
             "train.save_every",
             "train.keep_checkpoints",
+            "train.memory_limit",
         ];
         // Through text, as `written` went: a number may lose its last bit there. Plain data always has that form.
         let text = serde_json::to_string(self).unwrap_or_default();

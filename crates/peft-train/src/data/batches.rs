@@ -57,6 +57,8 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
     let seq = examples.iter().map(|e| e.ids.len()).max().unwrap_or(0);
     let mut ids = Vec::with_capacity(examples.len() * seq);
     let mut mask = Vec::with_capacity(examples.len() * seq);
+    let packed = examples.iter().any(|e| !e.texts.is_empty());
+    let mut segments = Vec::new();
     let mut token_labels = Vec::new();
     let mut classes = Vec::new();
     for example in examples {
@@ -68,6 +70,17 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
             None => mask.resize(mask.len() + len, true),
         }
         mask.resize(mask.len() + seq - len, false);
+        if packed {
+            let texts = example.texts.iter().map(|text| text.len);
+            for (number, text) in texts.enumerate() {
+                segments.resize(segments.len() + text, number as u32);
+            }
+            // A row of one text, and padding at the end, are runs of their own.
+            if example.texts.is_empty() {
+                segments.resize(segments.len() + len, 0);
+            }
+            segments.resize(segments.len() + seq - len, u32::MAX);
+        }
         match &example.goal {
             Goal::Tokens { labels, .. } => {
                 token_labels.extend(labels);
@@ -89,6 +102,7 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
             seq,
             mask,
             task_ids: examples.iter().map(|e| e.task).collect(),
+            segments: packed.then_some(segments),
         },
         labels,
         tokens: examples.iter().map(|e| e.tokens()).sum(),

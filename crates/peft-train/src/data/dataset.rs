@@ -23,6 +23,19 @@ pub struct Example {
     pub file: usize,
     /// The task it belongs to, where there are several.
     pub task: Option<u32>,
+    /// The texts it is made of, in order, where it is several ([`Dataset::packed`]); otherwise empty.
+    pub texts: Vec<Text>,
+}
+
+/// One of several texts in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// Its tokens.
+    pub len: usize,
+    /// Its line in its file.
+    pub line: usize,
+    /// Its file, by number.
+    pub file: usize,
 }
 
 /// What a row teaches.
@@ -48,6 +61,7 @@ impl Example {
             line: 0,
             file: 0,
             task: None,
+            texts: Vec::new(),
         }
     }
 
@@ -150,19 +164,24 @@ impl Dataset {
         const SHOWN: usize = 32;
         let mut places: Vec<String> = Vec::new();
         let mut last = None;
-        for example in examples.iter().take(SHOWN) {
-            match places.last_mut().filter(|_| last == Some(example.file)) {
-                Some(place) => *place += &format!(", {}", example.line),
+        let texts = examples.iter().flat_map(|e| match e.texts.is_empty() {
+            true => vec![(e.file, e.line)],
+            false => e.texts.iter().map(|t| (t.file, t.line)).collect(),
+        });
+        let texts: Vec<(usize, usize)> = texts.collect();
+        for &(file, line) in texts.iter().take(SHOWN) {
+            match places.last_mut().filter(|_| last == Some(file)) {
+                Some(place) => *place += &format!(", {line}"),
                 None => {
-                    let path = self.files.0.get(example.file).map(|p| p.display());
+                    let path = self.files.0.get(file).map(|p| p.display());
                     let path = path.map_or(String::new(), |p| p.to_string());
-                    places.push(format!("{path} line {}", example.line));
+                    places.push(format!("{path} line {line}"));
                 }
             }
-            last = Some(example.file);
+            last = Some(file);
         }
-        if examples.len() > SHOWN {
-            places.push(format!("and {} more", examples.len() - SHOWN));
+        if texts.len() > SHOWN {
+            places.push(format!("and {} more", texts.len() - SHOWN));
         }
         places.join("; ")
     }
@@ -235,6 +254,9 @@ impl Dataset {
             }
             if let Some(task) = example.task {
                 put(3 << 40 | u64::from(task));
+            }
+            for text in &example.texts {
+                put(4 << 40 | text.len as u64);
             }
             for &m in example.mask.iter().flatten() {
                 put(2 << 40 | u64::from(m));

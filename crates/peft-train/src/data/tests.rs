@@ -517,3 +517,41 @@ fn a_split_is_drawn_once_and_keeps_the_order() {
         assert!(data.clone().split(bad, RngKey::new(0)).is_err(), "{bad}");
     }
 }
+
+#[test]
+fn texts_are_packed_whole_and_in_order() {
+    let text: String = [5, 3, 4, 6, 2]
+        .iter()
+        .map(|n| format!("{{\"input_ids\":{:?}}}\n", (10..10 + n).collect::<Vec<_>>()))
+        .collect();
+    let data = encode(&text, 8).packed();
+    // Longest first: 6 (line 4), 5 (1), 4 (3), then 3 goes to 5 where it fits exactly, 2 to 6.
+    let lines = |e: &Example| e.texts.iter().map(|t| (t.line, t.len)).collect::<Vec<_>>();
+    let rows: Vec<_> = data.examples.iter().map(lines).collect();
+    assert_eq!(rows, [vec![(1, 5), (2, 3)], vec![], vec![(4, 6), (5, 2)]]);
+    assert_eq!(data.examples[0].ids, [10, 11, 12, 13, 14, 10, 11, 12]);
+    let Goal::Tokens { labels, .. } = &data.examples[0].goal else {
+        panic!("tokens")
+    };
+    assert_eq!(labels[..], [IGNORE, 11, 12, 13, 14, IGNORE, 11, 12]);
+    assert_eq!(data.examples[0].labelled(false), 4 + 2);
+    assert!(data.notes[0].contains("5 texts") && data.notes[0].contains("3 rows"));
+    let all: Vec<&Example> = data.examples.iter().collect();
+    assert!(
+        data.places(&all).contains("line 1, 2, 3, 4, 5"),
+        "{}",
+        data.places(&all)
+    );
+    let batch = collate(&all, 0).batch;
+    let pad = u32::MAX;
+    assert_eq!(
+        batch.segments.unwrap(),
+        [
+            [0, 0, 0, 0, 0, 1, 1, 1],
+            [0, 0, 0, 0, pad, pad, pad, pad],
+            [0, 0, 0, 0, 0, 0, 1, 1]
+        ]
+        .concat()
+    );
+    assert_eq!(batch.seq, 8);
+}

@@ -1,14 +1,14 @@
-//! AdamW: "Decoupled Weight Decay Regularization" (arXiv 1711.05101), with `torch.optim.AdamW`'s arithmetic.
+//! AdamW: "Decoupled Weight Decay Regularization" (arXiv 1711.05101), with `torch.optim.AdamW`'s arithmetic. Its moments
+//! are kept in f32 or in blocks of 8 bits, in memory or in a file beside it.
 
 use std::collections::BTreeMap;
 
 use peft_core::{Error, Param, Result};
-use peft_io::NamedTensors;
+use peft_io::{Checkpoint, PlanEntry, Scratch};
 use peft_tensor::Tensor;
-use rayon::prelude::*;
 
-/// Elements of one task.
-const CHUNK: usize = 1 << 14;
+use super::moments::{Form, Moments};
+use crate::io;
 
 /// Step size and decay of one parameter at one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,33 +19,38 @@ pub struct Rate {
     pub weight_decay: f64,
 }
 
-/// What is remembered about one parameter.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Moments {
-    /// Running mean of the gradient.
-    pub mean: Vec<f32>,
-    /// Running mean of its square.
-    pub square: Vec<f32>,
-    /// Steps it has had a gradient in.
-    pub steps: u64,
-}
-
 /// The optimiser with its state, by parameter key.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct AdamW {
     betas: [f64; 2],
     eps: f64,
+    eight_bit: bool,
+    /// Where moments are that are not to be in memory.
+    file: Option<Scratch>,
     state: BTreeMap<String, Moments>,
 }
 
 impl AdamW {
-    /// Without history.
-    pub fn new(betas: [f64; 2], eps: f64) -> Self {
+    /// Without history. With `eight_bit`, moments of parameters of 4096 values and more are kept in blocks of 8 bits.
+    pub fn new(betas: [f64; 2], eps: f64, eight_bit: bool) -> Self {
         Self {
             betas,
             eps,
+            eight_bit,
+            file: None,
             state: BTreeMap::new(),
         }
+    }
+
+    /// Keeps moments in `file` from now on, and forgets those there are. Results are the same bit for bit.
+    pub fn page_to(&mut self, file: Scratch) {
+        self.state.clear();
+        self.file = Some(file);
+    }
+
+    /// Bytes of the moments of a parameter of `numel` values.
+    pub fn bytes(numel: usize, eight_bit: bool) -> usize {
+        Form::of(numel, eight_bit).bytes(numel)
     }
 
     /// Moves one parameter along its gradient times `factor` (what clipping came to). In f32, with g = factor * grad:
@@ -56,7 +61,7 @@ impl AdamW {
     /// ```
     ///
     /// # Errors
-    /// If the gradient has another length than the parameter, or the device refuses.
+    /// If the gradient has another length than the parameter, the device refuses, or the moments' file cannot be used.
     pub fn step(&mut self, param: &Param, grad: &[f32], factor: f32, rate: Rate) -> Result<()> {
         let before = param.tensor();
         let mut weight = before.to_vec()?;
@@ -68,14 +73,14 @@ impl AdamW {
                 grad.len()
             )));
         }
-        let moments = self.state.entry(param.key().to_owned()).or_default();
-        if moments.mean.len() != n {
-            *moments = Moments {
-                mean: vec![0.0; n],
-                square: vec![0.0; n],
-                steps: 0,
-            };
+        if self.state.get(param.key()).is_none_or(|m| m.numel != n) {
+            let form = Form::of(n, self.eight_bit);
+            let zeros = Moments::zeros(n, form, self.file.as_mut())?;
+            self.state.insert(param.key().to_owned(), zeros);
         }
+        let Some(moments) = self.state.get_mut(param.key()) else {
+            return Ok(());
+        };
         moments.steps += 1;
         let t = moments.steps as f64;
         let [b1, b2] = self.betas;
@@ -88,76 +93,74 @@ impl AdamW {
             (1.0 - b2) as f32,
             self.eps as f32,
         );
-        let update = |w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]| {
+        moments.update(self.file.as_ref(), &mut weight, grad, |w, m, v, g| {
             for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
                 let g = g * factor;
                 *m += (g - *m) * towards;
                 *v = *v * keep + add * g * g;
                 *w = *w * decay - size * (*m / (v.sqrt() / root + eps));
             }
-        };
-        let Moments { mean, square, .. } = moments;
-        if n <= CHUNK {
-            update(&mut weight, mean, square, grad);
-        } else {
-            let values = weight.par_chunks_mut(CHUNK).zip(mean.par_chunks_mut(CHUNK));
-            values
-                .zip(square.par_chunks_mut(CHUNK))
-                .zip(grad.par_chunks(CHUNK))
-                .for_each(|(((w, m), v), g)| update(w, m, v, g));
-        }
+        })?;
         param.set(Tensor::from_vec(weight, before.shape(), before.device())?)
     }
 
     /// Forgets everything: the next step is a first one.
-    pub fn reset(&mut self) {
-        self.state.clear();
-    }
-
-    /// The moments as tensors, `mean/KEY` and `square/KEY`, and the steps by key.
-    pub fn export(&self) -> (NamedTensors, BTreeMap<String, u64>) {
-        let mut tensors = NamedTensors::new();
-        let mut steps = BTreeMap::new();
-        for (key, moments) in &self.state {
-            for (what, values) in [("mean", &moments.mean), ("square", &moments.square)] {
-                tensors.insert(
-                    format!("{what}/{key}"),
-                    (vec![values.len()], values.clone()),
-                );
-            }
-            steps.insert(key.clone(), moments.steps);
-        }
-        (tensors, steps)
-    }
-
-    /// The inverse of [`AdamW::export`]; takes its tensors out of `tensors`.
     ///
     /// # Errors
-    /// If a moment is missing.
+    /// If the moments' file cannot be emptied.
+    pub fn reset(&mut self) -> Result<()> {
+        self.state.clear();
+        match &mut self.file {
+            Some(file) => file.clear().map_err(io),
+            None => Ok(()),
+        }
+    }
+
+    /// The tensors a checkpoint holds of the moments.
+    pub fn plan(&self) -> Vec<PlanEntry> {
+        let all = self.state.iter();
+        all.flat_map(|(key, moments)| moments.plan(key)).collect()
+    }
+
+    /// Hands the bytes of one tensor of the plan to `sink`, in parts.
+    ///
+    /// # Errors
+    /// Those of the sink, and of the moments' file.
+    pub fn write(&self, name: &str, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let found = name
+            .split_once('/')
+            .and_then(|(piece, key)| Some((piece, self.state.get(key)?)));
+        match found {
+            Some((piece, moments)) => moments.write(piece, self.file.as_ref(), sink),
+            None => Ok(()),
+        }
+    }
+
+    /// Steps of each parameter.
+    pub fn steps(&self) -> BTreeMap<String, u64> {
+        let all = self.state.iter();
+        all.map(|(key, moments)| (key.clone(), moments.steps))
+            .collect()
+    }
+
+    /// Goes on from a checkpoint's moments. `numel` tells how many values a parameter has.
+    ///
+    /// # Errors
+    /// If a moment is missing or has another size.
     pub fn restore(
         &mut self,
-        tensors: &mut NamedTensors,
+        from: &Checkpoint,
         steps: &BTreeMap<String, u64>,
+        numel: impl Fn(&str) -> Option<usize>,
     ) -> Result<()> {
-        self.state.clear();
+        self.reset()?;
         for (key, &steps) in steps {
-            let mut take = |what: &str| {
-                let name = format!("{what}/{key}");
-                let missing = || Error::other(format!("the checkpoint has no tensor `{name}`"));
-                tensors
-                    .remove(&name)
-                    .map(|(_, values)| values)
-                    .ok_or_else(missing)
-            };
-            let (mean, square) = (take("mean")?, take("square")?);
-            self.state.insert(
-                key.clone(),
-                Moments {
-                    mean,
-                    square,
-                    steps,
-                },
-            );
+            let unknown = || Error::other(format!("`{key}` has moments, but is no parameter"));
+            let n = numel(key).ok_or_else(unknown)?;
+            let mut moments = Moments::zeros(n, Form::of(n, self.eight_bit), self.file.as_mut())?;
+            moments.read(key, from, self.file.as_ref())?;
+            moments.steps = steps;
+            self.state.insert(key.clone(), moments);
         }
         Ok(())
     }

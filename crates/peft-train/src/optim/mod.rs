@@ -1,9 +1,11 @@
 //! Optimisers: AdamW, parameter groups, clipping.
 
 mod adamw;
+mod blocks;
 mod groups;
+mod moments;
 
-pub use adamw::{AdamW, Moments, Rate};
+pub use adamw::{AdamW, Rate};
 pub use groups::Groups;
 
 use peft_core::{Grads, Param, Result};

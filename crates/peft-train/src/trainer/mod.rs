@@ -16,7 +16,7 @@ use std::time::Instant;
 use peft_core::{
     Error, Grads, Param, ParamGroups, Pass, Result, Tensor, TrainCx, TrainData, TrainHooks,
 };
-use peft_io::LineLog;
+use peft_io::{LineLog, Scratch};
 use peft_models::Model;
 use peft_tensor::RngKey;
 
@@ -44,6 +44,11 @@ const CHECKPOINTS: &str = "checkpoints";
 /// finite, with the step and the rows; a folder that holds another run.
 pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
     setup::trainer(config, resume, observer)?.run(resume, observer)
+}
+
+/// A run that could start, with nothing written yet.
+pub(crate) fn prepare(config: &TrainConfig) -> Result<Trainer<'_>> {
+    setup::trainer(config, true, &mut ())
 }
 
 /// A run about to start: a model with its trainable parameters, and encoded data.
@@ -97,6 +102,15 @@ impl<'a> Trainer<'a> {
         }
     }
 
+    pub(crate) fn config(&self) -> &TrainConfig {
+        self.config
+    }
+
+    /// The rows to train on.
+    pub(crate) fn examples(&self) -> &[Example] {
+        &self.train.examples
+    }
+
     /// The model, trained or not.
     pub fn model(&self) -> &Model {
         &self.model
@@ -128,7 +142,17 @@ impl<'a> Trainer<'a> {
             .filter(|p| p.is_trainable())
             .map(Param::numel)
             .sum();
+        let (memory, paged) = self.memory_within_limit()?;
         let mut progress = self.progress(&params)?;
+        if paged {
+            let file = Scratch::create(folder).map_err(io)?;
+            progress.optimizer.page_to(file);
+            observer.message(&format!(
+                "the optimizer's moments are kept on disk, which leaves {} MB to be predicted: {}",
+                memory.total().div_ceil(1_000_000),
+                memory.describe()
+            ));
+        }
         let newest = if resume {
             state::newest(&checkpoints)?
         } else {
@@ -207,7 +231,7 @@ impl<'a> Trainer<'a> {
         let train = &self.config.train;
         Ok(Progress {
             groups: Groups::new(train, &rules, params)?,
-            optimizer: AdamW::new(train.betas, train.eps),
+            optimizer: AdamW::new(train.betas, train.eps, train.optimizer.eight_bit()),
             hooks,
             step: 0,
             earlier: 0.0,
@@ -220,7 +244,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Every parameter a checkpoint holds: those of all adapters, also frozen ones, or the trained base.
-    fn all_params(&self) -> Result<Vec<Param>> {
+    pub(crate) fn all_params(&self) -> Result<Vec<Param>> {
         let network = self.model.network();
         let mut params = Vec::new();
         for name in network.adapters() {
@@ -283,7 +307,7 @@ impl<'a> Trainer<'a> {
             .iter_mut()
             .try_for_each(|(_, hook)| call(hook.as_mut(), &mut cx))?;
         if reset.get() {
-            progress.optimizer.reset();
+            progress.optimizer.reset()?;
         }
         Ok(())
     }
@@ -320,16 +344,12 @@ impl<'a> Trainer<'a> {
     fn batches<'p>(&self, progress: &'p mut Progress, step: u64) -> &'p [Vec<usize>] {
         let (per_epoch, _) = self.steps();
         let (epoch, at) = (step / per_epoch, (step % per_epoch) as usize);
-        let data = &self.config.data;
         if progress
             .epoch
             .as_ref()
             .is_none_or(|(planned, _)| *planned != epoch)
         {
-            let size = self.config.train.batch_size;
-            let lengths = self.train.lengths();
-            let plan = plan_epoch(&lengths, size, data.shuffle, data.bucket, self.key(), epoch);
-            progress.epoch = Some((epoch, plan));
+            progress.epoch = Some((epoch, self.epoch(epoch)));
         }
         let all = progress
             .epoch
@@ -337,6 +357,14 @@ impl<'a> Trainer<'a> {
             .map_or(&[][..], |(_, batches)| batches);
         let many = self.config.train.gradient_accumulation.max(1);
         &all[(at * many).min(all.len())..((at + 1) * many).min(all.len())]
+    }
+
+    /// The batches of an epoch.
+    pub(crate) fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
+        let data = &self.config.data;
+        let size = self.config.train.batch_size;
+        let lengths = self.train.lengths();
+        plan_epoch(&lengths, size, data.shuffle, data.bucket, self.key(), epoch)
     }
 
     /// The stream of everything random in the run but initial values.

@@ -77,7 +77,7 @@ fn write_model(config: &TrainConfig, model: &Model, labels: Option<&LabelNames>)
         .collect();
     let plan = ShardPlan::new(entries, 5_000_000_000).map_err(io)?;
     // Whether the folder may be replaced was decided before the run began.
-    let mut writer =
+    let writer =
         StreamWriter::create(&config.output.dir, &plan, &BTreeMap::new(), true).map_err(io)?;
     for param in &params {
         let values = param.tensor().to_vec()?;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use peft_core::{Error, Network, Pass, Result, Tensors};
 use peft_io::resolve_model;
-use peft_models::{LoadOptions, Model, ModelConfig, Task, Tokenizer};
-use peft_tensor::{Device, RngKey, Tensor, no_grad};
+use peft_models::{Batch, Labels, LoadOptions, Model, ModelConfig, Task, Tokenizer};
+use peft_tensor::{Device, IGNORE, RngKey, Tensor, no_grad};
 use serde_json::{Value, json};
 
 use super::{ADAPTER_NAME, Trainer, output};
@@ -58,6 +58,10 @@ pub(super) fn trainer<'a>(
             (train, Some(eval))
         }
         None => (train, eval),
+    };
+    let train = match data.packing {
+        true => packed(config, &model, train, observer)?,
+        false => train,
     };
     Ok(Trainer::new(config, model, train, eval, labels))
 }
@@ -226,6 +230,42 @@ fn check_tasks<'a>(model: &Model, rows: impl Iterator<Item = &'a Example>) -> Re
         ..Pass::eval()
     };
     no_grad(|| model.network().prompt(count, &pass)).map(drop)
+}
+
+/// The rows of `data.packing`. Model and adapter see two texts in one row first, so that they can refuse before anything
+/// is written.
+fn packed(
+    config: &TrainConfig,
+    model: &Model,
+    train: Dataset,
+    observer: &mut dyn Observer,
+) -> Result<Dataset> {
+    if model.task() != Task::CausalLm {
+        let detail = "is for language models: a classifier reads one text a row";
+        return Err(Error::config("data.packing", detail));
+    }
+    let batch = Batch {
+        ids: vec![0; 4],
+        batch: 1,
+        seq: 4,
+        segments: Some(vec![0, 0, 1, 1]),
+        task_ids: train.examples.first().and_then(|e| e.task).map(|t| vec![t]),
+        ..Batch::default()
+    };
+    let labels = Labels::Tokens(vec![IGNORE, 0, IGNORE, 0]);
+    let pass = Pass::train(RngKey::new(0));
+    no_grad(|| model.loss(&batch, &labels, &pass)).map_err(|e| {
+        let method = config.adapter.as_ref().and_then(|fields| {
+            let entry = peft_core::entry_for(&Value::Object(fields.clone())).ok()?;
+            Some(format!(" with {}", entry.title))
+        });
+        e.context(format!("data.packing{}", method.unwrap_or_default()))
+    })?;
+    let mut train = train.packed();
+    if let Some(note) = train.notes.pop() {
+        observer.message(&note);
+    }
+    Ok(train)
 }
 
 /// Puts the model's own values for a classification head that was trained for another number of classes, and names it:

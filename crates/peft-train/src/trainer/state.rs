@@ -1,11 +1,11 @@
 //! Checkpoints of a run: `checkpoints/step-N/` with parameters, the optimiser's moments, what the methods remember, and
 //! where the run is. Randomness and the place in the data follow from the seed and the step's number.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use peft_core::{Error, Param, Result, Tensors};
-use peft_io::NamedTensors;
+use peft_io::{DType, PlanEntry, StateWriter};
 use peft_tensor::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -54,14 +54,13 @@ pub(super) fn save(
     params: &[Param],
     folder: &Path,
 ) -> Result<PathBuf> {
-    let (mut tensors, optimizer_steps) = progress.optimizer.export();
-    for param in params {
-        tensors.insert(format!("param/{}", param.key()), named(&param.tensor())?);
-    }
+    let mut tensors: BTreeMap<String, Tensor> = params
+        .iter()
+        .map(|param| (format!("param/{}", param.key()), param.tensor()))
+        .collect();
     for (adapter, hook) in &progress.hooks {
-        for (key, tensor) in hook.state()? {
-            tensors.insert(format!("hook/{adapter}/{key}"), named(&tensor)?);
-        }
+        let state = hook.state()?.into_iter();
+        tensors.extend(state.map(|(key, tensor)| (format!("hook/{adapter}/{key}"), tensor)));
     }
     let config = serde_json::to_value(trainer.config).map_err(unwritable)?;
     let state = State {
@@ -70,7 +69,7 @@ pub(super) fn save(
         total_steps: trainer.steps().1,
         config,
         data: format!("{:016x}", trainer.train.fingerprint()),
-        optimizer_steps,
+        optimizer_steps: progress.optimizer.steps(),
         elapsed_s: progress.elapsed(),
         first_loss: progress.first_loss,
         eval_before: progress.eval_before.clone(),
@@ -78,13 +77,40 @@ pub(super) fn save(
     };
     let json = serde_json::to_value(&state).map_err(unwritable)?;
     let name = format!("{PREFIX}{}", progress.step);
-    peft_io::write_state(folder, &name, &tensors, &json).map_err(io)?;
+    let plan = plan(&tensors, progress);
+    let mut writer = StateWriter::create(folder, &name, &plan).map_err(io)?;
+    for entry in &plan {
+        match tensors.get(&entry.name) {
+            Some(tensor) => {
+                let values = tensor.to_vec()?.into_iter();
+                let bytes: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+                writer.write(&bytes).map_err(io)?;
+            }
+            None => progress
+                .optimizer
+                .write(&entry.name, &mut |bytes| writer.write(bytes).map_err(io))?,
+        }
+    }
+    writer.finish(&json).map_err(io)?;
     let there = states(folder)?;
     let keep = trainer.config.train.keep_checkpoints;
     for old in &there[..there.len().saturating_sub(keep)] {
         peft_io::remove_state(folder, old).map_err(io)?;
     }
     Ok(folder.join(name))
+}
+
+/// The tensors of a checkpoint, those of f32 first; the moments may be in a file and stay there.
+fn plan(tensors: &BTreeMap<String, Tensor>, progress: &Progress) -> Vec<PlanEntry> {
+    let entry = |(name, tensor): (&String, &Tensor)| PlanEntry {
+        name: name.clone(),
+        shape: tensor.shape().to_vec(),
+        dtype: DType::F32,
+    };
+    let mut plan: Vec<PlanEntry> = tensors.iter().map(entry).collect();
+    plan.extend(progress.optimizer.plan());
+    plan.sort_by_key(|entry| std::cmp::Reverse(entry.dtype.bitsize()));
+    plan
 }
 
 fn unwritable(error: serde_json::Error) -> Error {
@@ -100,7 +126,7 @@ pub(super) fn restore(
     name: &str,
 ) -> Result<()> {
     let path = folder.join(name);
-    let (mut tensors, json) = peft_io::read_state(folder, name).map_err(io)?;
+    let (tensors, json) = peft_io::open_state(folder, name).map_err(io)?;
     let state: State = serde_json::from_value(json)
         .map_err(|e| Error::file(&path, format!("is not a checkpoint of this version: {e}")))?;
     if state.version != VERSION {
@@ -114,14 +140,16 @@ pub(super) fn restore(
     let mut values = Vec::with_capacity(params.len());
     for param in params {
         let key = format!("param/{}", param.key());
-        match tensors.remove(&key) {
-            Some((shape, data)) if param.accepts(&shape) => {
+        match tensors.meta(&key) {
+            Some(meta) if param.accepts(&meta.shape) => {
+                let (shape, data) = tensors.f32(&key).map_err(io)?;
                 values.push(Tensor::from_vec(data, &shape, trainer.model.device())?);
             }
-            Some((shape, _)) => {
+            Some(meta) => {
                 let detail = format!(
-                    "`{}` has shape {shape:?}, the run's is {:?}",
+                    "`{}` has shape {:?}, the run's is {:?}",
                     param.key(),
+                    meta.shape,
                     param.shape()
                 );
                 return Err(Error::file(&path, detail));
@@ -134,14 +162,37 @@ pub(super) fn restore(
             }
         }
     }
+    // A step may have shaped a parameter anew: the checkpoint's sizes count.
+    let sizes: HashMap<&str, usize> = params
+        .iter()
+        .zip(&values)
+        .map(|(param, value)| (param.key(), value.numel()))
+        .collect();
     progress
         .optimizer
-        .restore(&mut tensors, &state.optimizer_steps)
+        .restore(&tensors, &state.optimizer_steps, |key| {
+            sizes.get(key).copied()
+        })
         .map_err(|e| e.context(path.display().to_string()))?;
+    let mut known: HashSet<String> = progress
+        .optimizer
+        .plan()
+        .into_iter()
+        .map(|e| e.name)
+        .collect();
+    known.extend(params.iter().map(|param| format!("param/{}", param.key())));
     for (adapter, hook) in &mut progress.hooks {
-        hook.restore(hook_state(&mut tensors, adapter, trainer)?)?;
+        let prefix = format!("hook/{adapter}/");
+        let mut own = Tensors::new();
+        for name in tensors.names().filter(|name| name.starts_with(&prefix)) {
+            let (shape, data) = tensors.f32(name).map_err(io)?;
+            let tensor = Tensor::from_vec(data, &shape, trainer.model.device())?;
+            own.insert(name[prefix.len()..].to_owned(), tensor);
+            known.insert(name.to_owned());
+        }
+        hook.restore(own)?;
     }
-    if let Some(extra) = tensors.keys().next() {
+    if let Some(extra) = tensors.names().find(|name| !known.contains(*name)) {
         return Err(Error::file(
             &path,
             format!("has `{extra}`, which this run does not know"),
@@ -184,23 +235,6 @@ fn check_same(trainer: &Trainer<'_>, state: &State, path: &Path) -> Result<()> {
         return Err(Error::file(path, detail));
     }
     Ok(())
-}
-
-fn hook_state(tensors: &mut NamedTensors, adapter: &str, trainer: &Trainer<'_>) -> Result<Tensors> {
-    let prefix = format!("hook/{adapter}/");
-    let keys: Vec<String> = tensors
-        .keys()
-        .filter(|key| key.starts_with(&prefix))
-        .cloned()
-        .collect();
-    let mut found = Tensors::new();
-    for key in keys {
-        if let Some((shape, data)) = tensors.remove(&key) {
-            let tensor = Tensor::from_vec(data, &shape, trainer.model.device())?;
-            found.insert(key[prefix.len()..].to_owned(), tensor);
-        }
-    }
-    Ok(found)
 }
 
 pub(super) fn named(tensor: &Tensor) -> Result<(Vec<usize>, Vec<f32>)> {

@@ -97,6 +97,7 @@ impl LogitsInput {
                 seq,
                 mask,
                 task_ids,
+                segments: None,
             },
         })
     }
@@ -125,6 +126,7 @@ impl LogitsInput {
                 seq: b.seq,
                 mask: b.mask.map(|mask| mask.repeat(n)),
                 task_ids: b.task_ids.map(|tasks| tasks.repeat(n)),
+                segments: None,
             },
         })
     }

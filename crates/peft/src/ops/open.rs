@@ -206,6 +206,14 @@ impl Subject {
     /// # Errors
     /// If it cannot be found or read, or its tensors do not fit its configuration.
     pub fn open(model: &str, adapters: &[AdapterFiles], options: &LoadOptions) -> Result<Self> {
+        Self::open_for(model, adapters, options)
+    }
+
+    fn open_for<'a>(
+        model: &str,
+        adapters: impl IntoIterator<Item = &'a AdapterFiles>,
+        options: &LoadOptions,
+    ) -> Result<Self> {
         let path = peft_io::resolve_model(model)?;
         let checkpoint = Checkpoint::open(&path)?;
         let config = config_json(&path);
@@ -252,9 +260,7 @@ impl Subject {
     ) -> Result<(Self, Vec<OpenedAdapter>)> {
         let files = read_all(adapters, Compose::Stack)?;
         let options = LoadOptions::default();
-        let plain: Vec<AdapterFiles> = files.iter().map(|(_, files)| files.clone()).collect();
-        let mut subject = Self::open(model, &plain, &options)?;
-        drop(plain);
+        let mut subject = Self::open_for(model, files.iter().map(|(_, files)| files), &options)?;
         let opened = stack(
             subject.network_mut()?,
             files,

@@ -32,6 +32,7 @@ fn completion(prompt: &[u32], completion: &[u32], line: usize) -> Example {
         line,
         file: 0,
         task: None,
+        texts: Vec::new(),
     }
 }
 

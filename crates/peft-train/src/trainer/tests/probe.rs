@@ -51,6 +51,7 @@ impl PeftMethod for TrainProbe {
         Ok(Box::new(Delta {
             delta,
             dropout: self.dropout,
+            diary: self.diary.clone(),
         }))
     }
 
@@ -66,6 +67,7 @@ impl PeftMethod for TrainProbe {
 struct Delta {
     delta: Param,
     dropout: f32,
+    diary: Option<String>,
 }
 
 impl Adapter for Delta {
@@ -74,6 +76,10 @@ impl Adapter for Delta {
     }
 
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
+        if let Some(name) = &self.diary {
+            let entry = (format!("{name}: calls"), String::new());
+            DIARIES.lock().unwrap().push(entry);
+        }
         let x = call.dropout(call.x()?, self.dropout)?;
         Ok(call.base()?.add(&x.matmul_t(&self.delta.tensor())?)?)
     }

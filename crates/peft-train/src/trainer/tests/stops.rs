@@ -125,3 +125,18 @@ fn mistakes_are_found_before_anything_is_written() {
         assert!(!place.path("out").exists(), "{sets:?}");
     }
 }
+
+#[test]
+fn packing_is_for_language_models() {
+    let place = Place::new(4);
+    place.write(
+        "train.jsonl",
+        "{\"input_ids\":[1,2],\"label\":0}\n{\"input_ids\":[3],\"label\":1}\n",
+    );
+    let message = refused(&place.config(&["data.packing=true"]), false);
+    assert!(
+        message.contains("data.packing") && message.contains("classifier"),
+        "{message}"
+    );
+    assert!(!place.path("out").exists());
+}

@@ -1,5 +1,5 @@
-//! Merging adapters into a checkpoint, tensor by tensor: the base stays mapped, and what is in memory is the
-//! module being merged or one piece of a tensor being copied.
+//! Merging adapters into a checkpoint, tensor by tensor: the base stays mapped, and what is in memory is, for each
+//! thread, the module being merged or one piece of a tensor being copied.
 
 mod config;
 mod plan;
@@ -8,8 +8,11 @@ mod rest;
 mod side;
 mod write;
 
+use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use peft_core::serde_json::Value;
 use peft_core::{Error, Result};
@@ -139,7 +142,7 @@ pub fn merge(
     adapters: &[String],
     output: &Path,
     options: &MergeOptions,
-    mut progress: impl FnMut(usize, usize),
+    progress: impl FnMut(usize, usize) + Send,
 ) -> Result<MergeReport> {
     let mut notes = Vec::new();
     let (mut subject, opened) = match &options.onto {
@@ -177,27 +180,8 @@ pub fn merge(
     let outputs = plan::outputs(&subject, untied, options.dtype)?;
     let entries = outputs.iter().map(|o| o.entry.clone()).collect();
     let shards = ShardPlan::new(entries, options.max_shard_size)?;
-    let mut writer = StreamWriter::create(output, &shards, &Default::default(), options.overwrite)?;
-
-    let mut done = 0;
-    let mut step = |n: usize| {
-        done += n;
-        progress(done, outputs.len());
-    };
-    step(0);
-    // Changed modules first: what cannot be merged shows before hundreds of tensors are copied.
-    let (changed, copied): (Vec<&Output>, Vec<&Output>) = outputs
-        .iter()
-        .partition(|o| matches!(o.source, Source::Merged(_)));
-    let groups = changed.chunk_by(|a, b| a.source == b.source);
-    for group in groups {
-        write::merged(&mut writer, &subject, group)?;
-        step(group.len());
-    }
-    for output in copied {
-        write::copied(&mut writer, &subject, output)?;
-        step(1);
-    }
+    let writer = StreamWriter::create(output, &shards, &Default::default(), options.overwrite)?;
+    write_all(&writer, &subject, &outputs, progress)?;
 
     let mut files = shards.file_names();
     if files.len() > 1 {
@@ -216,11 +200,11 @@ pub fn merge(
             labels = labels.or(LabelNames::read(&adapter.folder)?);
         }
         let config = config::merged(&subject, &shards, untied, labels)?;
-        add(&mut writer, &mut files, "config.json", &config)?;
+        add(&writer, &mut files, "config.json", &config)?;
     } else {
         notes.push("the model has no config.json, so the result has none".to_owned());
     }
-    files.extend(side::add(&mut writer, &subject, &mut notes)?);
+    files.extend(side::add(&writer, &subject, &mut notes)?);
     let rest = rest.map(|rest| rest.write(network, output)).transpose()?;
     writer.finish()?;
     Ok(MergeReport {
@@ -235,12 +219,47 @@ pub fn merge(
     })
 }
 
-fn add(
-    writer: &mut StreamWriter,
-    files: &mut Vec<String>,
-    name: &str,
-    value: &Value,
+/// Writes every tensor, several at a time, the largest first, so that threads end together.
+fn write_all(
+    writer: &StreamWriter,
+    subject: &Subject,
+    outputs: &[Output],
+    progress: impl FnMut(usize, usize) + Send,
 ) -> Result<()> {
+    let (changed, copied): (Vec<&Output>, Vec<&Output>) = outputs
+        .iter()
+        .partition(|o| matches!(o.source, Source::Merged(_)));
+    let values = |o: &&Output| o.entry.shape.iter().product::<usize>();
+    let mut work: Vec<&[&Output]> = changed.chunk_by(|a, b| a.source == b.source).collect();
+    work.extend(copied.chunks(1));
+    work.sort_by_key(|group| Reverse(group.iter().map(values).sum::<usize>()));
+    let next = AtomicUsize::new(0);
+    let watch = Mutex::new((0, progress));
+    let step = |n: usize| {
+        let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+        watch.0 += n;
+        let done = watch.0;
+        (watch.1)(done, outputs.len());
+    };
+    step(0);
+    let worker = |_: rayon::BroadcastContext<'_>| -> Result<()> {
+        while let Some(group) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let written = match group {
+                [output] if !matches!(output.source, Source::Merged(_)) => {
+                    write::copied(writer, subject, output)
+                }
+                group => write::merged(writer, subject, group),
+            };
+            // The first error ends the others' work too.
+            written.inspect_err(|_| next.store(work.len(), Ordering::Relaxed))?;
+            step(group.len());
+        }
+        Ok(())
+    };
+    rayon::broadcast(worker).into_iter().collect()
+}
+
+fn add(writer: &StreamWriter, files: &mut Vec<String>, name: &str, value: &Value) -> Result<()> {
     writer.add_file(name, format!("{value:#}\n").as_bytes())?;
     files.push(name.to_owned());
     Ok(())

@@ -92,12 +92,12 @@ pub fn quantize(
         }
     }
     let shards = ShardPlan::new(entries, options.max_shard_size)?;
-    let mut writer = StreamWriter::create(output, &shards, &Default::default(), options.overwrite)?;
+    let writer = StreamWriter::create(output, &shards, &Default::default(), options.overwrite)?;
     for (done, output) in outputs.iter().enumerate() {
         progress(done, outputs.len());
         match covered.get(&output.entry.name) {
-            Some(id) => quantised(&mut writer, &subject, output, *id, options.quantize)?,
-            None => write::copied(&mut writer, &subject, output)?,
+            Some(id) => quantised(&writer, &subject, output, *id, options.quantize)?,
+            None => write::copied(&writer, &subject, output)?,
         }
     }
     progress(outputs.len(), outputs.len());
@@ -109,8 +109,8 @@ pub fn quantize(
     let mut notes = Vec::new();
     let mut json = config::merged(&subject, &shards, false, None)?;
     json["quantization_config"] = settings(&subject, options.quantize, &json);
-    add(&mut writer, &mut files, "config.json", &json)?;
-    files.extend(side::add(&mut writer, &subject, &mut notes)?);
+    add(&writer, &mut files, "config.json", &json)?;
+    files.extend(side::add(&writer, &subject, &mut notes)?);
     writer.finish()?;
     Ok(QuantizeReport {
         folder: output.to_owned(),
@@ -188,7 +188,7 @@ fn eight_bit_names(name: &str) -> (String, String) {
 
 /// Quantises one weight and writes its parts.
 fn quantised(
-    writer: &mut StreamWriter,
+    writer: &StreamWriter,
     subject: &Subject,
     output: &Output,
     id: ModuleId,

@@ -8,7 +8,7 @@ use crate::ops::Subject;
 
 /// Adds the model's side files, copied from its folder.
 pub(super) fn add(
-    writer: &mut StreamWriter,
+    writer: &StreamWriter,
     subject: &Subject,
     notes: &mut Vec<String>,
 ) -> Result<Vec<String>> {

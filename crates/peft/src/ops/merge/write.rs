@@ -11,11 +11,7 @@ use crate::ops::Subject;
 const PIECE: usize = 1 << 20;
 
 /// Merges one module and writes its parameters; `group` are the tensors that come from it.
-pub(super) fn merged(
-    writer: &mut StreamWriter,
-    subject: &Subject,
-    group: &[&Output],
-) -> Result<()> {
+pub(super) fn merged(writer: &StreamWriter, subject: &Subject, group: &[&Output]) -> Result<()> {
     let Some(Source::Merged(id)) = group.first().map(|o| &o.source) else {
         return Ok(());
     };
@@ -65,7 +61,7 @@ pub(super) fn merged(
 }
 
 /// Writes a tensor that no adapter changes.
-pub(super) fn copied(writer: &mut StreamWriter, subject: &Subject, output: &Output) -> Result<()> {
+pub(super) fn copied(writer: &StreamWriter, subject: &Subject, output: &Output) -> Result<()> {
     match &output.source {
         Source::Merged(_) => Ok(()),
         Source::Stored(name) => stored(writer, subject, output, name),
@@ -80,7 +76,7 @@ pub(super) fn copied(writer: &mut StreamWriter, subject: &Subject, output: &Outp
 }
 
 /// A tensor of the checkpoint: its bytes where the element type stays, converted in pieces where not.
-fn stored(writer: &mut StreamWriter, subject: &Subject, output: &Output, name: &str) -> Result<()> {
+fn stored(writer: &StreamWriter, subject: &Subject, output: &Output, name: &str) -> Result<()> {
     let checkpoint = &subject.checkpoint;
     let Some(meta) = checkpoint.meta(name) else {
         return Err(Error::file(
@@ -99,7 +95,7 @@ fn stored(writer: &mut StreamWriter, subject: &Subject, output: &Output, name: &
 
 /// A base parameter in the layout Hugging Face stores it in.
 fn base_weight(
-    writer: &mut StreamWriter,
+    writer: &StreamWriter,
     output: &Output,
     weight: &BaseWeight,
     kind: ModuleKind,
@@ -128,7 +124,7 @@ fn vector(weight: &BaseWeight) -> Result<Tensor> {
 }
 
 /// Writes a mapped matrix piece by piece, checking that it is finite and giving its pages back.
-fn frozen(writer: &mut StreamWriter, output: &Output, weight: &FrozenWeight) -> Result<()> {
+fn frozen(writer: &StreamWriter, output: &Output, weight: &FrozenWeight) -> Result<()> {
     let name = &output.entry.name;
     let same = StoredFormat::Weight(weight.format()).dtype() == Some(output.entry.dtype);
     let row_bytes = weight.nbytes() / weight.rows().max(1);
@@ -155,7 +151,7 @@ fn frozen(writer: &mut StreamWriter, output: &Output, weight: &FrozenWeight) -> 
 }
 
 /// Writes values in memory piece by piece.
-fn float(writer: &mut StreamWriter, output: &Output, values: &[f32]) -> Result<()> {
+fn float(writer: &StreamWriter, output: &Output, values: &[f32]) -> Result<()> {
     let name = &output.entry.name;
     check_finite(name, values)?;
     let expected: usize = output.entry.shape.iter().product();
