@@ -75,3 +75,26 @@ fn large() {
         }
     }
 }
+
+#[test]
+fn a_low_rank_change_adds_to_what_is_there() {
+    for (rows, r, n) in [(2, 3, 5), (70, 8, 33), (3, 1, 600)] {
+        let inputs = [
+            input(1, -1.0, 1.0, &[2, rows, n]),
+            input(2, -1.0, 1.0, &[2, rows, r]),
+            input(3, -1.0, 1.0, &[n, r]),
+        ];
+        check(&inputs, tolerance(2 * rows * n), |x| {
+            x[0].clone().plus_matmul_t(&x[1], &x[2], 0.7)
+        });
+        // Beside another use of the same inputs, so that gradients meet where they stand.
+        check(&inputs, tolerance(4 * rows * n), |x| {
+            let y = x[1].matmul_t(&x[2])?.plus_matmul_t(&x[1], &x[2], -1.3)?;
+            y.add(&x[0])?.plus_matmul_t(&x[1], &x[2], 0.5)
+        });
+    }
+    let x = |shape: &[usize]| Tensor::zeros(shape, &peft_tensor::Device::cpu()).unwrap();
+    for (y, low, w) in [([4, 5], [4, 3], [6, 3]), ([4, 5], [3, 3], [5, 3])] {
+        assert!(x(&y).plus_matmul_t(&x(&low), &x(&w), 1.0).is_err());
+    }
+}
