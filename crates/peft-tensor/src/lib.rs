@@ -1,4 +1,4 @@
-//! Tensors on `ndarray` storage, a reverse-mode tape, frozen weights in the formats checkpoints have,
+//! Tensors, a reverse-mode tape, frozen weights in the formats checkpoints have,
 //! and the kernels under all of it.
 //!
 //! - [`Tensor`] is a cheap handle: shape, device, values, and how it came to be if a gradient may be asked for.
