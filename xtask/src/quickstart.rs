@@ -126,7 +126,7 @@ fn halve(from: &Path, to: &Path) -> Result<()> {
             dtype: DType::BF16,
         })
         .collect();
-    let mut writer = StreamWriter::create(
+    let writer = StreamWriter::create(
         to,
         &ShardPlan::new(entries, u64::MAX)?,
         &BTreeMap::new(),
