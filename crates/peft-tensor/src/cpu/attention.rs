@@ -90,13 +90,11 @@ impl<'a> Geometry<'a> {
             .window
             .map_or(0, |window| (at + 1).saturating_sub(window));
         let end = if self.spec.causal { at + 1 } else { self.t };
-        match &self.runs {
-            Some(runs) => {
-                let (start, stop) = runs[batch * self.t + at];
-                (first.max(start), end.min(stop))
-            }
-            None => (first, end),
-        }
+        let (start, stop) = match &self.runs {
+            Some(runs) => runs[batch * self.t + at],
+            None => (0, self.t),
+        };
+        (first.max(start), end.min(stop))
     }
 
     fn keys(&self, batch: usize, queries: &Range<usize>) -> Keys {

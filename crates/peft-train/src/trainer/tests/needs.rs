@@ -1,0 +1,115 @@
+//! What a run needs, and what it does when it may not have it.
+
+use super::*;
+
+/// A model large enough for its moments to stand out.
+fn wide(place: &Place) {
+    let mut config = llama();
+    config["vocab_size"] = json!(32_000);
+    config["hidden_size"] = json!(128);
+    place.write("model/config.json", &config.to_string());
+}
+
+#[test]
+fn moments_go_to_disk_where_the_limit_is_low() {
+    let place = Place::new(4);
+    wide(&place);
+    let sets = ["adapter=null", "train.steps=3", "train.save_every=2"];
+    let forecast = |sets: &[&str]| crate::predict(&place.config(sets)).unwrap();
+    let memory = forecast(&sets).memory;
+    // Two untied tables of 32,000 x 128, and little besides.
+    assert!(
+        (2 * 32_000 * 128 * 8..70_000_000).contains(&memory.optimizer),
+        "{memory:?}"
+    );
+    let memory = forecast(&[&sets[..], &["train.optimizer=adamw_8bit"]].concat()).memory;
+    assert!(
+        (2 * 32_000 * 128 * 2..18_000_000).contains(&memory.optimizer),
+        "{memory:?}"
+    );
+    let parts: u64 = memory.parts().iter().map(|(_, bytes)| bytes).sum();
+    assert_eq!(parts, memory.total());
+
+    let whole = [&sets[..], &["output.dir=DIR/whole"]].concat();
+    place.train(&whole);
+    let low = forecast(&sets).memory;
+    // What the process has besides may change a little between the prediction and the run.
+    let limit = format!("train.memory_limit={}B", low.total() - low.optimizer / 2);
+    let paged = [&sets[..], &["output.dir=DIR/paged", &limit]].concat();
+    assert!(forecast(&paged).paged);
+    let mut watcher = Watcher::default();
+    train(&place.config(&paged), false, &mut watcher).unwrap();
+    assert!(
+        watcher.messages[0].contains("on disk"),
+        "{:?}",
+        watcher.messages
+    );
+    let bytes = |out: &str, file: &str| std::fs::read(place.path(out).join(file)).unwrap();
+    assert_eq!(
+        bytes("whole", "model.safetensors"),
+        bytes("paged", "model.safetensors")
+    );
+    let state = "checkpoints/step-2/state.safetensors";
+    assert_eq!(bytes("whole", state), bytes("paged", state));
+    // Resumed without the limit, from where the other was saved.
+    let resumed = [&sets[..], &["output.dir=DIR/paged"]].concat();
+    train(&place.config(&resumed), true, &mut ()).unwrap();
+    assert_eq!(
+        bytes("whole", "model.safetensors"),
+        bytes("paged", "model.safetensors")
+    );
+
+    let none = [
+        &sets[..],
+        &["output.dir=DIR/none", "train.memory_limit=1MB"],
+    ]
+    .concat();
+    let message = train(&place.config(&none), false, &mut ())
+        .unwrap_err()
+        .to_string();
+    for part in [
+        "train.memory_limit",
+        "predicted",
+        "gradients",
+        "limit is 1 MB",
+    ] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!place.path("none").exists());
+}
+
+#[test]
+fn a_forecast_says_what_there_will_be() {
+    let place = Place::new(10);
+    let forecast = |sets: &[&str]| crate::predict(&place.config(sets)).unwrap();
+    let plain = forecast(&["train.batch_size=5", "data.shuffle=false"]);
+    // The longest of the rows of 3 to 9 tokens; both batches are in both epochs' six steps.
+    assert_eq!((plain.largest, plain.steps), ((5, 9), 6));
+    assert!(
+        plain.step_seconds > 0.0 && plain.step_seconds < 5.0,
+        "{}",
+        plain.step_seconds
+    );
+    let again = forecast(&[
+        "train.batch_size=5",
+        "data.shuffle=false",
+        "train.gradient_checkpointing=true",
+    ]);
+    assert!(again.memory.activations < plain.memory.activations);
+    // Two layers keep their inputs, three widths behind the last: 45 tokens of (2 + 3) x 16 values.
+    assert_eq!(again.memory.activations, 4 * 45 * 5 * 16);
+    // Two square matrices q_proj 16 x 16 and two down_proj 16 x 20, in f32.
+    let values = 2 * (16 * 16 + 16 * 20);
+    assert_eq!(plain.memory.adapter, 4 * values);
+    // Gradients come as activations go, which are more here.
+    assert_eq!(
+        (plain.memory.gradients, plain.memory.optimizer),
+        (0, 8 * values)
+    );
+    assert_eq!(
+        plain.memory.base,
+        4 * (2 * 31 * 16 + 2 * (2 * 256 + 2 * 128 + 3 * 320 + 2 * 16) + 16)
+    );
+    let json = plain.to_json();
+    assert_eq!(json["peak_bytes"], json!(plain.memory.total()));
+}
