@@ -256,7 +256,7 @@ pub(crate) struct Inspect {
 pub(crate) struct Methods {
     /// One method in full
     pub(crate) id: Option<String>,
-    /// Count what each method's example configuration would train on this model
+    /// Count what each method's example would train on this model, on other modules where it has none of the example's
     #[arg(long)]
     pub(crate) model: Option<String>,
 }

@@ -80,9 +80,35 @@ fn counts(model: &str, chosen: &[&MethodEntry]) -> Result<Vec<Result<usize, Stri
         if config["task_type"].is_null() {
             config["task_type"] = task.clone();
         }
-        counts.push(count_parameters(subject.network_mut()?, &config).map_err(|e| e.to_string()));
+        let network = subject.network_mut()?;
+        let mut count = |config: &Value| count_parameters(network, config);
+        let counted = count(&config).or_else(|first| {
+            // The example names a Llama's modules: elsewhere the method's own choice counts, or all linear layers.
+            count(&elsewhere(&config, None))
+                .or_else(|_| count(&elsewhere(&config, Some("all-linear"))))
+                .map_err(|_| first)
+        });
+        counts.push(counted.map_err(|e| e.to_string()));
     }
     Ok(counts)
+}
+
+/// A configuration, its members' included, with other target modules.
+fn elsewhere(config: &Value, target: Option<&str>) -> Value {
+    let mut config = config.clone();
+    if let Some(fields) = config.as_object_mut() {
+        fields.shift_remove("feedforward_modules");
+        let named = fields.shift_remove("target_modules").is_some();
+        if let (true, Some(target)) = (named, target) {
+            fields.insert("target_modules".to_owned(), json!(target));
+        }
+        if let Some(members) = fields.get_mut("members").and_then(Value::as_array_mut) {
+            for member in members {
+                *member = elsewhere(member, target);
+            }
+        }
+    }
+    config
 }
 
 fn facts(entry: &MethodEntry, counted: Option<&Result<usize, String>>) -> Value {

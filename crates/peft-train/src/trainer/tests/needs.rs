@@ -33,7 +33,6 @@ fn moments_go_to_disk_where_the_limit_is_low() {
     let whole = [&sets[..], &["output.dir=DIR/whole"]].concat();
     place.train(&whole);
     let low = forecast(&sets).memory;
-    // What the process has besides may change a little between the prediction and the run.
     let limit = format!("train.memory_limit={}B", low.total() - low.optimizer / 2);
     let paged = [&sets[..], &["output.dir=DIR/paged", &limit]].concat();
     assert!(forecast(&paged).paged);
