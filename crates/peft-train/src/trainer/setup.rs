@@ -151,7 +151,6 @@ fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
         seed: config.train.seed,
         quantize: config.quantize()?,
         device: Device::cpu_in(config.precision()?),
-        ..LoadOptions::default()
     };
     match config.model.init {
         ModelInit::Pretrained => Model::load(path, &options),
