@@ -130,19 +130,15 @@ impl<'a> Geometry<'a> {
 
     /// Head `h` of rows from `row` of q, out or their gradients.
     fn q<'v>(&self, x: &'v [f32], row: usize, h: usize) -> View<'v> {
-        View::rows(
-            &x[row * self.q_width + h * self.spec.head_dim..],
-            self.q_width,
-        )
+        let first = row * self.q_width + h * self.spec.head_dim;
+        View::rows(&x[first..], self.q_width)
     }
 
     /// The head of k or v that query head `h` uses, rows from `row`.
     fn kv<'v>(&self, x: &'v [f32], row: usize, h: usize) -> View<'v> {
         let group = self.spec.heads / self.spec.kv_heads;
-        View::rows(
-            &x[row * self.kv_width + h / group * self.spec.head_dim..],
-            self.kv_width,
-        )
+        let first = row * self.kv_width + h / group * self.spec.head_dim;
+        View::rows(&x[first..], self.kv_width)
     }
 
     /// `tile = rows keys^T` for the queries' rows and the keys' heads.
