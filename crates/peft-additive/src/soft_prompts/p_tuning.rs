@@ -15,7 +15,8 @@
 //! `MLP`, 2 LSTM layers and no dropout, as HF PEFT 0.21; h = d, which HF fills in. Start: e standard normal, linear
 //! layers and the LSTM uniform by PyTorch's rules (bounds `1 / sqrt(inputs)` and `1 / sqrt(h)`). `num_virtual_tokens` 8:
 //! HF has no default; the paper's LAMA templates have 9. A learning rate of 1e-2 suits MiniLM (200 steps of 16 rows:
-//! accuracy 0.74 on 500 held-out reviews); at 3e-3 nothing was learned in 100 steps.
+//! accuracy 0.74 on 500 held-out reviews); at 3e-3 nothing was learned in 100 steps. The LSTM wants 1e-3: 1e-2 stays at
+//! chance (docs/comparison.md).
 //!
 //! # Differences from HF
 //! A saved prompt can be trained further, without its network. HF's MLP has three layers where the paper has two behind

@@ -18,7 +18,8 @@
 //! `sparsity` 0.005, `l0_penalty` 1.25e-7, `alpha_init` 5, l = -1.5, r = 1.5, beta = 1, structured: the paper's. `prune_at`
 //! 0.3, so that the kept entries have most of a learning rate that falls. The gates' learning rate is `gate_lr_factor` 30
 //! times the run's and they do not decay: the authors give gates 0.1 and D 5e-5 or less with BERT-large. All linear
-//! layers. Learning rate: 3e-3 on small models; at 1e-3 what is pruned away is not made up for.
+//! layers. Learning rate: 3e-3 on small models; at 1e-3 what is pruned away is not made up for. It wants
+//! a few hundred steps: 60 end near the head alone (docs/comparison.md).
 //!
 //! # Differences from HF
 //! HF PEFT has no such method. The authors' code adds `sum_g sigma(alpha_g - c)` to the penalty instead of multiplying; the
