@@ -242,21 +242,30 @@ fn write_all(
         (watch.1)(done, outputs.len());
     };
     step(0);
-    let worker = |_: rayon::BroadcastContext<'_>| -> Result<()> {
-        while let Some(group) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+    let worker = |_: rayon::BroadcastContext<'_>| -> Result<(), (usize, Error)> {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(group) = work.get(at) else {
+                return Ok(());
+            };
             let written = match group {
                 [output] if !matches!(output.source, Source::Merged(_)) => {
                     write::copied(writer, subject, output)
                 }
                 group => write::merged(writer, subject, group),
             };
-            // The first error ends the others' work too.
-            written.inspect_err(|_| next.store(work.len(), Ordering::Relaxed))?;
+            if let Err(error) = written {
+                // The others begin nothing new.
+                next.store(work.len(), Ordering::Relaxed);
+                return Err((at, error));
+            }
             step(group.len());
         }
-        Ok(())
     };
-    rayon::broadcast(worker).into_iter().collect()
+    let ends = rayon::broadcast(worker).into_iter();
+    // What comes before a failure was begun before it, so the first in order is the same for any timing.
+    let first = ends.filter_map(Result::err).min_by_key(|(at, _)| *at);
+    first.map_or(Ok(()), |(_, error)| Err(error))
 }
 
 fn add(writer: &StreamWriter, files: &mut Vec<String>, name: &str, value: &Value) -> Result<()> {
