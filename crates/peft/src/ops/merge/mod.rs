@@ -242,7 +242,7 @@ fn write_all(
         (watch.1)(done, outputs.len());
     };
     step(0);
-    let worker = |_: rayon::BroadcastContext<'_>| -> Result<(), (usize, Error)> {
+    let worker = |_: rayon::BroadcastContext<'_>| -> std::result::Result<(), (usize, Error)> {
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(group) = work.get(at) else {
@@ -264,7 +264,9 @@ fn write_all(
     };
     let ends = rayon::broadcast(worker).into_iter();
     // What comes before a failure was begun before it, so the first in order is the same for any timing.
-    let first = ends.filter_map(Result::err).min_by_key(|(at, _)| *at);
+    let first = ends
+        .filter_map(std::result::Result::err)
+        .min_by_key(|(at, _)| *at);
     first.map_or(Ok(()), |(_, error)| Err(error))
 }
 
