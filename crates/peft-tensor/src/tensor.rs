@@ -207,6 +207,8 @@ impl Tensor {
     pub fn leaf(&self) -> Self {
         Self {
             target: Target::new(&self.shape, None),
+            // A recipe would keep the graph alive that this one has left.
+            keeping: Keeping::default(),
             ..self.clone()
         }
     }
@@ -216,6 +218,7 @@ impl Tensor {
     pub fn detach(&self) -> Self {
         Self {
             target: Target(None),
+            keeping: Keeping::default(),
             ..self.clone()
         }
     }

@@ -1,5 +1,8 @@
 //! What a training step holds in memory: the figures of the prediction, in one place. They follow from what the operations
 //! of peft-tensor and the blocks of peft-models keep for the backward pass; whoever changes these changes the table.
+//!
+//! Outputs of norms, gates and dropout, which are made again and not kept, are still counted as inputs of adapters, and
+//! every value as f32: the figures are upper bounds until they are measured anew.
 
 use peft_core::ModuleInfo;
 use peft_models::ModelConfig;
