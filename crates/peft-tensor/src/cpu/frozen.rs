@@ -1,15 +1,15 @@
 //! Products with frozen weights, straight from their stored format.
 //!
 //! Many rows: a slab of the weight is decoded (in parallel) and multiplied, so that decoding costs a few percent
-//! and never more than a slab of memory. One to four rows: each weight row is decoded into the first-level cache
+//! and never more than a slab of memory; in bfloat16, where the processor multiplies it, by [`packed`]. One to four rows: each weight row is decoded into the first-level cache
 //! and its dot product taken there, so that generation reads the stored bytes once and nothing else.
 
 use std::sync::Mutex;
 
 use super::matmul::{View, dot_rows, gemm_into, parallelism, transpose};
-use super::par;
 use super::pool::Floats;
-use crate::FrozenWeight;
+use super::{packed, par};
+use crate::{FrozenWeight, Precision};
 
 /// Most elements of a decoded slab: 4 MiB of f32, which stays in the last-level cache.
 const SLAB: usize = 1 << 20;
@@ -23,7 +23,7 @@ pub(super) struct Scratch(Mutex<Vec<Vec<f32>>>);
 
 impl Scratch {
     /// Calls `f` with a buffer of `len` values of any content.
-    fn with<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    pub(super) fn with<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
         let lock = || {
             self.0
                 .lock()
@@ -47,9 +47,10 @@ fn decode(w: &FrozenWeight, first: usize, out: &mut [f32]) {
     });
 }
 
-/// `x Wt` or `x W`, added to `into`.
+/// `x Wt` or `x W`, added to `into`; products of many rows with inputs rounded to `precision` where that is faster.
 pub(super) fn matmul(
     scratch: &Scratch,
+    precision: Precision,
     x: &[f32],
     m: usize,
     w: &FrozenWeight,
@@ -62,7 +63,11 @@ pub(super) fn matmul(
     } else {
         (rows, cols)
     };
-    if let Some(dense) = w.as_f32() {
+    let kernel = match m > FEW {
+        true => packed::kernel(precision),
+        false => None,
+    };
+    if let (Some(dense), None) = (w.as_f32(), kernel) {
         return super::matmul::matmul(
             x, dense, 1, m, inside, width, false, false, false, transposed, 1.0, into,
         );
@@ -74,6 +79,10 @@ pub(super) fn matmul(
         None => Floats::dirty(m * width),
     };
     if m * rows * cols == 0 {
+        return out;
+    }
+    if let Some(kernel) = kernel {
+        kernel.matmul(scratch, x, m, w, transposed, &mut out, add);
         return out;
     }
     if transposed && m <= FEW {

@@ -11,6 +11,7 @@ mod half;
 mod loss;
 mod matmul;
 mod norm;
+mod packed;
 mod par;
 mod pool;
 mod rope;
@@ -269,6 +270,7 @@ impl Backend for CpuBackend {
         let into = into.map(owned).transpose()?;
         Ok(put(frozen::matmul(
             &self.scratch,
+            self.precision,
             get(x)?,
             m,
             w,

@@ -1,0 +1,223 @@
+//! Vector registers as the packed product sees them: units of 32 bits, each an f32 of the result or two bfloat16 that stand
+//! next to each other along the inner dimension.
+//!
+//! A value of an implementation is the proof that the processor has its instructions, so its methods are safe. They are
+//! only fast where they are compiled into a function for these instructions, which [`Lanes::run`] enters.
+
+/// Registers of one instruction set.
+pub(super) trait Lanes: Copy + Send + Sync + 'static {
+    /// A register of [`WIDTH`] units.
+    type V: Copy;
+
+    /// All zero.
+    fn zero(self) -> Self::V;
+    /// `WIDTH` units.
+    fn load(self, units: &[u32]) -> Self::V;
+    /// `WIDTH` units.
+    fn store(self, v: Self::V, out: &mut [u32]);
+    /// One unit everywhere.
+    fn splat(self, unit: u32) -> Self::V;
+    /// `sum + a b` in f32, over the two values of each unit.
+    fn dot(self, sum: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    /// `a + b` of f32.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The units of `2 * WIDTH` values, rounded to bfloat16.
+    fn units(self, values: &[f32]) -> Self::V;
+    /// The units of a and b in turns: those of the lower halves, those of the upper halves.
+    fn zip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V);
+    /// Asks for the cache line at an address, which will be wanted soon; any address will do.
+    fn prefetch<T>(self, at: *const T);
+    /// Does the work in a function that is compiled for the instructions.
+    fn run<W: Work<Self>>(self, work: W);
+}
+
+/// Units of a register.
+pub(super) const WIDTH: usize = 16;
+
+/// Rows of a tile of the result: as many as leave registers for its two columns of registers.
+pub(super) const ROWS: usize = 14;
+
+/// What is done with registers; `on` has to be `#[inline(always)]`.
+pub(super) trait Work<L: Lanes> {
+    fn on(self, l: L);
+}
+
+/// The bfloat16 nearest to a value in the low half, NaN staying one.
+#[inline(always)]
+pub(super) fn bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let nan = (bits >> 16) | 0x40;
+    if x.is_nan() { nan } else { rounded }
+}
+
+/// A register in an array: what the others are tested against, on any processor.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+pub(super) struct Plain;
+
+#[cfg(test)]
+impl Lanes for Plain {
+    type V = [u32; WIDTH];
+
+    fn zero(self) -> Self::V {
+        [0; WIDTH]
+    }
+
+    fn load(self, units: &[u32]) -> Self::V {
+        units[..WIDTH].try_into().unwrap()
+    }
+
+    fn store(self, v: Self::V, out: &mut [u32]) {
+        out[..WIDTH].copy_from_slice(&v);
+    }
+
+    fn splat(self, unit: u32) -> Self::V {
+        [unit; WIDTH]
+    }
+
+    fn dot(self, sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| {
+            let low = |v: u32| f32::from_bits(v << 16);
+            let high = |v: u32| f32::from_bits(v & 0xffff_0000);
+            let sum = high(a[i]).mul_add(high(b[i]), f32::from_bits(sum[i]));
+            low(a[i]).mul_add(low(b[i]), sum).to_bits()
+        })
+    }
+
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| (f32::from_bits(a[i]) + f32::from_bits(b[i])).to_bits())
+    }
+
+    fn units(self, values: &[f32]) -> Self::V {
+        std::array::from_fn(|i| bf16(values[2 * i]) | bf16(values[2 * i + 1]) << 16)
+    }
+
+    fn zip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V) {
+        let both = |i: usize| {
+            if i.is_multiple_of(2) {
+                a[i / 2]
+            } else {
+                b[i / 2]
+            }
+        };
+        (
+            std::array::from_fn(both),
+            std::array::from_fn(|i| both(WIDTH + i)),
+        )
+    }
+
+    fn prefetch<T>(self, _at: *const T) {}
+
+    fn run<W: Work<Self>>(self, work: W) {
+        work.on(self);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::Avx512Bf16;
+
+#[cfg(target_arch = "x86_64")]
+#[allow(
+    unsafe_code,
+    reason = "vector instructions, each behind a type that exists only where they were detected"
+)]
+mod x86 {
+    use std::arch::is_x86_feature_detected as has;
+    use std::arch::x86_64::*;
+
+    use super::{Lanes, Work};
+
+    /// Sixteen pairs of bfloat16, multiplied and added to f32 in one instruction.
+    #[derive(Clone, Copy)]
+    pub(in crate::cpu) struct Avx512Bf16(());
+
+    impl Avx512Bf16 {
+        pub(in super::super) fn detect() -> Option<Self> {
+            (has!("avx512f") && has!("avx2") && has!("fma") && has!("avx512bf16"))
+                .then_some(Self(()))
+        }
+    }
+
+    /// Where 16 values begin.
+    #[inline(always)]
+    fn sixteen<T>(x: &[T]) -> *const T {
+        x[..16].as_ptr()
+    }
+
+    // SAFETY, for all blocks below: a value of the type is only made where the features were detected, and what is loaded
+    // or stored was sliced to its length just before.
+    impl Lanes for Avx512Bf16 {
+        type V = __m512;
+
+        #[inline(always)]
+        fn zero(self) -> __m512 {
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        fn load(self, units: &[u32]) -> __m512 {
+            unsafe { _mm512_loadu_ps(sixteen(units).cast()) }
+        }
+
+        #[inline(always)]
+        fn store(self, v: __m512, out: &mut [u32]) {
+            unsafe { _mm512_storeu_ps(out[..16].as_mut_ptr().cast(), v) }
+        }
+
+        #[inline(always)]
+        fn splat(self, unit: u32) -> __m512 {
+            unsafe { _mm512_set1_ps(f32::from_bits(unit)) }
+        }
+
+        #[inline(always)]
+        fn add(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn zip(self, a: __m512, b: __m512) -> (__m512, __m512) {
+            // Lane numbers from 16 on are b's.
+            unsafe {
+                let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                let high =
+                    _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                (
+                    _mm512_permutex2var_ps(a, low, b),
+                    _mm512_permutex2var_ps(a, high, b),
+                )
+            }
+        }
+
+        #[inline(always)]
+        fn prefetch<T>(self, at: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+
+        fn run<W: Work<Self>>(self, work: W) {
+            #[target_feature(enable = "avx512f,avx512bf16,avx2,fma")]
+            fn inside<L: Lanes, W: Work<L>>(l: L, work: W) {
+                work.on(l);
+            }
+            unsafe { inside(self, work) }
+        }
+        #[inline(always)]
+        fn dot(self, sum: __m512, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: both are 64 bytes without invalid patterns.
+            unsafe {
+                let pairs = |v: __m512| std::mem::transmute::<__m512, __m512bh>(v);
+                _mm512_dpbf16_ps(sum, pairs(a), pairs(b))
+            }
+        }
+
+        #[inline(always)]
+        fn units(self, values: &[f32]) -> __m512 {
+            let (low, high) = (sixteen(values), sixteen(&values[16..]));
+            // SAFETY: as above; the instruction takes the values of the upper half first.
+            unsafe {
+                let both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(high), _mm512_loadu_ps(low));
+                std::mem::transmute::<__m512bh, __m512>(both)
+            }
+        }
+    }
+}

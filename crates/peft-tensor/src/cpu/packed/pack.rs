@@ -1,0 +1,429 @@
+//! Bringing both sides of a product into panels.
+//!
+//! A panel side is cut into strips of as many rows (of `x`) or columns (of the result) as a tile has; in a strip, the units
+//! of one step along the inner dimension stand together. What is missing at the ends is zero.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::lanes::{Lanes, ROWS, WIDTH, Work, bf16};
+use crate::{FrozenWeight, WeightFormat};
+
+/// Where the strips of a side lie.
+pub(super) struct Side {
+    /// Rows or columns without the padding.
+    pub(super) outside: usize,
+    /// In a strip.
+    pub(super) take: usize,
+    pub(super) strips: usize,
+    /// Units along the inner dimension.
+    pub(super) units: usize,
+    /// Units that are multiplied before the next strip comes (the last time fewer).
+    block: usize,
+    /// Units of a piece: what stands together first by strips, then by steps.
+    pub(super) piece: usize,
+}
+
+/// Units of a piece where threads pack along the inner dimension.
+const PIECE: usize = 96;
+
+/// Units of the inner dimension that are multiplied at a time, so that a strip of the right side stays in the first-level
+/// cache.
+pub(super) const BLOCK: usize = 384;
+
+impl Side {
+    fn new(outside: usize, take: usize, inside: usize, piece: usize) -> Self {
+        let units = inside.div_ceil(2);
+        let blocks = units.div_ceil(BLOCK).max(1);
+        let block = units.div_ceil(blocks);
+        let block = if piece < units {
+            block.next_multiple_of(piece)
+        } else {
+            block
+        };
+        Self {
+            outside,
+            take,
+            strips: outside.div_ceil(take),
+            units,
+            block: block.max(1),
+            piece: piece.min(units).max(1),
+        }
+    }
+
+    /// `m` rows of `inside` values.
+    pub(super) fn rows(m: usize, inside: usize) -> Self {
+        Self::new(m, ROWS, inside, usize::MAX)
+    }
+
+    /// `n` columns that are rows of the stored weight.
+    pub(super) fn weight_rows(n: usize, inside: usize) -> Self {
+        Self::new(n, 2 * WIDTH, inside, usize::MAX)
+    }
+
+    /// `n` columns that are columns of the stored weight.
+    pub(super) fn weight_columns(n: usize, inside: usize) -> Self {
+        Self::new(n, 2 * WIDTH, inside, PIECE)
+    }
+
+    /// Units of all panels.
+    pub(super) fn len(&self) -> usize {
+        self.strips * self.take * self.units
+    }
+
+    /// The blocks, as ranges of units.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        cuts(0..self.units, self.block)
+    }
+
+    /// The pieces of a block.
+    #[inline(always)]
+    pub(super) fn pieces(
+        &self,
+        block: &Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        // A block is in one piece, or begins where a piece does.
+        cuts(block.clone(), self.piece)
+    }
+}
+
+/// Ranges of `length`, the last perhaps shorter.
+#[inline(always)]
+fn cuts(whole: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = whole.end;
+    whole
+        .step_by(length)
+        .map(move |first| first..(first + length).min(end))
+}
+
+/// A packed side.
+pub(super) struct Panels<'a> {
+    pub(super) side: &'a Side,
+    units: &'a [u32],
+}
+
+impl<'a> Panels<'a> {
+    pub(super) fn new(side: &'a Side, units: &'a [u32]) -> Self {
+        Self { side, units }
+    }
+
+    /// One strip over a range of the inner dimension that lies in one piece.
+    #[inline(always)]
+    pub(super) fn strip(&self, strip: usize, range: &Range<usize>) -> &'a [u32] {
+        let Side {
+            take,
+            strips,
+            units,
+            piece,
+            ..
+        } = *self.side;
+        let begin = range.start - range.start % piece;
+        let length = piece.min(units - begin);
+        let first = begin * strips + strip * length + range.start - begin;
+        &self.units[first * take..(first + range.len()) * take]
+    }
+}
+
+/// Values or units of which registers are made.
+trait Item: Copy + Default + Sync {
+    /// Items of a register.
+    const REGISTER: usize;
+    /// The register of the first of them.
+    fn register<L: Lanes>(l: L, items: &[Self]) -> L::V;
+}
+
+impl Item for f32 {
+    const REGISTER: usize = 2 * WIDTH;
+
+    #[inline(always)]
+    fn register<L: Lanes>(l: L, items: &[Self]) -> L::V {
+        l.units(items)
+    }
+}
+
+/// Units that are stored as such.
+impl Item for u32 {
+    const REGISTER: usize = WIDTH;
+
+    #[inline(always)]
+    fn register<L: Lanes>(l: L, items: &[Self]) -> L::V {
+        l.load(items)
+    }
+}
+
+/// One strip of rows that are contiguous along the inner dimension: a transpose, square by square.
+struct Strip<'a, T> {
+    /// Rows `stride` apart, of which the first `inside` items count.
+    rows: &'a [T],
+    stride: usize,
+    inside: usize,
+    /// How many there are, and how many a full strip has.
+    count: usize,
+    take: usize,
+    out: &'a mut [u32],
+}
+
+impl<L: Lanes, T: Item> Work<L> for Strip<'_, T> {
+    #[inline(always)]
+    fn on(self, l: L) {
+        let (take, wide) = (self.take, T::REGISTER);
+        for group in (0..take).step_by(WIDTH) {
+            let mut rows = [&self.rows[..0]; WIDTH];
+            let there = self.count.saturating_sub(group).min(WIDTH);
+            for (i, row) in rows[..there].iter_mut().enumerate() {
+                *row = &self.rows[(group + i) * self.stride..][..self.inside];
+            }
+            let out = &mut self.out[group..];
+            for at in (0..self.inside).step_by(wide) {
+                let mut square = [l.zero(); WIDTH];
+                for i in 0..WIDTH {
+                    if i < there {
+                        square[i] = match rows[i].get(at..at + wide) {
+                            Some(items) => T::register(l, items),
+                            None => remainder(l, &rows[i][at..]),
+                        };
+                    }
+                }
+                transpose(l, &mut square);
+                let out = &mut out[at / wide * WIDTH * take..];
+                // A strip narrower than a register is overwritten by the step after it, but for the last steps.
+                if out.len() >= (WIDTH - 1) * take + WIDTH {
+                    for i in 0..WIDTH {
+                        l.store(square[i], &mut out[i * take..]);
+                    }
+                } else {
+                    for (register, out) in square.into_iter().zip(out.chunks_mut(take)) {
+                        let mut whole = [0; WIDTH];
+                        l.store(register, &mut whole);
+                        let len = out.len().min(WIDTH);
+                        out[..len].copy_from_slice(&whole[..len]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The register of what is left of a row, zero beyond.
+#[inline(never)]
+fn remainder<L: Lanes, T: Item>(l: L, items: &[T]) -> L::V {
+    let mut padded = [T::default(); 2 * WIDTH];
+    padded[..items.len()].copy_from_slice(items);
+    T::register(l, &padded)
+}
+
+/// The first `WIDTH` registers as columns: each pass turns the bits of an element's place, its row's before its lane's, by
+/// one, and half of all turns swap row and lane.
+#[inline(always)]
+fn transpose<L: Lanes>(l: L, square: &mut [L::V; WIDTH]) {
+    let half = WIDTH / 2;
+    let mut width = 1;
+    while width < WIDTH {
+        let before = *square;
+        for i in 0..half {
+            (square[2 * i], square[2 * i + 1]) = l.zip(before[i], before[i + half]);
+        }
+        width *= 2;
+    }
+}
+
+/// Packs `m` rows of `stride` values, the first `inside` of each.
+pub(super) fn rows<L: Lanes>(
+    l: L,
+    side: &Side,
+    x: &[f32],
+    stride: usize,
+    inside: usize,
+    out: &mut [u32],
+) {
+    strips(l, side, x, stride, inside, out);
+}
+
+/// Packs all strips of a side from its rows.
+fn strips<L: Lanes, T: Item>(
+    l: L,
+    side: &Side,
+    rows: &[T],
+    stride: usize,
+    inside: usize,
+    out: &mut [u32],
+) {
+    let take = side.take;
+    let size = (take * side.units).max(1);
+    let one = |(strip, out): (usize, &mut [u32])| {
+        let first = strip * take;
+        let rows = &rows[first * stride..];
+        let count = (side.outside - first).min(take);
+        l.run(Strip {
+            rows,
+            stride,
+            inside,
+            count,
+            take,
+            out,
+        });
+    };
+    // A task long enough to be worth waking a thread.
+    let together = (16 * 1024 / size).max(1);
+    if side.strips <= together {
+        return out.chunks_mut(size).enumerate().for_each(one);
+    }
+    let tasks = out.par_chunks_mut(size).enumerate();
+    tasks.with_min_len(together).for_each(one);
+}
+
+/// The stored units of a bfloat16 matrix, where they are what the lanes want and can be read as such.
+fn stored(w: &FrozenWeight) -> Option<&[u32]> {
+    let fits = w.format() == WeightFormat::BF16 && w.cols().is_multiple_of(2);
+    if !fits || cfg!(target_endian = "big") {
+        return None;
+    }
+    bytemuck::try_cast_slice(w.bytes()).ok()
+}
+
+/// Packs rows `first..` of a weight, as many as the side has, as columns of the right side.
+pub(super) fn weight_rows<L: Lanes>(
+    l: L,
+    side: &Side,
+    w: &FrozenWeight,
+    first: usize,
+    out: &mut [u32],
+) {
+    let (take, units, cols) = (side.take, side.units, w.cols());
+    if let Some(all) = stored(w) {
+        return strips(l, side, &all[first * units..], units, units, out);
+    }
+    if let Some(values) = w.as_f32() {
+        return strips(l, side, &values[first * cols..], cols, cols, out);
+    }
+    out.par_chunks_mut(take * units).enumerate().for_each_init(
+        || vec![0.0; take * cols],
+        |decoded, (strip, out)| {
+            let count = (side.outside - strip * take).min(take);
+            let from = first + strip * take;
+            w.decode_rows(from..from + count, &mut decoded[..count * cols]);
+            let rows = &decoded[..];
+            l.run(Strip {
+                rows,
+                stride: cols,
+                inside: cols,
+                count,
+                take,
+                out,
+            });
+        },
+    );
+}
+
+/// One step along the inner dimension, for all strips: the values of two rows of the weight side by side.
+struct Step<'a> {
+    /// The second is empty beyond the last.
+    rows: [&'a [f32]; 2],
+    /// From the place of the step in the first strip on; strips are `apart`.
+    out: &'a mut [u32],
+    take: usize,
+    apart: usize,
+}
+
+impl<L: Lanes> Work<L> for Step<'_> {
+    #[inline(always)]
+    fn on(self, _l: L) {
+        let [a, b] = self.rows;
+        for (strip, a) in a.chunks(self.take).enumerate() {
+            let out = &mut self.out[strip * self.apart..][..self.take];
+            if b.is_empty() {
+                for (out, a) in out.iter_mut().zip(a) {
+                    *out = bf16(*a);
+                }
+            } else {
+                let b = &b[strip * self.take..][..a.len()];
+                for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+                    *out = bf16(*a) | bf16(*b) << 16;
+                }
+            }
+            out[a.len()..].fill(0);
+        }
+    }
+}
+
+/// As [`Step`] for two rows of bfloat16, each unit two values of one row.
+struct StoredStep<'a> {
+    rows: [&'a [u32]; 2],
+    out: &'a mut [u32],
+    take: usize,
+    apart: usize,
+}
+
+impl<L: Lanes> Work<L> for StoredStep<'_> {
+    #[inline(always)]
+    fn on(self, _l: L) {
+        let [a, b] = self.rows;
+        for (strip, a) in a.chunks(self.take / 2).enumerate() {
+            let out = &mut self.out[strip * self.apart..][..self.take];
+            let at = strip * self.take / 2;
+            for (i, (out, a)) in out.as_chunks_mut::<2>().0.iter_mut().zip(a).enumerate() {
+                let b = b.get(at + i).copied().unwrap_or(0);
+                *out = [a & 0xffff | b << 16, a >> 16 | b & 0xffff_0000];
+            }
+            out[2 * a.len()..].fill(0);
+        }
+    }
+}
+
+/// Packs rows `first..first + count` of a weight as steps of the inner dimension of the right side.
+pub(super) fn weight_columns<L: Lanes>(
+    l: L,
+    side: &Side,
+    w: &FrozenWeight,
+    first: usize,
+    count: usize,
+    out: &mut [u32],
+) {
+    let (take, cols) = (side.take, w.cols());
+    let stored = stored(w);
+    let dense = w.as_f32();
+    let size = side.piece * take * side.strips;
+    out.par_chunks_mut(size.max(1))
+        .enumerate()
+        .for_each(|(piece, out)| {
+            let units = out.len() / (take * side.strips);
+            let apart = units * take;
+            let mut decoded = Vec::new();
+            for unit in 0..units {
+                // Rows of this step, counted in the weight.
+                let at = first + (piece * side.piece + unit) * 2;
+                let there = 2.min(first + count - at);
+                let out = &mut out[unit * take..];
+                if let Some(all) = stored {
+                    let row = |i: usize| match i < there {
+                        true => &all[(at + i) * cols / 2..][..cols / 2],
+                        false => &[],
+                    };
+                    let rows = [row(0), row(1)];
+                    l.run(StoredStep {
+                        rows,
+                        out,
+                        take,
+                        apart,
+                    });
+                    continue;
+                }
+                let values = match dense {
+                    Some(values) => &values[at * cols..(at + there) * cols],
+                    None => {
+                        decoded.resize(there * cols, 0.0);
+                        w.decode_rows(at..at + there, &mut decoded);
+                        &decoded[..]
+                    }
+                };
+                let rows = [&values[..cols], &values[cols..]];
+                l.run(Step {
+                    rows,
+                    out,
+                    take,
+                    apart,
+                });
+            }
+        });
+}

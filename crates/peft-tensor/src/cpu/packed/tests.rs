@@ -1,0 +1,131 @@
+//! Every kind of lanes, simulated or of this processor, against sums in double precision.
+
+use super::lanes::{Lanes, Plain};
+use super::*;
+use crate::WeightFormat;
+
+/// Values of both signs whose sizes differ, the same for the same seed.
+fn values(seed: u64, len: usize) -> Vec<f32> {
+    let key = crate::RngKey(seed);
+    (0..len as u64)
+        .map(|i| (key.uniform_at(i) - 0.5) * 4.0)
+        .collect()
+}
+
+fn rounded(values: &[f32]) -> Vec<f64> {
+    let round = |v: &f32| f64::from(::half::bf16::from_f32(*v).to_f32());
+    values.iter().map(round).collect()
+}
+
+/// One product by these lanes against the sum of the products of what they get to see.
+fn check<L: Lanes>(
+    l: L,
+    (m, rows, cols): (usize, usize, usize),
+    format: WeightFormat,
+    transposed: bool,
+    add: bool,
+) {
+    let (inside, outside) = if transposed {
+        (cols, rows)
+    } else {
+        (rows, cols)
+    };
+    let x = values(m as u64, m * inside);
+    let w = FrozenWeight::quantize(rows, cols, &values(7, rows * cols), format).unwrap();
+    let before = values(3, m * outside);
+    let mut out = before.clone();
+    let scratch = Scratch::default();
+    let product = Product {
+        scratch: &scratch,
+        x: &x,
+        m,
+        w: &w,
+    };
+    product.on(l, transposed, &mut out, add);
+    let (x, w) = (rounded(&x), rounded(&w.to_f32()));
+    for i in 0..m {
+        for j in 0..outside {
+            let at = |k: usize| {
+                if transposed {
+                    w[j * cols + k]
+                } else {
+                    w[k * cols + j]
+                }
+            };
+            let products = (0..inside).map(|k| x[i * inside + k] * at(k));
+            let size: f64 = products.clone().map(f64::abs).sum();
+            let start = if add {
+                f64::from(before[i * outside + j])
+            } else {
+                0.0
+            };
+            let want = products.sum::<f64>() + start;
+            let got = f64::from(out[i * outside + j]);
+            // A rounding of half a unit in the last place for each of the sums.
+            let allowed = f64::from(f32::EPSILON) * (size + start.abs()) * (inside as f64).sqrt();
+            assert!(
+                (got - want).abs() <= allowed,
+                "{m} rows by {rows} x {cols} in {}, transposed {transposed}, add {add}: ({i}, {j}) is {got}, not {want}",
+                format.name()
+            );
+        }
+    }
+}
+
+/// Shapes with and without remainders in every direction, and more than one block.
+fn all_shapes<L: Lanes>(l: L) {
+    for (n, shape) in [
+        (1, 1, 1),
+        (5, 3, 2),
+        (14, 32, 64),
+        (6, 16, 8),
+        (29, 65, 131),
+        (43, 130, 53),
+        (17, 33, 250),
+        (100, 47, 34),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for transposed in [true, false] {
+            let add = n.is_multiple_of(2) == transposed;
+            for format in [WeightFormat::F32, WeightFormat::BF16, WeightFormat::NF4] {
+                check(l, shape, format, transposed, add);
+            }
+        }
+    }
+    for format in [
+        WeightFormat::F16,
+        WeightFormat::Q4_1,
+        WeightFormat::Q8_0,
+        WeightFormat::INT8,
+    ] {
+        for transposed in [true, false] {
+            check(l, (20, 37, 96), format, transposed, transposed);
+        }
+    }
+}
+
+#[test]
+fn simulated_lanes() {
+    all_shapes(Plain);
+    // Weights of several slabs and several blocks.
+    check(Plain, (15, 1030, 1100), WeightFormat::BF16, true, false);
+    check(Plain, (15, 1030, 1100), WeightFormat::NF4, false, true);
+}
+
+#[test]
+fn lanes_of_this_processor() {
+    match Kernel::detect() {
+        #[cfg(target_arch = "x86_64")]
+        Some(Kernel::Avx512Bf16(l)) => {
+            all_shapes(l);
+            check(l, (15, 1030, 1100), WeightFormat::BF16, true, false);
+            check(l, (15, 1030, 1100), WeightFormat::NF4, false, true);
+            assert!(Kernel::Avx512Bf16(l).is_right());
+        }
+        _ => {
+            eprintln!("no product of bfloat16 on this processor: only the simulated one was tested")
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The product of two packed sides.
+
+use rayon::prelude::*;
+
+use super::lanes::{Lanes, ROWS, WIDTH, Work};
+use super::pack::Panels;
+
+/// Strips of the left side that a task takes at most: their block stays in the second-level cache.
+const STRIPS: usize = 11;
+
+/// Steps of the left side that are asked for ahead; at the end of a strip that is the next one's beginning.
+const AHEAD: usize = 48;
+
+/// Multiply-adds from which on a product is worth several threads.
+const PARALLEL: usize = 128 * 1024;
+
+/// `out = left right`, added to it if `add`; rows of `out` are `width` apart, its columns are the first of each.
+pub(super) fn multiply<L: Lanes>(
+    l: L,
+    left: &Panels<'_>,
+    right: &Panels<'_>,
+    out: &mut [f32],
+    width: usize,
+    add: bool,
+) {
+    let (m, strips) = (left.side.outside, left.side.strips);
+    let task = |first: usize, out: &mut [f32]| {
+        let last = (first + out.len().div_ceil(width * ROWS)).min(strips);
+        l.run(Task {
+            left,
+            right,
+            first,
+            last,
+            out,
+            width,
+            add,
+        });
+    };
+    if m * left.side.units * right.side.outside < PARALLEL {
+        return task(0, out);
+    }
+    // Enough tasks for threads that are not equally fast.
+    let tasks = strips
+        .div_ceil(STRIPS)
+        .max(4 * rayon::current_num_threads());
+    let each = strips.div_ceil(tasks).max(1);
+    out.par_chunks_mut(each * ROWS * width)
+        .enumerate()
+        .for_each(|(i, out)| task(i * each, out));
+}
+
+/// Some strips of rows against all columns.
+struct Task<'a> {
+    left: &'a Panels<'a>,
+    right: &'a Panels<'a>,
+    first: usize,
+    last: usize,
+    out: &'a mut [f32],
+    width: usize,
+    add: bool,
+}
+
+impl<L: Lanes> Work<L> for Task<'_> {
+    #[inline(always)]
+    fn on(self, l: L) {
+        let Self {
+            left,
+            right,
+            first,
+            last,
+            out,
+            width,
+            add,
+        } = self;
+        let (m, n) = (left.side.outside, right.side.outside);
+        let wide = 2 * WIDTH;
+        for block in right.side.blocks() {
+            let add = add || block.start > 0;
+            for column in 0..right.side.strips {
+                let cols = (n - column * wide).min(wide);
+                for row in first..last {
+                    let rows = (m - row * ROWS).min(ROWS);
+                    let out = &mut out[(row - first) * ROWS * width + column * wide..];
+                    for i in 0..rows {
+                        // Both ends: rows need not begin at a cache line.
+                        l.prefetch(&out[i * width]);
+                        l.prefetch(&out[i * width + cols - 1]);
+                    }
+                    let mut sums = [[l.zero(); 2]; ROWS];
+                    for piece in right.side.pieces(&block) {
+                        let (a, b) = (left.strip(row, &piece), right.strip(column, &piece));
+                        sums = add_products(l, sums, a, b);
+                    }
+                    finish(l, &sums, out, width, rows, cols, add);
+                }
+            }
+        }
+    }
+}
+
+/// A tile, in registers, with the products of one piece added.
+#[inline(always)]
+fn add_products<L: Lanes>(
+    l: L,
+    mut sums: [[L::V; 2]; ROWS],
+    a: &[u32],
+    b: &[u32],
+) -> [[L::V; 2]; ROWS] {
+    for (a, b) in a.chunks_exact(ROWS).zip(b.chunks_exact(2 * WIDTH)) {
+        let (left, right) = (l.load(b), l.load(&b[WIDTH..]));
+        l.prefetch(a.as_ptr().wrapping_add(AHEAD * ROWS));
+        for i in 0..ROWS {
+            let x = l.splat(a[i]);
+            sums[i][0] = l.dot(sums[i][0], x, left);
+            sums[i][1] = l.dot(sums[i][1], x, right);
+        }
+    }
+    sums
+}
+
+/// Writes a tile of `rows` and `cols`.
+#[inline(always)]
+fn finish<L: Lanes>(
+    l: L,
+    sums: &[[L::V; 2]; ROWS],
+    out: &mut [f32],
+    width: usize,
+    rows: usize,
+    cols: usize,
+    add: bool,
+) {
+    for i in 0..ROWS {
+        if i >= rows {
+            break;
+        }
+        let out: &mut [u32] = bytemuck::cast_slice_mut(&mut out[i * width..][..cols]);
+        if cols == 2 * WIDTH {
+            let (low, high) = out.split_at_mut(WIDTH);
+            for (out, sum) in [(low, sums[i][0]), (high, sums[i][1])] {
+                let sum = if add { l.add(sum, l.load(out)) } else { sum };
+                l.store(sum, out);
+            }
+        } else {
+            let mut whole = [0; 2 * WIDTH];
+            l.store(sums[i][0], &mut whole);
+            l.store(sums[i][1], &mut whole[WIDTH..]);
+            for (out, sum) in out.iter_mut().zip(whole) {
+                let before = if add { f32::from_bits(*out) } else { 0.0 };
+                *out = (before + f32::from_bits(sum)).to_bits();
+            }
+        }
+    }
+}
