@@ -154,7 +154,7 @@ fn cases() -> impl Strategy<Value = Case> {
 }
 
 /// Every method's example configuration, and others in which a method has more to it, by `peft_type`.
-fn configs() -> Vec<(&'static MethodEntry, Value)> {
+pub fn configs() -> Vec<(&'static MethodEntry, Value)> {
     let variants: BTreeMap<String, Vec<Value>> =
         serde_json::from_str(include_str!("../variants.json"))
             .expect("variants.json maps a peft_type to configurations");

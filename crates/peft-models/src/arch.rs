@@ -1,5 +1,6 @@
 //! What a family of models has to do to be one: embed, run layers, read out.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use peft_core::{Error, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result};
@@ -25,7 +26,7 @@ pub(crate) trait Architecture: Send + Sync {
     /// [`pool`]: Architecture::pool
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor>;
 
-    /// For classification: the row of each text that its label is read from, `[B, hidden]`.
+    /// For classification: the row of each text that its label is read from, `[texts, hidden]`.
     fn pool(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor>;
 }
 
@@ -58,6 +59,10 @@ impl Builder {
     }
 }
 
+/// Why rows with virtual tokens are not shared.
+pub(crate) const PROMPTED: &str =
+    "an adapter puts virtual tokens in front of each row, so that a row can hold but one text";
+
 /// Input embeddings with the virtual tokens of the active adapters in front: `[B, V + S, hidden]`, and what attention
 /// has to know of the rows. Virtual tokens come once, at the start of a cached text.
 pub(crate) fn embedded(
@@ -85,10 +90,7 @@ pub(crate) fn embedded(
         && let Some(prompt) = network.prompt(batch.batch, pass)?
     {
         if batch.segments.is_some() {
-            return Err(Error::config(
-                "segments",
-                "an adapter puts virtual tokens in front of each row, so that a row can hold but one text",
-            ));
+            return Err(Error::config("segments", PROMPTED));
         }
         let prompt = per_row(&prompt, batch.batch)?;
         let virtual_tokens = prompt.dims3()?.1;
@@ -162,21 +164,36 @@ pub(crate) fn into_tensor_error(error: Error) -> TensorError {
     }
 }
 
-/// The last token of each row that is no padding, `[B, hidden]`: where decoders read a text's label.
+/// The last token of each text that is no padding, `[texts, hidden]`: where decoders read a text's label.
 pub(crate) fn last_tokens(config: &ModelConfig, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
-    let (b, len, width) = hidden.dims3()?;
+    let len = hidden.dims3()?.1;
     let added = len - batch.seq;
-    let last = |row: usize| {
-        let at = row * batch.seq..(row + 1) * batch.seq;
+    let last = |text: Range<usize>| {
+        let last = text.len().checked_sub(1);
         let found = match (&batch.mask, config.pad_token) {
-            (Some(mask), _) => mask[at].iter().rposition(|&seen| seen),
-            (None, Some(pad)) => batch.ids[at].iter().rposition(|&id| id != pad),
-            (None, None) => batch.seq.checked_sub(1),
+            (Some(mask), _) => mask[text.clone()].iter().rposition(|&seen| seen),
+            (None, Some(pad)) if batch.segments.is_none() => {
+                batch.ids[text.clone()].iter().rposition(|&id| id != pad)
+            }
+            (None, _) => last,
         };
-        (row * len + added + found.unwrap_or(0)) as u32
+        // Virtual tokens stand in front of each row.
+        let row = text.start / batch.seq;
+        ((row + 1) * added + text.start + found.unwrap_or(0)) as u32
     };
-    let rows: Vec<u32> = (0..b).map(last).collect();
-    Ok(hidden.reshape(&[b * len, width])?.gather_rows(&rows)?)
+    let rows: Vec<u32> = batch.texts().into_iter().map(last).collect();
+    Ok(hidden.flatten_rows()?.gather_rows(&rows)?)
+}
+
+/// Positions that a text of these rows needs: the row's, or the longest text's where several share one.
+pub(crate) fn longest(rows: &Rows) -> usize {
+    let Some(segments) = &rows.segments else {
+        return rows.seq;
+    };
+    let texts = segments
+        .chunks(rows.seq.max(1))
+        .flat_map(|row| row.chunk_by(|a, b| a == b));
+    texts.map(<[u32]>::len).max().unwrap_or(0)
 }
 
 /// Labels of the task's head, if it has one.

@@ -1,5 +1,6 @@
 //! BERT: an encoder with learnt positions and LayerNorm after the sublayers, a pooler, and a classification head.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use peft_core::{
@@ -7,7 +8,7 @@ use peft_core::{
 };
 use peft_tensor::{Attention, Mask, Tensor, concat};
 
-use crate::arch::{Architecture, Builder, embedded, labels, layer, positions};
+use crate::arch::{Architecture, Builder, PROMPTED, embedded, labels, layer, longest, positions};
 use crate::attend::{KvCache, Rows, Sublayer, attend, per_row};
 use crate::config::{Activation, ModelConfig};
 use crate::gpt2::check_length;
@@ -214,16 +215,14 @@ impl Architecture for Bert {
                 "BERT sees both sides of a token and cannot generate text",
             ));
         }
-        if batch.segments.is_some() {
-            return Err(Error::config(
-                "segments",
-                "BERT reads a row as one text; several can share one only with decoders",
-            ));
-        }
         let (x, rows) = embedded(network, self.words, None, batch, 0, pass)?;
         let pass = &rows.pass(pass);
         let first = network.prefix_len();
-        check_length(first + rows.seq, &self.config, "max_position_embeddings")?;
+        check_length(
+            first + longest(&rows),
+            &self.config,
+            "max_position_embeddings",
+        )?;
         let shape = x.shape().to_vec();
         let segments = network
             .embed(self.segments, &vec![0; rows.batch * rows.seq], pass)?
@@ -253,9 +252,13 @@ impl Architecture for Bert {
         network.linear(head, &pooled, pass)
     }
 
-    fn pool(&self, hidden: &Tensor, _: &Batch) -> Result<Tensor> {
-        let (b, _, width) = hidden.dims3()?;
-        Ok(hidden.narrow(1, 0, 1)?.reshape(&[b, width])?)
+    fn pool(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+        // Virtual tokens that are read out stand in front, so that a row's first is one of them.
+        let (_, len, _) = hidden.dims3()?;
+        let first =
+            |text: Range<usize>| (text.start / batch.seq * len + text.start % batch.seq) as u32;
+        let rows: Vec<u32> = batch.texts().into_iter().map(first).collect();
+        Ok(hidden.flatten_rows()?.gather_rows(&rows)?)
     }
 }
 
@@ -266,6 +269,9 @@ fn with_prompts(network: &Network, x: Tensor, rows: Rows, pass: &Pass) -> Result
         let Some(prompt) = network.prompts_at(place, rows.batch, pass)? else {
             continue;
         };
+        if rows.segments.is_some() {
+            return Err(Error::config("segments", PROMPTED));
+        }
         let prompt = per_row(&prompt, rows.batch)?;
         let (_, added, _) = prompt.dims3()?;
         let front = usize::from(place == PromptPlace::BlocksBehindFirst).min(rows.seq);

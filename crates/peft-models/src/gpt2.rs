@@ -5,7 +5,9 @@ use std::sync::Arc;
 use peft_core::{Error, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result};
 use peft_tensor::{Attention, Mask, Tensor};
 
-use crate::arch::{Architecture, Builder, embedded, labels, last_tokens, layer, positions};
+use crate::arch::{
+    Architecture, Builder, embedded, labels, last_tokens, layer, longest, positions,
+};
 use crate::attend::{KvCache, LayerCache, Rows, Sublayer, attend};
 use crate::bert::activate;
 use crate::config::ModelConfig;
@@ -255,7 +257,7 @@ impl Architecture for Gpt2 {
         let (x, rows) = embedded(network, self.tokens, None, batch, seen, pass)?;
         let pass = &rows.pass(pass);
         let first = network.prefix_len() + seen;
-        check_length(first + rows.seq, &self.config, "n_positions")?;
+        check_length(first + longest(&rows), &self.config, "n_positions")?;
         let places = network.embed(self.places, &positions(&rows, first)?, pass)?;
         let x = x.add(&places.reshape(x.shape())?)?;
         let mut x = network.stream(self.start, &x, pass)?;

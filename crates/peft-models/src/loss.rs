@@ -17,7 +17,7 @@ pub enum Labels {
     /// A token id for each of `[batch * seq]`, [`IGNORE`] where there is none; the model is asked for it one position
     /// earlier.
     Tokens(Vec<i64>),
-    /// A class for each row.
+    /// A class for each text: each row, or each of the texts that share rows.
     Classes(Vec<u32>),
 }
 
@@ -37,7 +37,7 @@ pub struct LossOutput {
 /// The model's answer at one labelled place.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scored {
-    /// Row of the batch.
+    /// Row of the batch; for a class, the text's place among the batch's texts.
     pub row: usize,
     /// Position of the labelled token in the row; 0 for a class.
     pub position: usize,
@@ -259,8 +259,9 @@ impl Model {
                 }))
             }
             (Task::SequenceClassification { num_labels }, Labels::Classes(classes)) => {
-                if classes.len() != batch.batch {
-                    let detail = format!("{} labels for {} rows", classes.len(), batch.batch);
+                let texts = batch.texts().len();
+                if classes.len() != texts {
+                    let detail = format!("{} labels for {texts} texts", classes.len());
                     return Err(Error::config("labels", detail));
                 }
                 if let Some(bad) = classes.iter().find(|&&c| c as usize >= num_labels) {
@@ -275,7 +276,7 @@ impl Model {
                 Ok(Some(Labelled {
                     rows,
                     targets,
-                    places: (0..batch.batch).map(|row| (row, 0)).collect(),
+                    places: (0..texts).map(|text| (text, 0)).collect(),
                     weights: Vec::new(),
                 }))
             }

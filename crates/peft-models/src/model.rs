@@ -1,5 +1,6 @@
 //! A model to run: loading, forward pass, logits.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -71,7 +72,7 @@ pub struct Batch {
     /// Task of each row, for methods that learn several.
     pub task_ids: Option<Vec<u32>>,
     /// `[batch * seq]`: where several texts share a row, each run of equal numbers is one of them, with positions of its own
-    /// and no sight of the others; None = one text a row. For decoders, in training.
+    /// and no sight of the others; None = one text a row. Not where text is generated.
     pub segments: Option<Vec<u32>>,
 }
 
@@ -109,6 +110,31 @@ impl Batch {
             task_ids: None,
             segments: None,
         }
+    }
+
+    /// Where its texts are in `[batch * seq]`: the rows, or in rows with [`segments`](Self::segments) their runs, but for
+    /// runs of padding alone.
+    pub(crate) fn texts(&self) -> Vec<Range<usize>> {
+        let mut texts = Vec::with_capacity(self.batch);
+        for row in 0..self.batch {
+            let mut first = row * self.seq;
+            let Some(segments) = &self.segments else {
+                texts.push(first..first + self.seq);
+                continue;
+            };
+            for run in segments[first..first + self.seq].chunk_by(|a, b| a == b) {
+                let text = first..first + run.len();
+                first = text.end;
+                if self
+                    .mask
+                    .as_ref()
+                    .is_none_or(|mask| mask[text.clone()].contains(&true))
+                {
+                    texts.push(text);
+                }
+            }
+        }
+        texts
     }
 
     pub(crate) fn check(&self) -> Result<()> {

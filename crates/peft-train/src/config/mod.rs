@@ -98,6 +98,9 @@ pub struct DataSection {
     pub bucket: bool,
     /// Whether several texts share a row of up to `max_length` tokens, with attention kept apart; for decoders.
     pub packing: bool,
+    /// Whether the rows of a training batch that differ in length are joined into one without padding, wherever model and
+    /// method can tell the texts apart; the losses are the same.
+    pub padding_free: bool,
     /// Whether the tokenizer's end-of-text token follows every text and completion.
     pub add_eos: bool,
     /// Whether evaluation also chooses among the completions the data has; by default where these are few.
@@ -115,6 +118,7 @@ impl Default for DataSection {
             shuffle: true,
             bucket: true,
             packing: false,
+            padding_free: true,
             add_eos: true,
             choices: None,
         }

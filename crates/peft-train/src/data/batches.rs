@@ -40,7 +40,7 @@ pub fn plan_epoch(
     places.into_iter().map(|i| batches[i].to_vec()).collect()
 }
 
-/// Rows filled up on the right to the longest of them.
+/// A batch and what is to come of it.
 #[derive(Clone)]
 pub struct Collated {
     /// What goes into the model.
@@ -51,40 +51,70 @@ pub struct Collated {
     pub tokens: usize,
 }
 
-/// Makes a batch. Rows without a class in a batch of classes (which [`super::Dataset::encode`] does not make) count as
-/// class 0.
+/// Makes a batch: rows filled up on the right with `pad` to the longest of them. Rows without a class in a batch of classes
+/// (which [`super::Dataset::encode`] does not make) count as class 0.
 pub fn collate(examples: &[&Example], pad: u32) -> Collated {
-    let seq = examples.iter().map(|e| e.ids.len()).max().unwrap_or(0);
-    let mut ids = Vec::with_capacity(examples.len() * seq);
-    let mut mask = Vec::with_capacity(examples.len() * seq);
-    let packed = examples.iter().any(|e| !e.texts.is_empty());
-    let mut segments = Vec::new();
+    collected(examples, pad, false)
+}
+
+/// Makes a batch of one row without padding, if the rows differ in length and none has a task of its own; else as
+/// [`collate`]. A model keeps the texts apart by their segments.
+pub fn join(examples: &[&Example], pad: u32) -> Collated {
+    let lengths = || examples.iter().map(|e| e.ids.len());
+    let differ = lengths().min() != lengths().max();
+    let plain = examples
+        .iter()
+        .all(|e| e.task.is_none() && !e.ids.is_empty());
+    collected(examples, pad, differ && plain)
+}
+
+fn collected(examples: &[&Example], pad: u32, joined: bool) -> Collated {
+    let longest = examples.iter().map(|e| e.ids.len()).max().unwrap_or(0);
+    let total = examples.iter().map(|e| e.ids.len()).sum();
+    // Rows of the batch, and how far each example is filled up.
+    let (rows, seq) = if joined {
+        (1, total)
+    } else {
+        (examples.len(), longest)
+    };
+    let filled = |len: usize| if joined { 0 } else { longest - len };
+    let mut ids = Vec::with_capacity(rows * seq);
+    let mut mask = Vec::with_capacity(rows * seq);
+    let packed = joined || examples.iter().any(|e| !e.texts.is_empty());
+    let mut segments: Vec<u32> = Vec::new();
     let mut token_labels = Vec::new();
     let mut classes = Vec::new();
     for example in examples {
         let len = example.ids.len();
+        let padding = filled(len);
         ids.extend(&example.ids);
-        ids.resize(ids.len() + seq - len, pad);
+        ids.resize(ids.len() + padding, pad);
         match &example.mask {
             Some(given) => mask.extend(given),
             None => mask.resize(mask.len() + len, true),
         }
-        mask.resize(mask.len() + seq - len, false);
+        mask.resize(mask.len() + padding, false);
         if packed {
-            let texts = example.texts.iter().map(|text| text.len);
-            for (number, text) in texts.enumerate() {
-                segments.resize(segments.len() + text, number as u32);
+            // Texts are runs of equal numbers: neighbours in a row have to differ.
+            let before = segments.last().filter(|_| joined);
+            let mut next = before.map_or(0, |last| (last + 1) % u32::MAX);
+            let alone = [len];
+            let texts: Vec<usize> = example.texts.iter().map(|text| text.len).collect();
+            for text in if texts.is_empty() { &alone[..] } else { &texts } {
+                segments.resize(segments.len() + text, next);
+                next = (next + 1) % u32::MAX;
             }
-            // A row of one text, and padding at the end, are runs of their own.
-            if example.texts.is_empty() {
-                segments.resize(segments.len() + len, 0);
-            }
-            segments.resize(segments.len() + seq - len, u32::MAX);
+            segments.resize(segments.len() + padding, u32::MAX);
         }
         match &example.goal {
             Goal::Tokens { labels, .. } => {
+                let first = token_labels.len();
                 token_labels.extend(labels);
-                token_labels.resize(token_labels.len() + seq - len, IGNORE);
+                token_labels.resize(token_labels.len() + padding, IGNORE);
+                if joined && let Some(label) = token_labels.get_mut(first) {
+                    // The first token of a text follows from nothing, least of all from the text before.
+                    *label = IGNORE;
+                }
             }
             Goal::Class(class) => classes.push(*class),
         }
@@ -98,10 +128,13 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
     Collated {
         batch: Batch {
             ids,
-            batch: examples.len(),
+            batch: rows,
             seq,
             mask,
-            task_ids: examples.iter().map(|e| e.task).collect(),
+            task_ids: match joined {
+                true => None,
+                false => examples.iter().map(|e| e.task).collect(),
+            },
             segments: packed.then_some(segments),
         },
         labels,

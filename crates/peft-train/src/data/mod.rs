@@ -4,7 +4,7 @@
 //! 2. [`LabelNames`] numbers the classes, where there are any.
 //! 3. [`Dataset::encode`] turns rows into token ids and labels, cut to the longest length allowed.
 //! 4. [`Dataset::packed`] puts texts into common rows, where that is wanted.
-//! 5. [`plan_epoch`] says which rows share a batch, [`collate`] pads them.
+//! 5. [`plan_epoch`] says which rows share a batch, [`collate`] pads them or [`join`] puts them into one row.
 
 mod batches;
 mod csv;
@@ -15,7 +15,7 @@ mod labels;
 mod pack;
 mod raw;
 
-pub use batches::{Collated, collate, plan_epoch};
+pub use batches::{Collated, collate, join, plan_epoch};
 pub use dataset::{Dataset, Example, Goal, Text};
 pub(crate) use encode::learned_from;
 pub use encode::{EncodeOptions, Encoder};

@@ -555,3 +555,36 @@ fn texts_are_packed_whole_and_in_order() {
     );
     assert_eq!(batch.seq, 8);
 }
+
+#[test]
+fn rows_of_different_lengths_become_one() {
+    let row = |ids: &[u32], goal: Goal| Example::new(ids.to_vec(), goal);
+    let goal = |labels: &[i64]| Goal::Tokens {
+        labels: labels.to_vec(),
+        prompt: None,
+    };
+    let (a, b) = (
+        row(&[5, 6, 7], goal(&[5, 6, 7])),
+        row(&[8, 9], goal(&[8, 9])),
+    );
+    let joined = join(&[&a, &b, &a], 0);
+    assert_eq!(
+        (joined.batch.batch, joined.batch.seq, joined.tokens),
+        (1, 8, 8)
+    );
+    assert_eq!(joined.batch.ids, [5, 6, 7, 8, 9, 5, 6, 7]);
+    assert_eq!(joined.batch.segments, Some(vec![0, 0, 0, 1, 1, 2, 2, 2]));
+    assert_eq!(joined.batch.mask, None);
+    // No text's first token is asked of the text before it.
+    let want = [IGNORE, 6, 7, IGNORE, 9, IGNORE, 6, 7];
+    assert_eq!(joined.labels, Labels::Tokens(want.to_vec()));
+    let (c, d) = (row(&[1, 2], Goal::Class(1)), row(&[3], Goal::Class(0)));
+    let joined = join(&[&c, &d], 0);
+    assert_eq!(joined.batch.segments, Some(vec![0, 0, 1]));
+    assert_eq!(joined.labels, Labels::Classes(vec![1, 0]));
+    // Equal lengths have no padding; tasks belong to rows.
+    assert_eq!(join(&[&a, &a], 0).batch.batch, 2);
+    let mut task = b.clone();
+    task.task = Some(1);
+    assert_eq!(join(&[&a, &task], 0).batch.batch, 2);
+}

@@ -23,7 +23,7 @@ use peft_tensor::RngKey;
 pub use setup::{encode_for, task_for};
 
 use crate::config::TrainConfig;
-use crate::data::{Dataset, Example, LabelNames, collate, plan_epoch};
+use crate::data::{Collated, Dataset, Example, LabelNames, collate, join, plan_epoch};
 use crate::optim::{AdamW, Groups};
 use crate::{EvalOptions, EvalReport, Observer, Summary, evaluate, io};
 
@@ -58,6 +58,8 @@ pub struct Trainer<'a> {
     train: Dataset,
     eval: Option<Dataset>,
     labels: Option<LabelNames>,
+    /// Whether rows of different lengths become one.
+    joins: bool,
 }
 
 /// What changes from step to step.
@@ -93,12 +95,22 @@ impl<'a> Trainer<'a> {
         eval: Option<Dataset>,
         labels: Option<LabelNames>,
     ) -> Self {
+        let joins = config.data.padding_free && setup::try_sharing(&model, None).is_ok();
         Self {
             config,
             model,
             train,
             eval,
             labels,
+            joins,
+        }
+    }
+
+    /// A batch of these rows, without padding where that is possible.
+    fn batch(&self, rows: &[&Example]) -> Collated {
+        match self.joins {
+            true => join(rows, self.train.pad),
+            false => collate(rows, self.train.pad),
         }
     }
 
@@ -407,7 +419,7 @@ impl TrainData for Rows<'_> {
                 all.len()
             )));
         }
-        let collated = collate(&examples, self.0.train.pad);
+        let collated = self.0.batch(&examples);
         let mut pass = Pass::eval();
         pass.checkpoint = self.0.config.train.gradient_checkpointing;
         let model = &self.0.model;

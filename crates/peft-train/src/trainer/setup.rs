@@ -243,17 +243,8 @@ fn packed(
         let detail = "is for language models: a classifier reads one text a row";
         return Err(Error::config("data.packing", detail));
     }
-    let batch = Batch {
-        ids: vec![0; 4],
-        batch: 1,
-        seq: 4,
-        segments: Some(vec![0, 0, 1, 1]),
-        task_ids: train.examples.first().and_then(|e| e.task).map(|t| vec![t]),
-        ..Batch::default()
-    };
-    let labels = Labels::Tokens(vec![IGNORE, 0, IGNORE, 0]);
-    let pass = Pass::train(RngKey::new(0));
-    no_grad(|| model.loss(&batch, &labels, &pass)).map_err(|e| {
+    let task = train.examples.first().and_then(|e| e.task);
+    try_sharing(model, task).map_err(|e| {
         let method = config.adapter.as_ref().and_then(|fields| {
             let entry = peft_core::entry_for(&Value::Object(fields.clone())).ok()?;
             Some(format!(" with {}", entry.title))
@@ -265,6 +256,27 @@ fn packed(
         observer.message(&note);
     }
     Ok(train)
+}
+
+/// Shows model and adapters two texts in one row.
+///
+/// # Errors
+/// If one of them cannot tell them apart.
+pub(super) fn try_sharing(model: &Model, task: Option<u32>) -> Result<()> {
+    let batch = Batch {
+        ids: vec![0; 4],
+        batch: 1,
+        seq: 4,
+        segments: Some(vec![0, 0, 1, 1]),
+        task_ids: task.map(|t| vec![t]),
+        ..Batch::default()
+    };
+    let labels = match model.task() {
+        Task::SequenceClassification { .. } => Labels::Classes(vec![0, 0]),
+        Task::CausalLm | Task::Features => Labels::Tokens(vec![IGNORE, 0, IGNORE, 0]),
+    };
+    let pass = Pass::train(RngKey::new(0));
+    no_grad(|| model.loss(&batch, &labels, &pass)).map(drop)
 }
 
 /// Puts the model's own values for a classification head that was trained for another number of classes, and names it:

@@ -6,7 +6,7 @@ use std::time::Instant;
 use peft_core::{Error, Grads, Param, Pass, Result, Tensor, TrainCx};
 
 use super::{Progress, Rows, Trainer};
-use crate::data::{Example, Goal, collate};
+use crate::data::{Example, Goal};
 use crate::optim::{clip_factor, norms, take_gradients, total_norm};
 use crate::report::StepReport;
 
@@ -47,7 +47,7 @@ impl Trainer<'_> {
                 .iter()
                 .filter_map(|&row| self.train.examples.get(row))
                 .collect();
-            let collated = collate(&rows, self.train.pad);
+            let collated = self.batch(&rows);
             let mut pass = Pass::train(self.key().fork("step").fork_n(step).fork_n(i as u64));
             pass.checkpoint = train.gradient_checkpointing;
             tokens += collated.tokens;

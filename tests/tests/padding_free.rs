@@ -1,0 +1,166 @@
+//! Rows joined into one without padding: every method either gives the padded batch's loss and gradients, or says that it
+//! cannot tell the texts apart.
+
+use peft::core::{Device, Pass, RngKey, Tensor};
+use peft::models::{Batch, Labels, LoadOptions, Model, ModelConfig, Task};
+use peft::tensor::IGNORE;
+use serde_json::{Value, json};
+
+/// Texts of different lengths, so that each but the longest would be padded.
+const LENGTHS: [usize; 4] = [5, 2, 9, 4];
+
+fn llama() -> Value {
+    json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 23, "hidden_size": 12,
+        "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": false,
+        "initializer_range": 0.4, "pad_token_id": 0
+    })
+}
+
+fn bert() -> Value {
+    json!({
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 23, "hidden_size": 12,
+        "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 12,
+        "type_vocab_size": 2, "layer_norm_eps": 1e-7, "hidden_act": "gelu", "initializer_range": 0.4, "pad_token_id": 0
+    })
+}
+
+fn texts() -> Vec<Vec<u32>> {
+    let id = |text: usize, i: usize| 1 + ((text * 7 + i * 5 + i * i) % 22) as u32;
+    let text = |(text, len): (usize, &usize)| (0..*len).map(|i| id(text, i)).collect();
+    LENGTHS.iter().enumerate().map(text).collect()
+}
+
+/// The texts padded, and in one row.
+fn batches(task: Task) -> [(Batch, Labels); 2] {
+    let texts = texts();
+    let padded = Batch::padded(&texts, 0);
+    let number = |(n, text): (usize, &Vec<u32>)| vec![n as u32; text.len()];
+    let joined = Batch {
+        segments: Some(texts.iter().enumerate().flat_map(number).collect()),
+        ..Batch::single(texts.concat())
+    };
+    if let Task::SequenceClassification { num_labels } = task {
+        let classes: Vec<u32> = (0..texts.len()).map(|i| (i % num_labels) as u32).collect();
+        let labels = Labels::Classes(classes);
+        return [(padded, labels.clone()), (joined, labels)];
+    }
+    let width = padded.seq;
+    let labels = |text: &Vec<u32>, width: usize| {
+        let own = text.iter().enumerate();
+        let mut labels: Vec<i64> = own
+            .map(|(i, id)| if i == 0 { IGNORE } else { i64::from(*id) })
+            .collect();
+        labels.resize(width, IGNORE);
+        labels
+    };
+    let wide = texts.iter().flat_map(|t| labels(t, width)).collect();
+    let dense = texts.iter().flat_map(|t| labels(t, t.len())).collect();
+    [
+        (padded, Labels::Tokens(wide)),
+        (joined, Labels::Tokens(dense)),
+    ]
+}
+
+/// A model with the method, its parameters away from their initial values; None if the method does not fit the model.
+fn model(config: &Value, task: Task, adapter: &Value) -> Option<Model> {
+    let config = ModelConfig::from_json(config).expect("a configuration");
+    let options = LoadOptions {
+        task: Some(task),
+        ..LoadOptions::default()
+    };
+    let mut model = Model::from_config(&config, &options).expect("a model");
+    let network = model.network_mut().expect("the only holder");
+    network.attach("a", adapter, 5).ok()?;
+    for (at, param) in network.parameters().iter().enumerate() {
+        if param.is_frozen() {
+            continue;
+        }
+        let key = RngKey::new(3).fork_n(at as u64);
+        let noise = Tensor::normal(key, 0.0, 0.2, &param.shape(), &Device::cpu()).expect("noise");
+        let moved = param.tensor().detach().add(&noise).expect("a sum");
+        param.set(moved).expect("the same shape");
+    }
+    Some(model)
+}
+
+/// Loss and gradients, by key.
+fn outcome(model: &Model, batch: &(Batch, Labels)) -> peft::Result<(f64, Vec<(String, Vec<f32>)>)> {
+    let out = model.loss(&batch.0, &batch.1, &Pass::eval())?;
+    let grads = out.loss.backward()?;
+    let mut all = Vec::new();
+    for param in model.network().parameters() {
+        if let Some(grad) = grads.get(&param.tensor()) {
+            all.push((param.key().to_owned(), grad.to_vec()?));
+        }
+    }
+    Ok((out.sum, all))
+}
+
+/// Ids of the methods that gave the same, and of those that refused.
+fn compare(config: &Value, task: Task) -> [Vec<&'static str>; 2] {
+    let [padded, joined] = batches(task);
+    let (mut same, mut refused) = (Vec::new(), Vec::new());
+    for (entry, adapter) in peft_tests::subject::configs() {
+        let mut adapter = adapter;
+        if task != Task::CausalLm {
+            adapter["task_type"] = json!("SEQ_CLS");
+        }
+        let Some(model) = model(config, task, &adapter) else {
+            continue;
+        };
+        let what = format!("{adapter} on {}", config["model_type"]);
+        let Ok((want, want_grads)) = outcome(&model, &padded) else {
+            continue;
+        };
+        let (got, grads) = match outcome(&model, &joined) {
+            Ok(found) => found,
+            Err(why) => {
+                assert!(why.to_string().contains("one text"), "{what}: {why}");
+                refused.push(entry.id);
+                continue;
+            }
+        };
+        // Sums of a few terms in another order.
+        assert!(
+            (got - want).abs() <= 2e-5 * want.abs(),
+            "{what}: the padded loss is {want}, the joined {got}"
+        );
+        assert_eq!(want_grads.len(), grads.len(), "{what}");
+        let size = |values: &[f32]| values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        // Some gradients, as that of a key's bias, are sums of larger terms that cancel.
+        let least = 0.01 * want_grads.iter().map(|(_, g)| size(g)).fold(0.0, f32::max);
+        for ((key, want), (_, got)) in want_grads.iter().zip(&grads) {
+            let size = size(want).max(least);
+            let gap = want
+                .iter()
+                .zip(got)
+                .fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(
+                gap <= 1e-4 * size + 2.0 * f32::EPSILON,
+                "{what}: {key} differs by {gap} of {size}"
+            );
+        }
+        same.push(entry.id);
+    }
+    [same, refused]
+}
+
+#[test]
+fn every_method_gives_the_padded_loss_or_refuses() {
+    let classes = Task::SequenceClassification { num_labels: 3 };
+    for (config, task, least) in [
+        (llama(), Task::CausalLm, 40),
+        (llama(), classes, 30),
+        (bert(), classes, 10),
+    ] {
+        let [same, refused] = compare(&config, task);
+        assert!(same.len() >= least, "only {same:?}; refused: {refused:?}");
+        eprintln!(
+            "{}: {} the same, refused {refused:?}",
+            config["model_type"],
+            same.len()
+        );
+    }
+}
