@@ -14,8 +14,8 @@ pub struct Pass {
     pub train: bool,
     /// Where this step's randomness comes from; each module forks it by its path.
     pub key: RngKey,
-    /// Whether layers are recomputed in the backward pass.
-    pub checkpoint: bool,
+    /// Blocks in front of the one of this number are computed again in the backward pass: 0 is none, `usize::MAX` all.
+    pub checkpoint: usize,
     /// Task of each row, for methods that learn several.
     pub task_ids: Option<Arc<Vec<u32>>>,
     /// The adapter that acts on each row of the batch, None being the base model; without it, all active ones act on all
@@ -85,7 +85,7 @@ impl Pass {
         Self {
             train: false,
             key: RngKey::new(0),
-            checkpoint: false,
+            checkpoint: 0,
             task_ids: None,
             adapter_names: None,
             tokens: None,

@@ -21,6 +21,16 @@ pub(crate) trait Architecture: Send + Sync {
         pass: &Pass,
     ) -> Result<Tensor>;
 
+    /// The block of that number alone, on hidden states of rows without padding, nothing in front of them.
+    fn block(
+        &self,
+        number: usize,
+        network: &Network,
+        x: &Tensor,
+        rows: &Rows,
+        pass: &Pass,
+    ) -> Result<Tensor>;
+
     /// Logits of rows `[.., hidden]`: the language model's head, or the classifier's on rows that [`pool`] picked.
     ///
     /// [`pool`]: Architecture::pool
@@ -140,14 +150,25 @@ pub(crate) fn positions(rows: &Rows, first: usize) -> Result<Arc<Vec<u32>>> {
     ))
 }
 
-/// Runs a layer, recomputing it in the backward pass if the pass says so.
+/// The block of that number.
+pub(crate) fn numbered<T>(blocks: &[T], number: usize) -> Result<&T> {
+    blocks.get(number).ok_or_else(|| {
+        Error::other(format!(
+            "the model has {} blocks and none of number {number}",
+            blocks.len()
+        ))
+    })
+}
+
+/// Runs the layer of that number, recomputing it in the backward pass if the pass says so.
 pub(crate) fn layer(
+    number: usize,
     network: &Arc<Network>,
     x: &Tensor,
     pass: &Pass,
     run: impl Fn(&Network, &Tensor, &Pass) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    if !pass.checkpoint {
+    if number >= pass.checkpoint {
         return run(network, x, pass);
     }
     let (network, pass) = (network.clone(), pass.clone());

@@ -8,7 +8,9 @@ use peft_core::{
 };
 use peft_tensor::{Attention, Mask, Tensor, concat};
 
-use crate::arch::{Architecture, Builder, PROMPTED, embedded, labels, layer, longest, positions};
+use crate::arch::{
+    Architecture, Builder, PROMPTED, embedded, labels, layer, longest, numbered, positions,
+};
 use crate::attend::{KvCache, Rows, Sublayer, attend, per_row};
 use crate::config::{Activation, ModelConfig};
 use crate::gpt2::check_length;
@@ -235,13 +237,24 @@ impl Architecture for Bert {
         let x = network.stream(self.start, &x, pass)?;
         let (mut x, rows) = with_prompts(network, x, rows, pass)?;
         let pass = &rows.pass(pass);
-        for block in &self.layers {
+        for (i, block) in self.layers.iter().enumerate() {
             let (block, rows) = (block.clone(), rows.clone());
-            x = layer(network, &x, pass, move |network, x, pass| {
+            x = layer(i, network, &x, pass, move |network, x, pass| {
                 block.run(network, x, &rows, pass)
             })?;
         }
         Ok(x)
+    }
+
+    fn block(
+        &self,
+        number: usize,
+        network: &Network,
+        x: &Tensor,
+        rows: &Rows,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        numbered(&self.layers, number)?.run(network, x, rows, pass)
     }
 
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use peft_core::{ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Result};
 use peft_tensor::{Attention, Glu, Mask, Rope, Tensor};
 
-use crate::arch::{Architecture, Builder, embedded, labels, last_tokens, layer, positions};
+use crate::arch::{
+    Architecture, Builder, embedded, labels, last_tokens, layer, numbered, positions,
+};
 use crate::attend::{KvCache, LayerCache, Rows, Sublayer, attend};
 use crate::config::{Activation, ModelConfig};
 use crate::model::{Batch, Task};
@@ -151,6 +153,18 @@ impl Decoder {
                 rope,
             },
         )
+    }
+}
+
+impl Decoder {
+    /// What the layers of a run share whose positions count from `first`.
+    fn shared(&self, network: &Network, rows: Rows, first: usize) -> Result<Step> {
+        let positions = positions(&rows, first)?;
+        let rope = self.rope.as_ref().map(|r| {
+            let heads = (self.config.num_heads, self.config.num_kv_heads);
+            r.at(&positions, network.position_scale(), heads)
+        });
+        Ok(Step { rows, rope })
     }
 }
 
@@ -365,18 +379,13 @@ impl Architecture for Decoder {
         )?;
         let pass = &rows.pass(pass);
         let mut x = network.stream(self.start, &x, pass)?;
-        let positions = positions(&rows, network.prefix_len() + seen)?;
-        let rope = self.rope.as_ref().map(|r| {
-            let heads = (self.config.num_heads, self.config.num_kv_heads);
-            r.at(&positions, network.position_scale(), heads)
-        });
-        let step = Step { rows, rope };
+        let step = self.shared(network, rows, network.prefix_len() + seen)?;
         for (i, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
                 Some(cache) => block.run(network, &x, &step, Some(cache.layer(i)), pass)?,
                 None => {
                     let (block, step) = (block.clone(), step.clone());
-                    layer(network, &x, pass, move |network, x, pass| {
+                    layer(i, network, &x, pass, move |network, x, pass| {
                         block.run(network, x, &step, None, pass)
                     })?
                 }
@@ -392,6 +401,18 @@ impl Architecture for Decoder {
             self.config.norm_offset,
             pass,
         )
+    }
+
+    fn block(
+        &self,
+        number: usize,
+        network: &Network,
+        x: &Tensor,
+        rows: &Rows,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let step = self.shared(network, rows.clone(), network.prefix_len())?;
+        numbered(&self.layers, number)?.run(network, x, &step, None, pass)
     }
 
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {

@@ -6,7 +6,7 @@ use peft_core::{Error, ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pa
 use peft_tensor::{Attention, Mask, Tensor};
 
 use crate::arch::{
-    Architecture, Builder, embedded, labels, last_tokens, layer, longest, positions,
+    Architecture, Builder, embedded, labels, last_tokens, layer, longest, numbered, positions,
 };
 use crate::attend::{KvCache, LayerCache, Rows, Sublayer, attend};
 use crate::bert::activate;
@@ -266,7 +266,7 @@ impl Architecture for Gpt2 {
                 Some(cache) => block.run(network, &x, &rows, Some(cache.layer(i)), pass)?,
                 None => {
                     let (block, rows) = (block.clone(), rows.clone());
-                    layer(network, &x, pass, move |network, x, pass| {
+                    layer(i, network, &x, pass, move |network, x, pass| {
                         block.run(network, x, &rows, None, pass)
                     })?
                 }
@@ -276,6 +276,17 @@ impl Architecture for Gpt2 {
             cache.seen += rows.seq;
         }
         network.layer_norm(self.norm, &x, self.config.norm_eps, pass)
+    }
+
+    fn block(
+        &self,
+        number: usize,
+        network: &Network,
+        x: &Tensor,
+        rows: &Rows,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        numbered(&self.layers, number)?.run(network, x, rows, None, pass)
     }
 
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor> {

@@ -36,7 +36,7 @@ mod tokenizer;
 pub use chat::ChatTemplate;
 pub use config::{Activation, MODEL_TYPES, ModelConfig};
 pub use generate::{Finish, GenerateOptions, Generated};
-pub use loss::{Labels, LossOutput, Scored};
+pub use loss::{Labels, LossOutput, Scored, logit_rows};
 pub use model::{Batch, LoadOptions, Model, Task};
 pub use peft_tensor::IGNORE;
 pub use quantize::Quantize;

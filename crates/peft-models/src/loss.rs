@@ -3,13 +3,18 @@
 use std::ops::Range;
 
 use peft_core::{Error, Pass, Result};
-use peft_tensor::{IGNORE, Tensor, eager, no_grad};
+use peft_tensor::{Eager, IGNORE, Tensor, no_grad};
 
 use crate::arch::into_tensor_error;
 use crate::model::{Batch, Model, Task};
 
-/// Rows of logits that are in memory at once.
-const ROWS: usize = 256;
+/// Bytes of logits that are in memory at once: about what a block's backward pass takes of 1000 tokens anyway.
+const LOGITS: usize = 16 << 20;
+
+/// Rows of `width` logits that are in memory at once. Fewer would read the head's weight too often.
+pub fn logit_rows(width: usize) -> usize {
+    (LOGITS / size_of::<f32>() / width.max(1) / 16 * 16).clamp(64, 1024)
+}
 
 /// What a batch should have been answered with.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,12 +71,13 @@ impl Labelled {
     }
 
     /// Labels that go through the head together: not too many, and all of one weight.
-    fn chunks(&self) -> Vec<Range<usize>> {
+    fn chunks(&self, width: usize) -> Vec<Range<usize>> {
+        let rows = logit_rows(width);
         let mut chunks: Vec<Range<usize>> = Vec::new();
         for at in 0..self.targets.len() {
             match chunks.last_mut() {
                 Some(chunk)
-                    if chunk.len() < ROWS && self.weight(chunk.start) == self.weight(at) =>
+                    if chunk.len() < rows && self.weight(chunk.start) == self.weight(at) =>
                 {
                     chunk.end = at + 1;
                 }
@@ -103,12 +109,13 @@ impl Model {
         let count = labelled.targets.len();
         let counted = !pass.train || matches!(labels, Labels::Classes(_));
         let (mut total, mut sum, mut correct) = (None::<Tensor>, 0.0, 0);
-        for chunk in labelled.chunks() {
+        let mut pieces = Eager::default();
+        for chunk in labelled.chunks(self.answers()) {
             let weight = labelled.weight(chunk.start);
             let rows = labelled.rows.narrow(0, chunk.start, chunk.len())?;
             let pass = &for_rows(pass, labelled.places[chunk.clone()].iter());
             let targets = &labelled.targets[chunk];
-            let part = eager(&[&rows], |x| {
+            let part = pieces.piece(&[&rows], weight, |x| {
                 let logits = self
                     .architecture
                     .head(&self.network, &x[0], pass)
@@ -121,7 +128,7 @@ impl Model {
                         .filter(|&(a, &t)| i64::from(a) == t)
                         .count();
                 }
-                logits.cross_entropy(targets)
+                logits.into_cross_entropy(targets)
             })?;
             let part = if weight == 1.0 {
                 part
@@ -135,7 +142,7 @@ impl Model {
             });
         }
         let loss = match total {
-            Some(total) => total.scale(1.0 / count as f32)?,
+            Some(total) => pieces.finish(&total).scale(1.0 / count as f32)?,
             None => Tensor::zeros(&[], self.device())?,
         };
         Ok(LossOutput {
@@ -157,7 +164,7 @@ impl Model {
                 return Ok(Vec::new());
             };
             let mut scored = Vec::with_capacity(labelled.targets.len());
-            for chunk in labelled.chunks() {
+            for chunk in labelled.chunks(self.answers()) {
                 let rows = labelled.rows.narrow(0, chunk.start, chunk.len())?;
                 let places = &labelled.places[chunk.clone()];
                 let pass = &for_rows(pass, places.iter());
@@ -291,6 +298,14 @@ impl Model {
                 "labels",
                 "a classifier takes one class a row",
             )),
+        }
+    }
+
+    /// How many answers the head weighs.
+    fn answers(&self) -> usize {
+        match self.task() {
+            Task::SequenceClassification { num_labels } => num_labels,
+            Task::CausalLm | Task::Features => self.config().vocab_size,
         }
     }
 

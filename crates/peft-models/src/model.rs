@@ -10,6 +10,7 @@ use peft_io::Checkpoint;
 use peft_tensor::Tensor;
 
 use crate::arch::Architecture;
+use crate::attend::Rows;
 use crate::bert::Bert;
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
@@ -45,6 +46,9 @@ pub struct LoadOptions {
     pub seed: u64,
     /// Format to bring the linear layers of the blocks into; None = as they are stored.
     pub quantize: Option<Quantize>,
+    /// Whether matrices stored in f32 whose values are all bfloat16's are held as such, which changes no value: published
+    /// models are often trained in bfloat16 and stored in f32. It reads them once.
+    pub compact: bool,
 }
 
 impl Default for LoadOptions {
@@ -54,6 +58,7 @@ impl Default for LoadOptions {
             device: Device::cpu(),
             seed: 0,
             quantize: None,
+            compact: false,
         }
     }
 }
@@ -374,6 +379,25 @@ impl Model {
     pub fn forward(&self, batch: &Batch, pass: &Pass) -> Result<Tensor> {
         let pass = self.pass(batch, pass)?;
         self.architecture.hidden(&self.network, batch, None, &pass)
+    }
+
+    /// One block alone on hidden states `[B, S, hidden]` of rows without padding: what it costs can be measured so.
+    ///
+    /// # Errors
+    /// If there is no such block, or whatever its modules say.
+    pub fn block(&self, number: usize, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let (batch, seq, _) = x.dims3()?;
+        let rows = Rows {
+            batch,
+            seq,
+            keys: None,
+            seen: 0,
+            virtual_tokens: 0,
+            segments: None,
+        };
+        let pass = rows.pass(pass);
+        self.architecture
+            .block(number, &self.network, x, &rows, &pass)
     }
 
     /// Causal: `[B, V + S, vocab]`, virtual tokens included; classification: `[B, labels]`; features: the hidden

@@ -125,6 +125,7 @@ impl<'a> Source<'a> {
         place: &Place,
         transposed: bool,
         quantize: Option<Quantize>,
+        compact: bool,
         device: &Device,
     ) -> Result<BaseWeight> {
         let mut weight = self.checkpoint.weight(&place.name).map_err(io)?;
@@ -139,11 +140,13 @@ impl<'a> Source<'a> {
             let made = made.map_err(|e| e.context(format!("tensor `{}`", place.name)))?;
             return Ok(BaseWeight::frozen(made, false, device));
         }
-        if device.backend().precision() == Precision::Bf16 && weight.format() == WeightFormat::F32 {
-            let half = encode(WeightFormat::BF16, &weight.to_f32(), weight.cols())?;
-            weight.bytes().release();
-            let (rows, cols) = (weight.rows(), weight.cols());
-            weight = FrozenWeight::new(rows, cols, WeightFormat::BF16, Bytes::from_vec(half))?;
+        if weight.format() == WeightFormat::F32 {
+            let rounded = device.backend().precision() == Precision::Bf16;
+            if (rounded || compact)
+                && let Some(half) = halved(&weight, rounded)?
+            {
+                weight = half;
+            }
         }
         Ok(BaseWeight::frozen(weight, transposed, device))
     }
@@ -165,6 +168,35 @@ impl<'a> Source<'a> {
             false,
         ))
     }
+}
+
+/// A weight of f32 in bfloat16, rounded or, without that, only if nothing has to be. The pages it was mapped from are given
+/// back.
+fn halved(weight: &FrozenWeight, rounded: bool) -> Result<Option<FrozenWeight>> {
+    /// Values that are decoded at once: large pieces would leave holes among the weights that stay.
+    const PIECE: usize = 1 << 16;
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let step = (PIECE / cols.max(1)).max(1);
+    let (mut values, mut half) = (Vec::new(), Vec::new());
+    for first in (0..rows).step_by(step) {
+        let last = (first + step).min(rows);
+        values.resize((last - first) * cols, 0.0);
+        weight.decode_rows(first..last, &mut values);
+        if !rounded && values.iter().any(|v| v.to_bits() & 0xffff != 0) {
+            weight.bytes().release();
+            return Ok(None);
+        }
+        half.reserve_exact(2 * rows * cols - half.len());
+        half.extend(encode(WeightFormat::BF16, &values, cols)?);
+    }
+    weight.bytes().release();
+    let half = Bytes::from_vec(half);
+    Ok(Some(FrozenWeight::new(
+        rows,
+        cols,
+        WeightFormat::BF16,
+        half,
+    )?))
 }
 
 /// The base of `tree`. Without a source, all of it is fresh; with one, only the parameters of the `fresh` modules that
@@ -208,7 +240,7 @@ pub(crate) fn base(
                 (Some(s), Some(place)) if is_bias || vector => s.vector(&place, device)?,
                 (Some(s), Some(place)) => {
                     let quantize = options.quantize.filter(|_| Quantize::covers(m));
-                    s.matrix(&place, transposed, quantize, device)?
+                    s.matrix(&place, transposed, quantize, options.compact, device)?
                 }
                 (Some(_), None) if !fresh.contains(&m.path) => continue,
                 _ => {
@@ -262,7 +294,9 @@ pub(crate) fn originals(
         let Some(place) = source.find(name) else {
             return Ok(None);
         };
-        source.matrix(&place, transposed, None, &device).map(Some)
+        source
+            .matrix(&place, transposed, None, false, &device)
+            .map(Some)
     })
 }
 

@@ -9,7 +9,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use crate::{FrozenWeight, Result, RngKey, TensorError};
+use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};
 
 /// Device memory: whatever the backend put in, shared and immutable.
 #[derive(Clone)]
@@ -186,31 +186,6 @@ pub struct Rope {
     pub positions: Arc<Vec<u32>>,
 }
 
-/// What a device keeps large values in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Precision {
-    /// Single precision throughout.
-    #[default]
-    F32,
-    /// Base weights that are stored in single precision, and the activations that wait for the backward pass, in
-    /// bfloat16. Sums, norms, softmax, losses, adapter parameters, gradients and moments are single precision.
-    Bf16,
-}
-
-impl std::str::FromStr for Precision {
-    type Err = TensorError;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            other => Err(TensorError::Unsupported(format!(
-                "{other:?} is not one of f32, bf16"
-            ))),
-        }
-    }
-}
-
 /// What a device can do. Shapes are in elements; `rows` and `cols` describe a buffer as `[rows, cols]`.
 pub trait Backend: Send + Sync {
     /// The name users give with `--device`.
@@ -241,6 +216,10 @@ pub trait Backend: Send + Sync {
         Ok(x.clone())
     }
 
+    /// Gives about so many bytes of memory that it holds but does not use back to the system, where there are: the caller is
+    /// about to take them.
+    fn make_room(&self, _bytes: usize) {}
+
     // --- elementwise ---
     /// f(x)
     fn unary(&self, op: Unary, x: &Buffer) -> Result<Buffer>;
@@ -270,6 +249,20 @@ pub trait Backend: Send + Sync {
         up: &Buffer,
         dy: &Buffer,
     ) -> Result<(Buffer, Buffer)>;
+    /// [`Backend::glu`] where the device may write over the gate.
+    fn glu_owned(&self, kind: Glu, gate: Buffer, up: &Buffer) -> Result<Buffer> {
+        self.glu(kind, &gate, up)
+    }
+    /// [`Backend::glu_grad`] where the device may write over both.
+    fn glu_grad_owned(
+        &self,
+        kind: Glu,
+        gate: Buffer,
+        up: Buffer,
+        dy: &Buffer,
+    ) -> Result<(Buffer, Buffer)> {
+        self.glu_grad(kind, &gate, &up, dy)
+    }
     /// x with each element kept with probability 1 - p and scaled by 1 / (1 - p); element i is kept iff
     /// `key.uniform_at(i) >= p`, so that the same key gives the same mask on every device. Its own gradient.
     fn dropout(&self, x: &Buffer, p: f32, key: RngKey) -> Result<Buffer>;
@@ -426,6 +419,16 @@ pub trait Backend: Send + Sync {
         rows: usize,
         cols: usize,
     ) -> Result<(Buffer, Buffer)>;
+    /// [`Backend::cross_entropy`] of logits that may be overwritten: with the gradient, where the device can.
+    fn cross_entropy_owned(
+        &self,
+        x: Buffer,
+        targets: &[i64],
+        rows: usize,
+        cols: usize,
+    ) -> Result<(Buffer, Buffer)> {
+        self.cross_entropy(&x, targets, rows, cols)
+    }
 
     /// A kernel of the backend's own for a [`crate::CustomOp`], if it has one; None = use the composed form.
     fn custom(
@@ -452,16 +455,18 @@ impl Device {
         Self::cpu_in(Precision::F32)
     }
 
-    /// The processor. Tensors of different precisions go together; an operation follows its first one.
+    /// The processor, with activations kept in the precision's own form.
     pub fn cpu_in(precision: Precision) -> Self {
-        static SINGLE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        static HALF: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        let device = match precision {
-            Precision::F32 => &SINGLE,
-            Precision::Bf16 => &HALF,
-        };
-        device
-            .get_or_init(|| Self::new(crate::cpu::CpuBackend::new(precision)))
+        Self::cpu_keeping(precision, precision.into())
+    }
+
+    /// The processor. Tensors of different precisions go together; an operation follows its first one.
+    pub fn cpu_keeping(precision: Precision, keep: Keep) -> Self {
+        static DEVICES: [std::sync::OnceLock<Device>; 6] =
+            [const { std::sync::OnceLock::new() }; 6];
+        let at = precision as usize * Keep::NAMES.len() + keep as usize;
+        DEVICES[at]
+            .get_or_init(|| Self::new(crate::cpu::CpuBackend::new(precision, keep)))
             .clone()
     }
 

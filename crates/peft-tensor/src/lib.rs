@@ -4,7 +4,7 @@
 //! - [`Tensor`] is a cheap handle: shape, device, values, and how it came to be if a gradient may be asked for.
 //! - [`Backend`] is the small closed set of operations a device implements; [`Device`] is a handle to one.
 //! - [`FrozenWeight`] is a matrix in its stored format; [`BaseWeight`] is what methods see of it.
-//! - [`checkpoint`] recomputes a block in the backward pass; [`eager`] differentiates one at once.
+//! - [`checkpoint`] recomputes a block in the backward pass; [`eager`] and [`Eager`] differentiate at once.
 //!
 //! Every `unsafe` of the workspace is in this crate, beside its reason.
 
@@ -17,6 +17,7 @@ mod frozen;
 mod kept;
 pub mod linalg;
 mod ops;
+mod precision;
 #[cfg(feature = "reference")]
 mod reference;
 mod rng;
@@ -25,15 +26,16 @@ mod tensor;
 pub mod torch_rng;
 
 pub use backend::{
-    Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Precision, Rope, Unary,
+    Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Rope, Unary,
 };
 pub use base_weight::BaseWeight;
-pub use bytes::Bytes;
+pub use bytes::{Bytes, release_heap};
 pub use error::{Result, TensorError};
 pub use frozen::{FrozenWeight, WeightFormat, bnb, encode};
 pub use ops::{CustomOp, IGNORE, concat, custom};
+pub use precision::{Keep, Precision};
 pub use rng::RngKey;
-pub use tape::{Grads, checkpoint, eager, grad_enabled, no_grad};
+pub use tape::{Eager, Grads, checkpoint, eager, grad_enabled, no_grad};
 pub use tensor::Tensor;
 
 pub use inventory;

@@ -272,11 +272,18 @@ fn fresh_leaves(inputs: &[Tensor]) -> Vec<Tensor> {
         .collect()
 }
 
-/// Runs `f` on copies of `inputs`, differentiates its result against `dy` (1 if None), and returns the value with the
+/// What the result of a function is differentiated against.
+enum Against<'a> {
+    Gradient(&'a Tensor),
+    /// The same number for every value.
+    Factor(f32),
+}
+
+/// Runs `f` on copies of `inputs`, differentiates its result against `dy`, and returns the value with the
 /// gradients of the inputs and of whatever else it depends on, which may be older steps of the graph outside.
 fn differentiate(
     inputs: &[Tensor],
-    dy: Option<&Tensor>,
+    dy: Against<'_>,
     f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
 ) -> Result<(Tensor, Vec<Pending>)> {
     let floor = next_id();
@@ -288,8 +295,8 @@ fn differentiate(
     }
     let mut inner = Grads::above(floor);
     let dy = match dy {
-        Some(dy) => dy.clone(),
-        None => Tensor::full(1.0, value.shape(), value.device())?,
+        Against::Gradient(dy) => dy.clone(),
+        Against::Factor(factor) => Tensor::full(factor, value.shape(), value.device())?,
     };
     inner.add(&value.target, dy)?;
     drop(value);
@@ -312,7 +319,7 @@ pub(crate) fn rerun(
     let inputs: Vec<Kept> = inputs.iter().map(Kept::new).collect();
     Box::new(move |dy, outer| {
         let inputs = inputs.iter().map(Kept::whole).collect::<Result<Vec<_>>>()?;
-        let (_, grads) = differentiate(&inputs, Some(dy), &f)?;
+        let (_, grads) = differentiate(&inputs, Against::Gradient(dy), &f)?;
         grads
             .into_iter()
             .try_for_each(|(var, g)| outer.add_var(&var, g))
@@ -345,8 +352,48 @@ where
     Ok(out.with_node(rerun(inputs, f)))
 }
 
-/// Runs `f` to a scalar and differentiates it at once, keeping only gradients: for a loss made in pieces (a chunk of
-/// logits at a time), where neither keeping nor recomputing the pieces is wanted.
+/// A loss made in pieces, each differentiated as soon as it is there (a chunk of logits at a time), where neither keeping
+/// nor recomputing the pieces is wanted: all that stays of them is the sum of their gradients.
+#[derive(Default)]
+pub struct Eager(Grads);
+
+impl Eager {
+    /// Runs `f` to a scalar and returns its value without history. Its gradient counts `weight` times.
+    ///
+    /// # Errors
+    /// Whatever `f` returns.
+    pub fn piece<F>(&mut self, inputs: &[&Tensor], weight: f32, f: F) -> Result<Tensor>
+    where
+        F: FnOnce(&[Tensor]) -> Result<Tensor>,
+    {
+        let inputs: Vec<Tensor> = inputs.iter().map(|&t| t.clone()).collect();
+        if !grad_enabled() {
+            return f(&inputs);
+        }
+        let (value, grads) = differentiate(&inputs, Against::Factor(weight), f)?;
+        for (var, grad) in grads {
+            self.0.add_var(&var, grad)?;
+        }
+        Ok(value)
+    }
+
+    /// `value`, made of the pieces' values, with the gradients of all of them.
+    #[must_use]
+    pub fn finish(self, value: &Tensor) -> Tensor {
+        let kept = self.0.sorted();
+        if kept.is_empty() {
+            return value.detach();
+        }
+        TOUCHED.set(true);
+        value.with_node(Box::new(move |dy, outer| {
+            let factor = dy.item()?;
+            kept.iter()
+                .try_for_each(|(var, g)| outer.add_var(var, g.scale(factor)?))
+        }))
+    }
+}
+
+/// Runs `f` to a scalar and differentiates it at once, keeping only gradients: [`Eager`] with one piece.
 ///
 /// # Errors
 /// Whatever `f` returns.
@@ -354,18 +401,7 @@ pub fn eager<F>(inputs: &[&Tensor], f: F) -> Result<Tensor>
 where
     F: FnOnce(&[Tensor]) -> Result<Tensor>,
 {
-    let inputs: Vec<Tensor> = inputs.iter().map(|&t| t.clone()).collect();
-    if !grad_enabled() {
-        return f(&inputs);
-    }
-    let (out, kept) = differentiate(&inputs, None, f)?;
-    if kept.is_empty() {
-        return Ok(out);
-    }
-    TOUCHED.set(true);
-    Ok(out.with_node(Box::new(move |dy, outer| {
-        let factor = dy.item()?;
-        kept.iter()
-            .try_for_each(|(var, g)| outer.add_var(var, g.scale(factor)?))
-    })))
+    let mut pieces = Eager::default();
+    let value = pieces.piece(inputs, 1.0, f)?;
+    Ok(pieces.finish(&value))
 }

@@ -14,7 +14,7 @@ mod tokenizer;
 mod trainer;
 mod vote;
 
-pub use config::{TrainConfig, apply_set, validate_keys};
+pub use config::{Checkpointing, TrainConfig, apply_set, validate_keys};
 pub use data::{Dataset, LabelNames, RawData};
 pub use evaluate::{EvalOptions, EvalReport, evaluate};
 pub use predict::{Forecast, Memory, predict};

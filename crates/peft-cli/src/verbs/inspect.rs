@@ -58,6 +58,13 @@ fn forecast(path: &Path, args: &Inspect, out: &Out) -> Result<(), Failure> {
     );
     rows.push(vec!["total".to_owned(), bytes(found.memory.total())]);
     out.table(&rows)?;
+    if found.again > 0 {
+        let note = format!(
+            "note: {} blocks are computed again in the backward pass",
+            found.again
+        );
+        out.note(&note);
+    }
     if found.paged {
         out.note("note: train.memory_limit puts the optimizer's moments on disk");
     }

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::matmul::{View, gemm_into};
 use super::par;
+use super::pool::Floats;
 use super::simd::{add_into, dot, exp, simd, tanh};
 use crate::backend::Attention;
 
@@ -223,10 +224,10 @@ pub(super) fn attention(
     s: usize,
     t: usize,
     spec: &Attention,
-) -> (Vec<f32>, Vec<f32>) {
+) -> (Floats, Vec<f32>) {
     let geometry = Geometry::new(b, s, t, spec);
     let (heads, d, width) = (spec.heads, spec.head_dim, geometry.q_width);
-    let mut out = vec![0.0; q.len()];
+    let mut out = Floats::zeros(q.len());
     let mut lse = vec![f32::NEG_INFINITY; b * heads * s];
     if out.is_empty() || t == 0 {
         return (out, lse);
@@ -403,9 +404,9 @@ pub(super) fn attention_grad(
     s: usize,
     t: usize,
     spec: &Attention,
-) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+) -> (Floats, Floats, Floats) {
     let geometry = Geometry::new(b, s, t, spec);
-    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Floats::zeros(x.len()));
     if q.is_empty() || k.is_empty() {
         return (dq, dk, dv);
     }

@@ -1,51 +1,48 @@
-//! Cross-entropy with its gradient in one pass over the logits.
+//! Cross-entropy with its gradient, written over the logits.
 
 use rayon::prelude::*;
 
 use super::par;
-use super::pool::Floats;
 use super::simd::{exp, max_body, simd, sum_body};
 
-pub(super) fn cross_entropy(x: &[f32], targets: &[i64], cols: usize) -> (f32, Floats) {
-    let mut dx = Floats::dirty(x.len());
+/// The loss of logits `x`, which their gradient takes the place of.
+pub(super) fn cross_entropy(x: &mut [f32], targets: &[i64], cols: usize) -> f32 {
     if x.is_empty() {
-        return (0.0, dx);
+        return 0.0;
     }
     let step = par::rows_per_chunk(cols);
-    let chunks = dx.par_chunks_mut(step * cols).enumerate();
+    let chunks = x.par_chunks_mut(step * cols).enumerate();
     let losses: Vec<f64> = chunks
-        .map(|(i, dx)| {
-            let rows = dx
-                .chunks_exact_mut(cols)
-                .zip(x[i * step * cols..].chunks_exact(cols))
-                .zip(&targets[i * step..]);
-            rows.map(|((dx, x), target)| match usize::try_from(*target) {
-                Ok(target) => row(x, target, dx),
+        .map(|(i, x)| {
+            let rows = x.chunks_exact_mut(cols).zip(&targets[i * step..]);
+            rows.map(|(x, target)| match usize::try_from(*target) {
+                Ok(target) => row(x, target),
                 Err(_) => {
-                    dx.fill(0.0);
+                    x.fill(0.0);
                     0.0
                 }
             })
             .sum()
         })
         .collect();
-    (losses.iter().sum::<f64>() as f32, dx)
+    losses.iter().sum::<f64>() as f32
 }
 
 simd! {
-    /// -log softmax(x)[target], and softmax(x) - onehot(target) into `dx`.
-    fn row(x: &[f32], target: usize, dx: &mut [f32]) -> f64 {
+    /// -log softmax(x)[target]; `x` becomes softmax(x) - onehot(target).
+    fn row(x: &mut [f32], target: usize) -> f64 {
         let max = max_body(x);
-        for (d, x) in dx.iter_mut().zip(x) {
-            *d = exp::<FMA>(*x - max);
+        let asked = f64::from(x[target]);
+        for x in x.iter_mut() {
+            *x = exp::<FMA>(*x - max);
         }
         // Vocabularies are large: sum blocks in f32 and the blocks in f64.
-        let sum: f64 = dx.chunks(4096).map(|block| f64::from(sum_body(block))).sum();
+        let sum: f64 = x.chunks(4096).map(|block| f64::from(sum_body(block))).sum();
         let inv = (1.0 / sum) as f32;
-        for d in dx.iter_mut() {
-            *d *= inv;
+        for x in x.iter_mut() {
+            *x *= inv;
         }
-        dx[target] -= 1.0;
-        sum.ln() + f64::from(max) - f64::from(x[target])
+        x[target] -= 1.0;
+        sum.ln() + f64::from(max) - asked
     }
 }

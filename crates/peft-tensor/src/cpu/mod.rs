@@ -4,6 +4,7 @@
 //! in their order.
 
 mod attention;
+mod codes;
 mod dropout;
 mod elementwise;
 mod frozen;
@@ -18,8 +19,9 @@ mod rope;
 mod shape;
 pub(crate) mod simd;
 
-use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Precision, Rope, Unary};
-use crate::{FrozenWeight, Result, RngKey, TensorError};
+use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Rope, Unary};
+use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};
+use codes::Codes;
 use half::Halves;
 use pool::Floats;
 
@@ -27,16 +29,28 @@ use pool::Floats;
 pub(crate) struct CpuBackend {
     scratch: frozen::Scratch,
     precision: Precision,
+    keep: Keep,
 }
 
 impl CpuBackend {
     /// There is nothing to open.
-    pub(crate) fn new(precision: Precision) -> Self {
+    pub(crate) fn new(precision: Precision, keep: Keep) -> Self {
         Self {
             scratch: frozen::Scratch::default(),
             precision,
+            keep,
         }
     }
+}
+
+/// Bytes of a tensor of so many values that is kept in that form, with what rounding its block up adds.
+pub(crate) fn kept_bytes(keep: Keep, values: usize) -> u64 {
+    let places = match keep {
+        Keep::F32 => values,
+        Keep::Bf16 => values.div_ceil(2),
+        Keep::Int8 => Codes::places(values),
+    };
+    size_of::<f32>() as u64 * pool::rounded(places) as u64
 }
 
 fn put(values: impl Into<Floats>) -> Buffer {
@@ -68,17 +82,26 @@ impl Backend for CpuBackend {
     }
 
     fn pack(&self, x: &Buffer) -> Option<Buffer> {
-        if self.precision == Precision::F32 {
-            return None;
+        let x = get(x).ok()?;
+        match self.keep {
+            Keep::F32 => None,
+            Keep::Bf16 => Some(Buffer::new(Halves::pack(x))),
+            Keep::Int8 => Some(Buffer::new(Codes::pack(x))),
         }
-        Some(Buffer::new(Halves::pack(get(x).ok()?)))
     }
 
     fn unpack(&self, x: &Buffer) -> Result<Buffer> {
-        match x.get::<Halves>() {
-            Some(halves) => Ok(put(halves.unpack())),
+        if let Some(halves) = x.get::<Halves>() {
+            return Ok(put(halves.unpack()));
+        }
+        match x.get::<Codes>() {
+            Some(codes) => Ok(put(codes.unpack())),
             None => Ok(x.clone()),
         }
+    }
+
+    fn make_room(&self, bytes: usize) {
+        pool::make_room(bytes);
     }
 
     fn upload(&self, values: Vec<f32>) -> Result<Buffer> {
@@ -158,6 +181,28 @@ impl Backend for CpuBackend {
     ) -> Result<(Buffer, Buffer)> {
         let (dgate, dup) = elementwise::glu_grad(kind, get(gate)?, get(up)?, get(dy)?);
         Ok((put(dgate), put(dup)))
+    }
+
+    fn glu_owned(&self, kind: Glu, mut gate: Buffer, up: &Buffer) -> Result<Buffer> {
+        match gate.get_mut::<Floats>() {
+            Some(values) => elementwise::glu_over(kind, values, get(up)?),
+            None => return self.glu(kind, &gate, up),
+        }
+        Ok(gate)
+    }
+
+    fn glu_grad_owned(
+        &self,
+        kind: Glu,
+        mut gate: Buffer,
+        mut up: Buffer,
+        dy: &Buffer,
+    ) -> Result<(Buffer, Buffer)> {
+        match (gate.get_mut::<Floats>(), up.get_mut::<Floats>()) {
+            (Some(gate), Some(up)) => elementwise::glu_grad_over(kind, gate, up, get(dy)?),
+            _ => return self.glu_grad(kind, &gate, &up, dy),
+        }
+        Ok((gate, up))
     }
 
     fn dropout(&self, x: &Buffer, p: f32, key: RngKey) -> Result<Buffer> {
@@ -397,10 +442,21 @@ impl Backend for CpuBackend {
         &self,
         x: &Buffer,
         targets: &[i64],
+        rows: usize,
+        cols: usize,
+    ) -> Result<(Buffer, Buffer)> {
+        self.cross_entropy_owned(put(Floats::copied(get(x)?)), targets, rows, cols)
+    }
+
+    fn cross_entropy_owned(
+        &self,
+        x: Buffer,
+        targets: &[i64],
         _rows: usize,
         cols: usize,
     ) -> Result<(Buffer, Buffer)> {
-        let (loss, dx) = loss::cross_entropy(get(x)?, targets, cols);
-        Ok((put(vec![loss]), put(dx)))
+        let mut x = owned(x)?;
+        let loss = loss::cross_entropy(&mut x, targets, cols);
+        Ok((put(vec![loss]), put(x)))
     }
 }

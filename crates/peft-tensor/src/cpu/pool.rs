@@ -3,27 +3,83 @@
 //!
 //! What is free never makes the process larger than its busiest moment was: before memory is asked of the system,
 //! idle blocks are given back until busy and idle together fit under the largest amount that was ever busy at once.
+//!
+//! Blocks are mappings of their own and not the allocator's: glibc raises the size from which it maps up to 32 MB once such
+//! a block is freed, and from then on holes between blocks stay resident.
 
 use std::collections::BTreeMap;
 use std::mem::take;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
-/// Values from which on a block is kept; the allocator is good at smaller ones.
+use memmap2::MmapMut;
+
+/// Values from which on a block is mapped and kept; the allocator is good at smaller ones.
 const SMALLEST: usize = 4096;
+
+/// Bytes from which on huge pages are asked for: one fault instead of hundreds, and fewer address translations.
+#[cfg(target_os = "linux")]
+const HUGE: usize = 2 << 20;
 
 /// Values of a tensor, in memory that goes back to the pool.
 #[derive(Default)]
 pub(super) struct Floats {
     /// As long as the pool made it, so that taking it again initialises nothing.
-    all: Vec<f32>,
+    all: Block,
     len: usize,
+}
+
+/// Where the values are.
+enum Block {
+    Heap(Vec<f32>),
+    Mapped(MmapMut),
+}
+
+impl Default for Block {
+    fn default() -> Self {
+        Self::Heap(Vec::new())
+    }
+}
+
+impl Block {
+    /// `len` zeros.
+    fn new(len: usize) -> Self {
+        if len < SMALLEST {
+            return Self::Heap(vec![0.0; len]);
+        }
+        match MmapMut::map_anon(len * size_of::<f32>()) {
+            Ok(map) => {
+                #[cfg(target_os = "linux")]
+                if map.len() >= HUGE {
+                    // A kernel without huge pages says no, and nothing is lost.
+                    let _ = map.advise(memmap2::Advice::HugePage);
+                }
+                Self::Mapped(map)
+            }
+            // A limit on mappings; the allocator has its own way to say that there is no memory.
+            Err(_) => Self::Heap(vec![0.0; len]),
+        }
+    }
+
+    fn values(&self) -> &[f32] {
+        match self {
+            Self::Heap(values) => values,
+            Self::Mapped(map) => bytemuck::cast_slice(map),
+        }
+    }
+
+    fn values_mut(&mut self) -> &mut [f32] {
+        match self {
+            Self::Heap(values) => values,
+            Self::Mapped(map) => bytemuck::cast_slice_mut(map),
+        }
+    }
 }
 
 /// Blocks nobody uses.
 struct Idle {
     /// By their length.
-    blocks: BTreeMap<usize, Vec<Vec<f32>>>,
+    blocks: BTreeMap<usize, Vec<Block>>,
     /// Values in `blocks`, in use, and the most that were in use.
     idle: usize,
     busy: usize,
@@ -39,7 +95,7 @@ static POOL: Mutex<Idle> = Mutex::new(Idle {
 
 impl Idle {
     /// A block of `size` values, or the smallest that is at most an eighth larger.
-    fn find(&mut self, size: usize) -> Option<Vec<f32>> {
+    fn find(&mut self, size: usize) -> Option<Block> {
         let (&len, blocks) = self.blocks.range_mut(size..=size + size / 8).next()?;
         let block = blocks.pop()?;
         if blocks.is_empty() {
@@ -50,9 +106,15 @@ impl Idle {
     }
 
     /// Takes blocks out, largest first, until `size` more values would not raise the most there ever was.
-    fn shrink(&mut self, size: usize) -> Vec<Vec<f32>> {
+    fn shrink(&mut self, size: usize) -> Vec<Block> {
+        let most = self.peak.saturating_sub(self.busy + size);
+        self.shrink_to(most)
+    }
+
+    /// Takes blocks out, largest first, until at most `most` values are idle.
+    fn shrink_to(&mut self, most: usize) -> Vec<Block> {
         let mut out = Vec::new();
-        while self.idle > 0 && self.busy + self.idle + size > self.peak {
+        while self.idle > most {
             let Some((len, mut blocks)) = self.blocks.pop_last() else {
                 break;
             };
@@ -75,8 +137,16 @@ fn pool<R>(f: impl FnOnce(&mut Idle) -> R) -> R {
     f(&mut POOL.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// Gives idle blocks of so many bytes back to the system, or all there are.
+pub(super) fn make_room(bytes: usize) {
+    let _given_back = pool(|p| p.shrink_to(p.idle.saturating_sub(bytes / size_of::<f32>())));
+}
+
 /// Lengths come in steps of a sixteenth, so that batches of nearly the same length share blocks.
-fn rounded(len: usize) -> usize {
+pub(super) fn rounded(len: usize) -> usize {
+    if len < SMALLEST {
+        return len;
+    }
     let step = (len.next_power_of_two() / 32).max(1);
     len.next_multiple_of(step)
 }
@@ -90,7 +160,7 @@ impl Floats {
         let size = rounded(len);
         let found = pool(|p| {
             let found = p.find(size);
-            let got = found.as_ref().map_or(size, Vec::len);
+            let got = found.as_ref().map_or(size, |block| block.values().len());
             let given_back = match found {
                 Some(_) => Vec::new(),
                 None => p.shrink(size),
@@ -101,7 +171,7 @@ impl Floats {
         // What is given back is unmapped here, outside of the lock.
         let (found, _given_back) = found;
         Self {
-            all: found.unwrap_or_else(|| vec![0.0; size]),
+            all: found.unwrap_or_else(|| Block::new(size)),
             len,
         }
     }
@@ -127,20 +197,27 @@ impl From<Vec<f32>> for Floats {
         if len >= SMALLEST {
             pool(|p| p.count(len));
         }
-        Self { all, len }
+        Self {
+            all: Block::Heap(all),
+            len,
+        }
     }
 }
 
 impl Drop for Floats {
     fn drop(&mut self) {
         let mut all = take(&mut self.all);
-        let len = all.len();
+        let len = all.values().len();
         if len < SMALLEST {
             return;
         }
+        if matches!(all, Block::Heap(_)) {
+            // Brought along by somebody: it goes back to the allocator.
+            return pool(|p| p.busy -= len);
+        }
         if cfg!(any(test, feature = "reference")) {
             // Whoever reads what they did not write shall see it.
-            all.fill(f32::NAN);
+            all.values_mut().fill(f32::NAN);
         }
         pool(|p| {
             p.busy -= len;
@@ -154,13 +231,13 @@ impl Deref for Floats {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.all[..self.len]
+        &self.all.values()[..self.len]
     }
 }
 
 impl DerefMut for Floats {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.all[..self.len]
+        &mut self.all.values_mut()[..self.len]
     }
 }
 
@@ -189,10 +266,12 @@ mod tests {
             busy: 500,
             peak: 1000,
         };
-        p.blocks.insert(100, vec![vec![0.0; 100]; 3]);
+        p.blocks
+            .insert(100, (0..3).map(|_| Block::new(100)).collect());
         assert_eq!(p.shrink(200).len(), 0);
         assert_eq!(p.shrink(350).len(), 2);
         assert_eq!(p.idle, 100);
+        assert_eq!(p.shrink_to(100).len(), 0);
         assert!(p.find(80).is_none() && p.find(90).is_some());
         assert_eq!(p.idle, 0);
     }

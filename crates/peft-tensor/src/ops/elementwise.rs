@@ -209,7 +209,7 @@ impl Tensor {
             let (gate, up) = (Kept::new(self), Kept::new(up));
             Arc::new(move || {
                 let backend = gate.device().backend();
-                backend.glu(kind, &gate.data()?, &up.data()?)
+                backend.glu_owned(kind, gate.data()?, &up.data()?)
             })
         };
         let shape = self.shape().to_vec();
@@ -223,7 +223,9 @@ impl Tensor {
                 let (gate, up) = (Kept::new(self), Kept::new(up));
                 Box::new(move |dy, sink| {
                     let backend = gate.device().backend();
-                    let (dg, du) = backend.glu_grad(kind, &gate.data()?, &up.data()?, &dy.data)?;
+                    // What was unpacked for this is written over.
+                    let (gate_data, up_data) = (gate.data()?, up.data()?);
+                    let (dg, du) = backend.glu_grad_owned(kind, gate_data, up_data, &dy.data)?;
                     sink.add(&gate.target, gate.wrap(dg))?;
                     sink.add(&up.target, up.wrap(du))
                 })

@@ -102,7 +102,7 @@ impl Tensor {
     }
 
     /// What a gradient recorded later needs to know of this tensor: all but its values.
-    fn detach_place(&self) -> Tensor {
+    pub(super) fn detach_place(&self) -> Tensor {
         let nothing = Buffer::new(());
         let mut place = Tensor::from_buffer(nothing, self.shape.clone(), self.device());
         place.target = self.target.clone();

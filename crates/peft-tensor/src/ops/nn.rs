@@ -264,6 +264,14 @@ impl Tensor {
     /// # Errors
     /// If there are not as many targets as rows, or one is beyond the classes.
     pub fn cross_entropy(&self, targets: &[i64]) -> Result<Tensor> {
+        self.clone().into_cross_entropy(targets)
+    }
+
+    /// [`Tensor::cross_entropy`] of logits that nobody else needs: their gradient is written over them.
+    ///
+    /// # Errors
+    /// As [`Tensor::cross_entropy`].
+    pub fn into_cross_entropy(self, targets: &[i64]) -> Result<Tensor> {
         let (rows, cols) = self.rows_cols();
         if targets.len() != rows {
             return shape_err(
@@ -278,14 +286,20 @@ impl Tensor {
                 len: cols,
             });
         }
-        let device = self.device();
-        let (loss, dx) = device
-            .backend()
-            .cross_entropy(&self.data, targets, rows, cols)?;
-        Ok(record(loss, vec![], device, &[self], || {
-            let x = self.target.clone();
-            let dx = Tensor::from_buffer(dx, self.shape.clone(), device);
-            Box::new(move |dy, sink| sink.add(&x, dx.mul(dy)?))
+        let (place, device) = (self.detach_place(), self.device().clone());
+        let Self { data, keeping, .. } = self;
+        // A recipe for the logits may hold what they were made of.
+        drop(keeping);
+        let backend = device.backend();
+        let (loss, dx) = backend.cross_entropy_owned(data, targets, rows, cols)?;
+        Ok(record(loss, vec![], &device, &[&place], || {
+            let x = place.target.clone();
+            let dx = Tensor::from_buffer(dx, place.shape.clone(), &device);
+            Box::new(move |dy, sink| match dy.item()? {
+                // A piece of a loss that is differentiated at once has it, and its gradient is as large as the logits.
+                1.0 => sink.add(&x, dx.clone()),
+                factor => sink.add(&x, dx.scale(factor)?),
+            })
         }))
     }
 }

@@ -2,9 +2,9 @@
 
 use peft_core::{Error, Result};
 use peft_models::Quantize;
-use peft_tensor::{Precision, TensorError};
+use peft_tensor::{Keep, Precision, TensorError};
 
-use super::{ModelInit, TrainConfig};
+use super::{Checkpointing, ModelInit, TrainConfig};
 
 impl TrainConfig {
     /// Checks values that have the right type.
@@ -54,6 +54,7 @@ impl TrainConfig {
             }
         }
         self.precision()?;
+        self.keep()?;
         if self.quantize()?.is_none() {
             return Ok(());
         }
@@ -76,6 +77,19 @@ impl TrainConfig {
         self.precision
             .parse()
             .map_err(|e: TensorError| Error::config("precision", e.to_string()))
+    }
+
+    /// `train.activations`, read; the precision's own form where it says nothing.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub(crate) fn keep(&self) -> Result<Keep> {
+        match &self.train.activations {
+            None => Ok(self.precision()?.into()),
+            Some(name) => name
+                .parse()
+                .map_err(|e: TensorError| Error::config("train.activations", e.to_string())),
+        }
     }
 
     /// `model.quantize`, read.
@@ -143,7 +157,11 @@ impl TrainConfig {
                 return Err(Error::config(field, "has to be at least 1"));
             }
         }
-        train.memory_limit()?;
+        if train.memory_limit()?.is_none() && train.gradient_checkpointing == Checkpointing::Auto {
+            let detail =
+                "\"auto\" is as much as train.memory_limit makes necessary, which is not set";
+            return Err(Error::config("train.gradient_checkpointing", detail));
+        }
         within("train.epochs", train.epochs, f64::MIN_POSITIVE, 1e9)?;
         within("train.learning_rate", train.learning_rate, 0.0, f64::MAX)?;
         within("train.weight_decay", train.weight_decay, 0.0, f64::MAX)?;

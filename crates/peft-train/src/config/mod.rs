@@ -4,10 +4,12 @@
 //! go into it with [`apply_set`], and [`TrainConfig::from_value`] checks names, types and ranges, in this order.
 
 mod check;
+mod checkpointing;
 mod files;
 mod keys;
 mod set;
 
+pub use checkpointing::Checkpointing;
 pub use files::Files;
 pub use keys::validate_keys;
 pub use set::apply_set;
@@ -26,8 +28,8 @@ use crate::schedule::Schedule;
 pub struct TrainConfig {
     /// `cpu`, or `auto` for the best there is.
     pub device: String,
-    /// `f32` or `bf16`: what base weights and the activations that wait for the backward pass are kept in. Gradients,
-    /// moments and adapters are always f32.
+    /// `f32` or `bf16`: what base weights are kept in, and by default the activations that wait for the backward pass
+    /// (`train.activations`). Gradients, moments and adapters are always f32.
     pub precision: String,
     /// The model.
     pub model: ModelSection,
@@ -173,8 +175,12 @@ pub struct TrainSection {
     /// Most resident memory, such as "2GiB". Where the run is predicted to need more, the optimiser's moments go to a file
     /// in the output folder; a run that needs more even so is refused. It is a prediction that is held to, not a guard.
     pub memory_limit: Option<String>,
-    /// Whether layers are computed again in the backward pass to save memory.
-    pub gradient_checkpointing: bool,
+    /// Which blocks are computed again in the backward pass to save memory: `true` for all, `false`, a number of blocks, or
+    /// `"auto"`: as many as `memory_limit` makes necessary.
+    pub gradient_checkpointing: Checkpointing,
+    /// What activations that wait for the backward pass are kept in: `f32`, `bf16` or `int8`; as `precision` by default.
+    /// Only gradients see it.
+    pub activations: Option<String>,
     /// The seed of everything random.
     pub seed: u64,
     /// Steps between evaluations; 0 is only at the end.
@@ -207,7 +213,8 @@ impl Default for TrainSection {
             warmup_steps: None,
             max_grad_norm: 1.0,
             memory_limit: None,
-            gradient_checkpointing: false,
+            gradient_checkpointing: Checkpointing::None,
+            activations: None,
             seed: 0,
             eval_every: 0,
             eval_before: false,

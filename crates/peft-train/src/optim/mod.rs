@@ -11,15 +11,22 @@ pub use groups::Groups;
 use peft_core::{Grads, Param, Result};
 use rayon::prelude::*;
 
-/// Takes the gradients of `params` out of `grads`, in the order of `params`; None for a parameter nothing depended on.
+/// Takes the gradients of `params` out of `grads`, in the order of `params`; None for a parameter nothing depended on. The
+/// memory they leave behind goes back to the system: what is taken is held elsewhere.
 ///
 /// # Errors
 /// Whatever the device says.
 pub fn take_gradients(params: &[Param], grads: &mut Grads) -> Result<Vec<Option<Vec<f32>>>> {
-    params
-        .iter()
-        .map(|p| Ok(grads.take(&p.tensor()).map(|g| g.to_vec()).transpose()?))
-        .collect()
+    let one = |p: &Param| {
+        let Some(grad) = grads.take(&p.tensor()) else {
+            return Ok(None);
+        };
+        let (values, device) = (grad.to_vec()?, grad.device().clone());
+        drop(grad);
+        device.backend().make_room(size_of_val(&values[..]));
+        Ok(Some(values))
+    };
+    params.iter().map(one).collect()
 }
 
 /// The norm of each gradient (0 where there is none), in double precision; the sum of squares goes in one order, so it

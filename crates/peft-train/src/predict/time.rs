@@ -1,13 +1,13 @@
-//! The time of a step, from running the layers of one block at the run's sizes, forward and backward.
+//! The time of a step, from running one block at the run's sizes, forward and backward, with everything that is packed or
+//! made again, and the head on one chunk of labels.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use peft_core::{Device, ModuleId, ModuleInfo, ModuleKind, Param, Pass, Result, Tensor};
+use peft_core::{Device, Param, Pass, Result, Tensor};
 use peft_models::Task;
-use peft_tensor::{Attention, Glu, Mask, RngKey, Rope, Unary, no_grad};
+use peft_tensor::{RngKey, no_grad};
 
-use super::{Size, Trainer, keeps};
+use super::{Size, Trainer};
 use crate::optim::{AdamW, Rate};
 
 /// Times each layer is run for the median, after a first time that reads the weights in.
@@ -21,25 +21,20 @@ struct Seconds {
     both: f64,
 }
 
-impl Seconds {
-    fn add(&mut self, other: Self, times: f64) {
-        self.forward += times * other.forward;
-        self.both += times * other.both;
-    }
-}
-
-/// Tries `run` on a fresh input of that shape.
+/// Tries `run` on an input of that shape which some operation made, as it is in a step: a leaf would not be packed.
 fn timed(
     shape: &[usize],
     device: &Device,
     run: impl Fn(&Tensor) -> Result<Tensor>,
 ) -> Result<Seconds> {
-    let x = Tensor::normal(RngKey::new(1), 0.0, 1.0, shape, device)?.leaf();
+    let leaf = Tensor::normal(RngKey::new(1), 0.0, 1.0, shape, device)?.leaf();
     let (mut forward, mut both) = (Vec::new(), Vec::new());
     for _ in 0..=TRIES {
+        let x = leaf.scale(1.0)?;
         let begun = Instant::now();
         let y = run(&x)?;
         forward.push(begun.elapsed().as_secs_f64());
+        drop(x);
         if y.requires_grad() {
             y.sum_all()?.backward()?;
         }
@@ -58,7 +53,12 @@ fn median(times: &[f64]) -> f64 {
 }
 
 /// Mean seconds of an optimiser step of `batches` batches.
-pub(super) fn step(trainer: &Trainer<'_>, sizes: &[Size], batches: f64) -> Result<f64> {
+pub(super) fn step(
+    trainer: &Trainer<'_>,
+    sizes: &[Size],
+    batches: f64,
+    again: usize,
+) -> Result<f64> {
     let n = sizes.len().max(1) as f64;
     let mean = |of: &dyn Fn(&Size) -> usize| sizes.iter().map(of).sum::<usize>() as f64 / n;
     let rows = (mean(&|s| s.rows).round() as usize).max(1);
@@ -69,113 +69,17 @@ pub(super) fn step(trainer: &Trainer<'_>, sizes: &[Size], batches: f64) -> Resul
     let live = blocks.iter().flatten().count() as f64;
     let below = blocks.len() as f64 - live;
     let block = block(trainer, rows, seq)?;
-    let extra = match trainer.config().train.gradient_checkpointing {
-        true => block.forward,
-        false => 0.0,
-    };
-    let batch = live * (block.both + extra) + below * block.forward + head(trainer, labels)?;
+    let forward = (below + again as f64) * block.forward;
+    let batch = live * block.both + forward + head(trainer, labels)?;
     Ok(batches * batch + optimizer(trainer)?)
 }
 
-/// The last block: in it everything is live.
+/// The last block, with its adapters: in it everything is live.
 fn block(trainer: &Trainer<'_>, rows: usize, seq: usize) -> Result<Seconds> {
-    let network = trainer.model().network();
-    let (config, device) = (trainer.model().config(), network.device());
-    let pass = Pass::train(RngKey::new(0));
-    let last = config.num_layers.saturating_sub(1);
-    let mut sum = Seconds::default();
-    let tokens = rows * seq;
-    let modules = network.tree().iter().filter(|(_, m)| m.layer == Some(last));
-    for (id, info) in modules {
-        let shape = match info.in_features {
-            // Norms of queries and keys see a row for each head.
-            n if info.kind == ModuleKind::Norm && n != config.hidden_size => {
-                vec![tokens * config.num_heads, n]
-            }
-            n => vec![rows, seq, n],
-        };
-        match info.kind {
-            ModuleKind::Linear | ModuleKind::Conv1d => {
-                let run = |x: &Tensor| network.linear(id, x, &pass);
-                sum.add(timed(&shape, device, run)?, 1.0);
-            }
-            ModuleKind::Norm => sum.add(
-                timed(&shape, device, |x| norm(trainer, id, info, x, &pass))?,
-                1.0,
-            ),
-            _ => {}
-        }
-    }
-    let (q, kv) = (
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-    );
-    let spec = Attention {
-        heads: config.num_heads,
-        kv_heads: config.num_kv_heads,
-        head_dim: config.head_dim,
-        scale: config.attention_scale,
-        causal: config.is_causal(),
-        window: config.windows.get(last).copied().flatten(),
-        prefix: 0,
-        softcap: config.attention_softcap,
-        mask: Mask::default(),
-    };
-    let keys = Tensor::normal(RngKey::new(2), 0.0, 1.0, &[rows, seq, kv], device)?.leaf();
-    let run = |x: &Tensor| Ok(x.attention(&keys, &keys, &spec)?);
-    sum.add(timed(&[rows, seq, q], device, run)?, 1.0);
-    if config.rope.is_some() {
-        for heads in [config.num_heads, config.num_kv_heads] {
-            let rope = turn(heads, config.head_dim, rows, seq);
-            let run = |x: &Tensor| Ok(x.rope(&rope)?);
-            sum.add(
-                timed(&[rows, seq, heads * config.head_dim], device, run)?,
-                1.0,
-            );
-        }
-    }
-    let inner = [rows, seq, config.intermediate_size];
-    let up = Tensor::full(0.5, &inner, device)?.leaf();
-    let gated = trainer.is_gated();
-    let run = |x: &Tensor| match gated {
-        true => Ok(x.glu(Glu::Silu, &up)?),
-        false => Ok(x.unary(Unary::Gelu)?),
-    };
-    sum.add(timed(&inner, device, run)?, 1.0);
-    let hidden = [rows, seq, config.hidden_size];
-    let other = Tensor::full(0.5, &hidden, device)?.leaf();
-    // Two residuals, and gradients of q, k and v, and of gate and up, that meet in front of them.
-    sum.add(timed(&hidden, device, |x| Ok(x.add(&other)?))?, 2.0);
-    let meet = timed(&hidden, device, |x| Ok(x.add(&other)?))?.forward;
-    sum.both += if gated { 5.0 } else { 4.0 } * meet;
-    Ok(sum)
-}
-
-fn norm(
-    trainer: &Trainer<'_>,
-    id: ModuleId,
-    info: &ModuleInfo,
-    x: &Tensor,
-    pass: &Pass,
-) -> Result<Tensor> {
-    let (network, config) = (trainer.model().network(), trainer.model().config());
-    match info.bias {
-        Some(_) => network.layer_norm(id, x, config.norm_eps, pass),
-        None => network.rms_norm(id, x, config.norm_eps, config.norm_offset, pass),
-    }
-}
-
-fn turn(heads: usize, head_dim: usize, rows: usize, seq: usize) -> Arc<Rope> {
-    let half = head_dim / 2;
-    let table = Arc::new(vec![std::f32::consts::FRAC_1_SQRT_2; seq * half]);
-    Arc::new(Rope {
-        heads,
-        head_dim,
-        half,
-        cos: table.clone(),
-        sin: table,
-        positions: Arc::new((0..rows).flat_map(|_| 0..seq as u32).collect()),
-    })
+    let (model, pass) = (trainer.model(), Pass::train(RngKey::new(0)));
+    let last = model.config().num_layers.saturating_sub(1);
+    let shape = [rows, seq, model.config().hidden_size];
+    timed(&shape, model.device(), |x| model.block(last, x, &pass))
 }
 
 /// The language model's head with its loss, forward and backward; a classifier's is too small to count.
@@ -189,10 +93,10 @@ fn head(trainer: &Trainer<'_>, labels: f64) -> Result<f64> {
     let Some(id) = head.and_then(|path| network.tree().get(path)) else {
         return Ok(0.0);
     };
-    let rows = (labels.round() as usize).clamp(1, keeps::LOGIT_ROWS);
+    let rows = (labels.round() as usize).clamp(1, peft_models::logit_rows(facts.vocab_size));
     let pass = Pass::train(RngKey::new(0));
     let targets = vec![0; rows];
-    let run = |x: &Tensor| Ok(network.linear(id, x, &pass)?.cross_entropy(&targets)?);
+    let run = |x: &Tensor| Ok(network.linear(id, x, &pass)?.into_cross_entropy(&targets)?);
     let one = timed(&[rows, facts.hidden_size], network.device(), run)?;
     Ok(one.both * labels / rows as f64)
 }

@@ -60,6 +60,8 @@ pub struct Trainer<'a> {
     labels: Option<LabelNames>,
     /// Whether rows of different lengths become one.
     joins: bool,
+    /// Blocks in front of this one are computed again in the backward pass; found out when the run starts.
+    again: usize,
 }
 
 /// What changes from step to step.
@@ -103,6 +105,7 @@ impl<'a> Trainer<'a> {
             eval,
             labels,
             joins,
+            again: 0,
         }
     }
 
@@ -154,15 +157,21 @@ impl<'a> Trainer<'a> {
             .filter(|p| p.is_trainable())
             .map(Param::numel)
             .sum();
-        let (memory, paged) = self.memory_within_limit()?;
+        // What reading the model and the data left behind.
+        peft_tensor::release_heap();
+        let plan = self.within_limit()?;
+        self.again = match plan.again {
+            0 => 0,
+            again => self.first_live() + again,
+        };
         let mut progress = self.progress(&params)?;
-        if paged {
+        if plan.paged {
             let file = Scratch::create(folder).map_err(io)?;
             progress.optimizer.page_to(file);
             observer.message(&format!(
                 "the optimizer's moments are kept on disk, which leaves {} MB to be predicted: {}",
-                memory.total().div_ceil(1_000_000),
-                memory.describe()
+                plan.memory.total().div_ceil(1_000_000),
+                plan.memory.describe()
             ));
         }
         let newest = if resume {
@@ -421,7 +430,7 @@ impl TrainData for Rows<'_> {
         }
         let collated = self.0.batch(&examples);
         let mut pass = Pass::eval();
-        pass.checkpoint = self.0.config.train.gradient_checkpointing;
+        pass.checkpoint = self.0.again;
         let model = &self.0.model;
         let out = model.loss(&collated.batch, &collated.labels, &pass)?;
         if out.count == 0 {

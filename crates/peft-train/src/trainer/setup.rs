@@ -150,7 +150,8 @@ fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
         task: Some(task),
         seed: config.train.seed,
         quantize: config.quantize()?,
-        device: Device::cpu_in(config.precision()?),
+        device: Device::cpu_keeping(config.precision()?, config.keep()?),
+        compact: true,
     };
     match config.model.init {
         ModelInit::Pretrained => Model::load(path, &options),

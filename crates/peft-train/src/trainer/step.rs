@@ -49,7 +49,7 @@ impl Trainer<'_> {
                 .collect();
             let collated = self.batch(&rows);
             let mut pass = Pass::train(self.key().fork("step").fork_n(step).fork_n(i as u64));
-            pass.checkpoint = train.gradient_checkpointing;
+            pass.checkpoint = self.again;
             tokens += collated.tokens;
             let out = self.model.loss(&collated.batch, &collated.labels, &pass)?;
             if out.count == 0 {

@@ -95,8 +95,17 @@ fn a_forecast_says_what_there_will_be() {
         "train.gradient_checkpointing=true",
     ]);
     assert!(again.memory.activations < plain.memory.activations);
-    // Two layers keep their inputs, three widths behind the last: 45 tokens of (2 + 3) x 16 values.
-    assert_eq!(again.memory.activations, 4 * 45 * 5 * 16);
+    // Two layers keep their inputs and the last norm its own: 45 tokens of 3 x 16 values.
+    assert_eq!(again.memory.activations, 4 * 45 * 3 * 16);
+    assert_eq!((plain.again, again.again), (0, 2));
+    let codes = forecast(&[
+        "train.batch_size=5",
+        "data.shuffle=false",
+        "train.gradient_checkpointing=true",
+        "train.activations=int8",
+    ]);
+    // In blocks of 64, each with a scale: 12 for 720 values.
+    assert_eq!(codes.memory.activations, 3 * 12 * 68);
     // Two square matrices q_proj 16 x 16 and two down_proj 16 x 20, in f32.
     let values = 2 * (16 * 16 + 16 * 20);
     assert_eq!(plain.memory.adapter, 4 * values);
@@ -111,4 +120,48 @@ fn a_forecast_says_what_there_will_be() {
     );
     let json = plain.to_json();
     assert_eq!(json["peak_bytes"], json!(plain.memory.total()));
+}
+
+/// With `auto`, as many blocks are computed again as the limit makes necessary and no more; the result is the same.
+#[test]
+fn blocks_are_computed_again_where_the_limit_is_low() {
+    let place = Place::new(6);
+    let mut config = llama();
+    config["num_hidden_layers"] = json!(5);
+    place.write("model/config.json", &config.to_string());
+    let forecast = |sets: &[&str]| crate::predict(&place.config(sets)).unwrap();
+    // The last of five saves nothing: each is there whole while it is run backward.
+    let totals: Vec<u64> = (0..5)
+        .map(|blocks| {
+            let setting = format!("train.gradient_checkpointing={blocks}");
+            forecast(&[&setting]).memory.total()
+        })
+        .collect();
+    assert!(totals.is_sorted_by(|a, b| a > b), "{totals:?}");
+    let auto = |limit: u64| {
+        let limit = format!("train.memory_limit={limit}B");
+        forecast(&["train.gradient_checkpointing=auto", &limit])
+    };
+    for (blocks, total) in totals.iter().enumerate() {
+        let found = auto(*total);
+        assert_eq!((found.again, found.paged), (blocks, false));
+    }
+    assert_eq!(auto(totals[1] - 1).again, 2);
+    // Below that only the moments are left.
+    let paged = auto(totals[4] - 1);
+    assert!(paged.paged && paged.memory.total() < totals[4]);
+
+    place.train(&["output.dir=DIR/plain"]);
+    let limit = format!("train.memory_limit={}B", totals[2]);
+    place.train(&[
+        "output.dir=DIR/auto",
+        "train.gradient_checkpointing=auto",
+        &limit,
+    ]);
+    assert_eq!(place.adapter("plain"), place.adapter("auto"));
+
+    let mut open = place.config(&[]);
+    open.train.gradient_checkpointing = crate::Checkpointing::Auto;
+    let text = open.check().unwrap_err().to_string();
+    assert!(text.contains("train.memory_limit"), "{text}");
 }
