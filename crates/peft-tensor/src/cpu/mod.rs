@@ -6,6 +6,7 @@
 mod attention;
 mod dropout;
 mod elementwise;
+mod few;
 mod frozen;
 mod half;
 mod loss;

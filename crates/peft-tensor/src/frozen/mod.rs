@@ -251,7 +251,7 @@ fn decode_avx2(format: WeightFormat, src: &[u8], out: &mut [f32]) {
 /// The f16 in two bytes as f32. Written out so that loops over it become vector code on every processor, where the
 /// library's conversion asks for F16C value by value; no step meets a subnormal operand, which would be slow.
 #[inline(always)]
-fn f16(bytes: [u8; 2]) -> f32 {
+pub(crate) fn f16(bytes: [u8; 2]) -> f32 {
     const BIAS: u32 = (127 - 15) << 23;
     const SMALLEST: u32 = BIAS + (1 << 23);
     let h = u32::from(u16::from_le_bytes(bytes));
