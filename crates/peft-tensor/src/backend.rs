@@ -305,6 +305,10 @@ pub trait Backend: Send + Sync {
     ) -> Result<Buffer>;
     /// Buffers of `[outer, len_i, inner]` joined along the middle axis.
     fn concat(&self, parts: &[(&Buffer, usize)], outer: usize, inner: usize) -> Result<Buffer>;
+    /// `b` behind `a`, in the memory of `a` where nobody else holds it and there is room.
+    fn append(&self, a: Buffer, a_len: usize, b: &Buffer, b_len: usize) -> Result<Buffer> {
+        self.concat(&[(&a, a_len), (b, b_len)], 1, 1)
+    }
     /// Rows `ids` of `[rows, cols]`.
     fn gather(&self, x: &Buffer, cols: usize, ids: &[u32]) -> Result<Buffer>;
     /// Zeros of `[rows, cols]` with row i of `dy` added to row `ids[i]`.
@@ -339,6 +343,16 @@ pub trait Backend: Send + Sync {
         transpose: bool,
         into: Option<Buffer>,
     ) -> Result<Buffer>;
+    /// `x [m, cols] Wt -> [m, rows]` for several weights that take the same rows.
+    fn frozen_matmul_all(
+        &self,
+        x: &Buffer,
+        m: usize,
+        weights: &[&FrozenWeight],
+    ) -> Result<Vec<Buffer>> {
+        let product = |w: &&FrozenWeight| self.frozen_matmul(x, m, w, true, None);
+        weights.iter().map(product).collect()
+    }
     /// Rows `ids` of a frozen matrix, in f32.
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer>;
     /// A frozen matrix in f32.

@@ -128,6 +128,21 @@ pub(super) fn matmul(
     out
 }
 
+/// `x Wt` with each of the weights.
+pub(super) fn matmul_all(
+    scratch: &Scratch,
+    x: &[f32],
+    m: usize,
+    weights: &[&FrozenWeight],
+) -> Vec<Floats> {
+    let empty = weights.iter().any(|w| w.rows() * w.cols() == 0);
+    if m > 0 && m <= few::FEW && !empty {
+        return few::frozen(x, m, weights);
+    }
+    let product = |w: &&FrozenWeight| matmul(scratch, x, m, w, true, None);
+    weights.iter().map(product).collect()
+}
+
 pub(super) fn gather(w: &FrozenWeight, ids: &[u32]) -> Floats {
     let cols = w.cols();
     let mut out = Floats::dirty(ids.len() * cols);

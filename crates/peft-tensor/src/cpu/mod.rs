@@ -219,6 +219,12 @@ impl Backend for CpuBackend {
         Ok(put(shape::concat(&parts, outer, inner)))
     }
 
+    fn append(&self, a: Buffer, _a_len: usize, b: &Buffer, _b_len: usize) -> Result<Buffer> {
+        let mut values = owned(a)?;
+        values.append(get(b)?);
+        Ok(put(values))
+    }
+
     fn gather(&self, x: &Buffer, cols: usize, ids: &[u32]) -> Result<Buffer> {
         Ok(put(shape::gather(get(x)?, cols, ids)))
     }
@@ -276,6 +282,16 @@ impl Backend for CpuBackend {
             transpose,
             into,
         )))
+    }
+
+    fn frozen_matmul_all(
+        &self,
+        x: &Buffer,
+        m: usize,
+        weights: &[&FrozenWeight],
+    ) -> Result<Vec<Buffer>> {
+        let products = frozen::matmul_all(&self.scratch, get(x)?, m, weights);
+        Ok(products.into_iter().map(put).collect())
     }
 
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer> {

@@ -3,7 +3,8 @@
 //!
 //! Every sum is taken in sixteen lanes, those by halves, then what is left over of a row, one by one: a result depends on
 //! neither the number of threads nor how many rows are taken together. Four stored rows at a time hide the latency of
-//! the additions.
+//! the additions. Rows that are read side by side are no stream to the processor, which is why each is asked for some
+//! time before.
 
 /// `$run` on four rows at a time, then on one at a time; rows begin `row` elements of `w` apart.
 macro_rules! in_fours {
@@ -28,12 +29,12 @@ macro_rules! floats {
             #[inline]
             fn some<const R: usize>(w: &[u8], row: usize, out: &mut [f32; R], x: &[f32]) {
                 let (x, tail) = x.as_chunks::<16>();
-                let rows: [&[[u8; $bytes]]; R] =
-                    std::array::from_fn(|r| &w[r * row..].as_chunks::<$bytes>().0[..x.len()]);
+                let rows: [&[[u8; $bytes]]; R] = units(w, row, x.len());
                 let mut acc = [splat(0.0); R];
                 for (i, x) in x.iter().enumerate() {
                     let x = load(x);
                     for r in 0..R {
+                        ahead(&rows[r][i], R * row);
                         acc[r] = fma($read(&rows[r][i]), x, acc[r]);
                     }
                 }
@@ -63,12 +64,12 @@ macro_rules! blocks {
             #[inline]
             fn some<const R: usize>(w: &[u8], row: usize, out: &mut [f32; R], x: &[f32]) {
                 let x = x.as_chunks::<16>().0.as_chunks::<2>().0;
-                let rows: [&[[u8; $bytes]]; R] =
-                    std::array::from_fn(|r| &w[r * row..].as_chunks::<$bytes>().0[..x.len()]);
+                let rows: [&[[u8; $bytes]]; R] = units(w, row, x.len());
                 let mut acc = [splat(0.0); R];
                 for (i, [a, b]) in x.iter().enumerate() {
                     let (a, b) = (load(a), load(b));
                     for r in 0..R {
+                        ahead(&rows[r][i], R * row);
                         let (scale, least, [v, w]) = $read(&rows[r][i]);
                         acc[r] = fma(splat(scale), fma(w, b, mul(v, a)), acc[r]);
                         if $shifted {
@@ -76,17 +77,32 @@ macro_rules! blocks {
                         }
                     }
                 }
-                *out = acc.map(|acc| sum(acc));
+                for r in 0..R {
+                    out[r] = sum(acc[r]);
+                }
             }
             in_fours!(some, w, row, out, x);
         }
     };
 }
 
+/// The first `n` units of rows that begin `row` bytes apart.
+#[inline(always)]
+fn units<const N: usize, const R: usize>(w: &[u8], row: usize, n: usize) -> [&[[u8; N]]; R] {
+    std::array::from_fn(|r| &w[r * row..].as_chunks::<N>().0[..n])
+}
+
+/// Rows of `k` values in sixteens, and what is left over.
+#[inline(always)]
+fn sixteens<const R: usize>(x: &[f32], k: usize) -> [(&[[f32; 16]], &[f32]); R] {
+    std::array::from_fn(|r| x[r * k..][..k].as_chunks())
+}
+
 macro_rules! kernels {
     ($lanes:ident $(, $feature:literal)?) => {
         pub(super) mod $lanes {
-            use super::super::lanes::{$lanes::*, Codes, plain};
+            use super::super::lanes::{$lanes::*, Codes, PAGE, plain};
+            use super::{sixteens, units};
 
             floats!(f32_rows, f32s, 64 $(, $feature)?);
             floats!(bf16_rows, bf16s, 32 $(, $feature)?);
@@ -124,12 +140,12 @@ macro_rules! kernels {
                 #[inline]
                 fn some<const R: usize>(w: &[u8], row: usize, out: &mut [f32; R], x: &[f32], table: &Table) {
                     let x = x.as_chunks::<16>().0.as_chunks::<4>().0;
-                    let rows: [&[[u8; 36]]; R] =
-                        std::array::from_fn(|r| &w[r * row..].as_chunks::<36>().0[..x.len()]);
+                    let rows: [&[[u8; 36]]; R] = units(w, row, x.len());
                     let mut acc = [splat(0.0); R];
                     for (i, [a, b, c, d]) in x.iter().enumerate() {
                         let (a, b, c, d) = (load(a), load(b), load(c), load(d));
                         for r in 0..R {
+                            ahead(&rows[r][i], PAGE);
                             let [s0, s1, s2, s3, codes @ ..] = &rows[r][i];
                             let scale = f32::from_le_bytes([*s0, *s1, *s2, *s3]);
                             let [e, f, g, h] = look(table, codes);
@@ -137,7 +153,9 @@ macro_rules! kernels {
                             acc[r] = fma(splat(scale), part, acc[r]);
                         }
                     }
-                    *out = acc.map(|acc| sum(acc));
+                    for r in 0..R {
+                    out[r] = sum(acc[r]);
+                }
                 }
                 let table = table(codes);
                 for (i, out) in out.iter_mut().enumerate() {
@@ -151,11 +169,14 @@ macro_rules! kernels {
                 $(#[target_feature(enable = $feature)])?
                 #[inline]
                 fn some<const R: usize, const M: usize>(x: &[f32], w: &[f32], k: usize, m: usize, out: &mut [f32]) {
-                    let xs: [(&[[f32; 16]], &[f32]); M] = std::array::from_fn(|c| x[c * k..][..k].as_chunks());
-                    let ws: [(&[[f32; 16]], &[f32]); R] = std::array::from_fn(|r| w[r * k..][..k].as_chunks());
+                    let xs: [(&[[f32; 16]], &[f32]); M] = sixteens(x, k);
+                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, k);
                     let mut acc = [[splat(0.0); M]; R];
                     for i in 0..k / 16 {
-                        let w: [F; R] = std::array::from_fn(|r| load(&ws[r].0[i]));
+                        let mut w = [splat(0.0); R];
+                        for r in 0..R {
+                            w[r] = load(&ws[r].0[i]);
+                        }
                         for c in 0..M {
                             let x = load(&xs[c].0[i]);
                             for r in 0..R {
@@ -194,7 +215,7 @@ macro_rules! kernels {
                 #[inline]
                 fn some<const R: usize>(a: &[f32; R], w: &[f32], out: &mut [f32]) {
                     let k = out.len();
-                    let ws: [(&[[f32; 16]], &[f32]); R] = std::array::from_fn(|r| w[r * k..][..k].as_chunks());
+                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, k);
                     let (out, tail) = out.as_chunks_mut::<16>();
                     for (i, out) in out.iter_mut().enumerate() {
                         let mut sum = load(out);

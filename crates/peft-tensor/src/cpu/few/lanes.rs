@@ -7,6 +7,9 @@
 /// Numbers that the 16 codes of a 4-bit format stand for.
 pub(super) type Codes = [f32; 16];
 
+/// How far ahead a single stream of bytes is asked for.
+pub(super) const PAGE: usize = 4096;
+
 pub(super) mod plain {
     use super::Codes;
     use crate::cpu::simd::madd;
@@ -15,6 +18,10 @@ pub(super) mod plain {
     pub(in super::super) type Table = Codes;
 
     const FMA: bool = cfg!(target_arch = "aarch64");
+
+    /// Asks for what is `bytes` behind `at`, where there is an instruction for that.
+    #[inline(always)]
+    pub(in super::super) fn ahead<const N: usize>(_at: &[u8; N], _bytes: usize) {}
 
     #[inline(always)]
     pub(in super::super) fn splat(v: f32) -> F {
@@ -116,7 +123,7 @@ pub(super) mod plain {
 #[cfg(target_arch = "x86_64")]
 #[allow(
     unsafe_code,
-    reason = "vector loads take pointers; each reads exactly the array it is given"
+    reason = "vector loads and stores take pointers; each has exactly the array it is given"
 )]
 pub(super) mod avx2 {
     use std::arch::x86_64::*;
@@ -133,6 +140,13 @@ pub(super) mod avx2 {
     /// The first, second, third and fourth bytes of the table's numbers, each twice.
     #[derive(Clone, Copy)]
     pub(in super::super) struct Table([__m256i; 4]);
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(in super::super) fn ahead<const N: usize>(at: &[u8; N], bytes: usize) {
+        // Nothing is read: an address that is none is passed over.
+        _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().wrapping_add(bytes).cast());
+    }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -187,7 +201,10 @@ pub(super) mod avx2 {
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in super::super) fn sum(a: F) -> f32 {
         let eight = _mm256_add_ps(a.0, a.1);
-        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let four = _mm_add_ps(
+            _mm256_castps256_ps128(eight),
+            _mm256_extractf128_ps::<1>(eight),
+        );
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     }
@@ -324,7 +341,7 @@ pub(super) mod avx2 {
 #[cfg(target_arch = "x86_64")]
 #[allow(
     unsafe_code,
-    reason = "vector loads take pointers; each reads exactly the array it is given"
+    reason = "vector loads and stores take pointers; each has exactly the array it is given"
 )]
 pub(super) mod avx512 {
     use std::arch::x86_64::*;
@@ -333,6 +350,13 @@ pub(super) mod avx512 {
 
     pub(in super::super) type F = __m512;
     pub(in super::super) type Table = __m512;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    pub(in super::super) fn ahead<const N: usize>(at: &[u8; N], bytes: usize) {
+        // Nothing is read: an address that is none is passed over.
+        _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().wrapping_add(bytes).cast());
+    }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx2,fma")]
@@ -377,7 +401,10 @@ pub(super) mod avx512 {
     pub(in super::super) fn sum(a: F) -> f32 {
         let swapped = _mm512_shuffle_f32x4::<0b01_00_11_10>(a, a);
         let eight = _mm512_castps512_ps256(_mm512_add_ps(a, swapped));
-        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let four = _mm_add_ps(
+            _mm256_castps256_ps128(eight),
+            _mm256_extractf128_ps::<1>(eight),
+        );
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     }

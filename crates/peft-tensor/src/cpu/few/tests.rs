@@ -50,7 +50,10 @@ fn close(got: &[f32], want: &[(f64, f64)], what: &str) {
     for (i, (got, (want, size))) in got.iter().zip(want).enumerate() {
         // A few roundings of a sum of `size`; codes around a zero cancel to a value a few times smaller.
         let error = (f64::from(*got) - want).abs();
-        assert!(error <= 2e-6 * size + 1e-30, "{what}, {i}: {got} for {want}");
+        assert!(
+            error <= 2e-6 * size + 1e-30,
+            "{what}, {i}: {got} for {want}"
+        );
     }
 }
 
@@ -159,11 +162,7 @@ fn dense_rows_and_sums_of_rows() {
             .map(|i| values[i % 300 * 256 + i / 300])
             .collect();
         let y = normal(3, 2 * 300);
-        close(
-            &frozen_t(&y, 2, &w),
-            &want(&y, &turned, 300),
-            format.name(),
-        );
+        close(&frozen_t(&y, 2, &w), &want(&y, &turned, 300), format.name());
     }
 }
 
@@ -182,7 +181,12 @@ fn results_do_not_depend_on_threads_or_company() {
             assert_eq!(both[1][..], alone[0][..]);
             let five = frozen(&x, 5, &[&a]);
             let sums = frozen_t(&x[..2 * 300], 2, &b);
-            [both[0].to_vec(), both[1].to_vec(), five[0].to_vec(), sums.to_vec()]
+            [
+                both[0].to_vec(),
+                both[1].to_vec(),
+                five[0].to_vec(),
+                sums.to_vec(),
+            ]
         })
     };
     let one = run(1);

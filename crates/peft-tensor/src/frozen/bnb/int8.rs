@@ -10,7 +10,8 @@ pub(crate) const INT8_HEAD: usize = 4;
 
 /// What one step of a row's codes stands for.
 pub(crate) fn int8_step(row: &[u8]) -> f32 {
-    row.first_chunk().map_or(0.0, |scale| f32::from_le_bytes(*scale) * PART)
+    row.first_chunk()
+        .map_or(0.0, |scale| f32::from_le_bytes(*scale) * PART)
 }
 
 /// A row: f32 scale, a signed byte a value: `q * scale / 127`.
