@@ -6,9 +6,6 @@
 //! small pieces that threads take as they come: nobody waits for a thread that the system gave to somebody else, except
 //! for the piece it holds.
 
-mod dots;
-mod lanes;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -16,18 +13,6 @@ use super::pool::Floats;
 use super::simd::{self, Level, add_into};
 use crate::frozen::bnb;
 use crate::{FrozenWeight, WeightFormat};
-
-/// Most rows of the input; more are worth panels of decoded values.
-pub(super) const FEW: usize = 16;
-
-/// Multiply-adds of a piece: a few microseconds, so that many threads find something, and taking it costs little.
-const PIECE: usize = 32 * 1024;
-
-/// Most partial sums of a product with the weight itself.
-const PARTS: usize = 64;
-
-/// Values of the stored rows that are decoded at a time, about.
-const DECODED: usize = 4096;
 
 /// Calls a kernel compiled for `$level`.
 macro_rules! at {
@@ -45,6 +30,24 @@ macro_rules! at {
         }
     };
 }
+
+mod attend;
+mod dots;
+mod lanes;
+
+pub(super) use attend::one_query;
+
+/// Most rows of the input; more are worth panels of decoded values.
+pub(super) const FEW: usize = 16;
+
+/// Multiply-adds of a piece: a few microseconds, so that many threads find something, and taking it costs little.
+const PIECE: usize = 32 * 1024;
+
+/// Most partial sums of a product with the weight itself.
+const PARTS: usize = 64;
+
+/// Values of the stored rows that are decoded at a time, about.
+const DECODED: usize = 4096;
 
 /// The best level of this machine for these kernels.
 fn level() -> Level {
@@ -109,7 +112,7 @@ fn dense_at(
         if m == 1 {
             at!(level, f32_rows(a, bytemuck::cast_slice(b), 4 * k, out));
         } else {
-            at!(level, tile(a, b, k, m, out));
+            at!(level, tile(a, b, k, k, m, out));
         }
     };
     let all = |out: &mut [f32]| {
@@ -144,7 +147,10 @@ fn frozen_t_at(level: Level, x: &[f32], m: usize, w: &FrozenWeight) -> Floats {
         in_cache(w, i * step..end, |first, values| {
             let count = values.len() / cols;
             for (x, part) in x.chunks(rows).zip(part.chunks_mut(cols)) {
-                at!(level, add_rows(&x[first..first + count], values, part));
+                at!(
+                    level,
+                    add_rows(&x[first..first + count], values, cols, part)
+                );
             }
         });
     });
@@ -231,7 +237,7 @@ fn through_cache(
     let cols = w.cols();
     in_cache(w, first..first + out.len() / m, |at, values| {
         let out = &mut out[(at - first) * m..][..values.len() / cols * m];
-        at!(level, tile(x, values, cols, m, out));
+        at!(level, tile(x, values, cols, cols, m, out));
     });
 }
 

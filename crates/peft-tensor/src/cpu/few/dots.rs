@@ -89,13 +89,21 @@ macro_rules! blocks {
 /// The first `n` units of rows that begin `row` bytes apart.
 #[inline(always)]
 fn units<const N: usize, const R: usize>(w: &[u8], row: usize, n: usize) -> [&[[u8; N]]; R] {
-    std::array::from_fn(|r| &w[r * row..].as_chunks::<N>().0[..n])
+    let mut all = [&[][..]; R];
+    for r in 0..R {
+        all[r] = &w[r * row..].as_chunks().0[..n];
+    }
+    all
 }
 
-/// Rows of `k` values in sixteens, and what is left over.
+/// Rows of `k` values, `row` apart, in sixteens, and what is left over.
 #[inline(always)]
-fn sixteens<const R: usize>(x: &[f32], k: usize) -> [(&[[f32; 16]], &[f32]); R] {
-    std::array::from_fn(|r| x[r * k..][..k].as_chunks())
+fn sixteens<const R: usize>(x: &[f32], row: usize, k: usize) -> [(&[[f32; 16]], &[f32]); R] {
+    let mut all = [(&[][..], &[][..]); R];
+    for r in 0..R {
+        all[r] = x[r * row..][..k].as_chunks();
+    }
+    all
 }
 
 macro_rules! kernels {
@@ -163,14 +171,14 @@ macro_rules! kernels {
                 }
             }
 
-            /// Each of `m` rows of `x` with each of `w`'s, all `k` wide: `out [rows of w, m]`.
+            /// Each of `m` rows of `x` with each of `w`'s, `k` wide and `row` apart: `out [rows of w, m]`.
             $(#[target_feature(enable = $feature)])?
-            pub(in super::super) fn tile(x: &[f32], w: &[f32], k: usize, m: usize, out: &mut [f32]) {
+            pub(in super::super) fn tile(x: &[f32], w: &[f32], k: usize, row: usize, m: usize, out: &mut [f32]) {
                 $(#[target_feature(enable = $feature)])?
                 #[inline]
-                fn some<const R: usize, const M: usize>(x: &[f32], w: &[f32], k: usize, m: usize, out: &mut [f32]) {
-                    let xs: [(&[[f32; 16]], &[f32]); M] = sixteens(x, k);
-                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, k);
+                fn some<const R: usize, const M: usize>(x: &[f32], w: &[f32], k: usize, row: usize, m: usize, out: &mut [f32]) {
+                    let xs: [(&[[f32; 16]], &[f32]); M] = sixteens(x, k, k);
+                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, row, k);
                     let mut acc = [[splat(0.0); M]; R];
                     for i in 0..k / 16 {
                         let mut w = [splat(0.0); R];
@@ -193,29 +201,29 @@ macro_rules! kernels {
                 }
                 let rows = out.len() / m;
                 for r in (0..rows).step_by(2) {
-                    let (w, out, pair) = (&w[r * k..], &mut out[r * m..], r + 1 < rows);
+                    let (w, out, pair) = (&w[r * row..], &mut out[r * m..], r + 1 < rows);
                     for c in (0..m).step_by(3) {
                         let (x, out) = (&x[c * k..], &mut out[c..]);
                         match (pair, m - c) {
-                            (true, 1) => some::<2, 1>(x, w, k, m, out),
-                            (true, 2) => some::<2, 2>(x, w, k, m, out),
-                            (true, _) => some::<2, 3>(x, w, k, m, out),
-                            (false, 1) => some::<1, 1>(x, w, k, m, out),
-                            (false, 2) => some::<1, 2>(x, w, k, m, out),
-                            (false, _) => some::<1, 3>(x, w, k, m, out),
+                            (true, 1) => some::<2, 1>(x, w, k, row, m, out),
+                            (true, 2) => some::<2, 2>(x, w, k, row, m, out),
+                            (true, _) => some::<2, 3>(x, w, k, row, m, out),
+                            (false, 1) => some::<1, 1>(x, w, k, row, m, out),
+                            (false, 2) => some::<1, 2>(x, w, k, row, m, out),
+                            (false, _) => some::<1, 3>(x, w, k, row, m, out),
                         }
                     }
                 }
             }
 
-            /// `out += a w` for rows `w` as wide as `out` and a factor for each.
+            /// `out += a w` for rows `w` as wide as `out`, `row` apart, and a factor for each.
             $(#[target_feature(enable = $feature)])?
-            pub(in super::super) fn add_rows(a: &[f32], w: &[f32], out: &mut [f32]) {
+            pub(in super::super) fn add_rows(a: &[f32], w: &[f32], row: usize, out: &mut [f32]) {
                 $(#[target_feature(enable = $feature)])?
                 #[inline]
-                fn some<const R: usize>(a: &[f32; R], w: &[f32], out: &mut [f32]) {
+                fn some<const R: usize>(a: &[f32; R], w: &[f32], row: usize, out: &mut [f32]) {
                     let k = out.len();
-                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, k);
+                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, row, k);
                     let (out, tail) = out.as_chunks_mut::<16>();
                     for (i, out) in out.iter_mut().enumerate() {
                         let mut sum = load(out);
@@ -232,10 +240,10 @@ macro_rules! kernels {
                 }
                 let (fours, ones) = a.as_chunks::<4>();
                 for (i, a) in fours.iter().enumerate() {
-                    some(a, &w[4 * i * out.len()..], out);
+                    some(a, &w[4 * i * row..], row, out);
                 }
                 for (i, a) in ones.iter().enumerate() {
-                    some(&[*a], &w[(4 * fours.len() + i) * out.len()..], out);
+                    some(&[*a], &w[(4 * fours.len() + i) * row..], row, out);
                 }
             }
         }
