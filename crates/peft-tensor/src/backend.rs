@@ -223,6 +223,10 @@ pub trait Backend: Send + Sync {
     fn download(&self, x: &Buffer) -> Result<Vec<f32>>;
     /// Values back in double precision (the reference backend's true values; others convert).
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>>;
+    /// The values where they are, if that is memory of the process.
+    fn view<'a>(&self, _x: &'a Buffer) -> Option<&'a [f32]> {
+        None
+    }
     /// Values in double precision onto the device (rounded where it keeps f32).
     fn upload_f64(&self, values: Vec<f64>) -> Result<Buffer>;
     /// `len` times `value`.

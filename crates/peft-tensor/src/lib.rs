@@ -29,8 +29,9 @@ pub use backend::{
 };
 pub use base_weight::BaseWeight;
 pub use bytes::Bytes;
+pub use cpu::simd::all_finite;
 pub use error::{Result, TensorError};
-pub use frozen::{FrozenWeight, WeightFormat, bnb, encode};
+pub use frozen::{FrozenWeight, WeightFormat, bnb, encode, encode_onto};
 pub use ops::{CustomOp, IGNORE, concat, custom};
 pub use rng::RngKey;
 pub use tape::{Grads, checkpoint, eager, grad_enabled, no_grad};

@@ -225,28 +225,14 @@ pub(super) fn attention(
     spec: &Attention,
 ) -> (Vec<f32>, Vec<f32>) {
     let geometry = Geometry::new(b, s, t, spec);
-    let (heads, d, width) = (spec.heads, spec.head_dim, geometry.q_width);
+    let (heads, width) = (spec.heads, geometry.q_width);
     let mut out = vec![0.0; q.len()];
     let mut lse = vec![f32::NEG_INFINITY; b * heads * s];
     if out.is_empty() || t == 0 {
         return (out, lse);
     }
     if s == 1 {
-        // Generation: a task a head of keys, both outputs in the order of (batch, head).
-        let (kv, n) = (spec.kv_heads, heads / spec.kv_heads);
-        par::rows2(
-            &mut out,
-            n * d,
-            &mut lse,
-            n,
-            2 * n * t * d,
-            |first, out, lse| {
-                for (i, (out, lse)) in out.chunks_mut(n * d).zip(lse.chunks_mut(n)).enumerate() {
-                    let (batch, h) = ((first + i) / kv, (first + i) % kv * n);
-                    super::few::one_query(&geometry, q, k, v, batch, h, out, lse);
-                }
-            },
-        );
+        super::few::one_query(&geometry, q, k, v, &mut out, &mut lse);
         return (out, lse);
     }
     // A task a block of queries, all heads; out comes in whole rows, lse is put in its order afterwards.

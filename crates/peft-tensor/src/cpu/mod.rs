@@ -89,6 +89,10 @@ impl Backend for CpuBackend {
         Ok(get(x)?.to_vec())
     }
 
+    fn view<'a>(&self, x: &'a Buffer) -> Option<&'a [f32]> {
+        get(x).ok()
+    }
+
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>> {
         Ok(get(x)?.iter().map(|v| f64::from(*v)).collect())
     }

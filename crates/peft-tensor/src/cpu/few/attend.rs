@@ -2,11 +2,31 @@
 
 use super::super::attention::{Geometry, weights};
 use super::super::matmul::transpose;
+use super::super::par;
 use super::simd::Level;
 use super::{dots, level};
 
-/// The `lse.len()` query heads from `h` on, which use one head of keys and values: `out [heads, head_dim]`, zeros before.
+/// One query in each row of the batch: `out [batch, heads, head_dim]`, zeros before, and `lse [batch, heads]`. A task is
+/// the heads that use one head of keys and values.
 pub(in super::super) fn one_query(
+    g: &Geometry<'_>,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let (kv, d) = (g.spec.kv_heads, g.spec.head_dim);
+    let n = g.spec.heads / kv;
+    par::rows2(out, n * d, lse, n, 2 * n * g.t * d, |first, out, lse| {
+        for (i, (out, lse)) in out.chunks_mut(n * d).zip(lse.chunks_mut(n)).enumerate() {
+            group(g, q, k, v, (first + i) / kv, (first + i) % kv * n, out, lse);
+        }
+    });
+}
+
+/// The `lse.len()` query heads from `h` on, which use one head of keys and values: `out [heads, head_dim]`, zeros before.
+fn group(
     g: &Geometry<'_>,
     q: &[f32],
     k: &[f32],
