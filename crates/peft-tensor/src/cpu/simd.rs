@@ -234,15 +234,16 @@ pub(crate) fn max_body(x: &[f32]) -> f32 {
 simd! {
     /// Whether no value is NaN or infinite.
     pub fn all_finite(x: &[f32]) -> bool {
-        const EXPONENT: u32 = 0x7f80_0000;
+        // Without their sign, the bits of values are in the values' order, and infinity is above all numbers.
         let (blocks, tail) = x.as_chunks::<32>();
-        let mut broken = [false; 32];
+        let mut largest = [0u32; 32];
         for block in blocks {
             for l in 0..32 {
-                broken[l] |= block[l].to_bits() & EXPONENT == EXPONENT;
+                largest[l] = largest[l].max(block[l].to_bits() & 0x7fff_ffff);
             }
         }
-        !broken.contains(&true) && tail.iter().all(|v| v.is_finite())
+        let infinity = f32::INFINITY.to_bits();
+        largest.iter().all(|bits| *bits < infinity) && tail.iter().all(|v| v.is_finite())
     }
 }
 
