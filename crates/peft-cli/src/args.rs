@@ -58,6 +58,27 @@ pub(crate) struct Subject {
     pub(crate) adapter: Vec<String>,
 }
 
+/// How the model's weights are kept.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Kept {
+    /// Quantise the linear layers of the blocks on loading: nf4, nf4_single, int8, q8_0, q5_1, q5_0, q4_1 or q4_0
+    #[arg(long, value_name = "FORMAT", value_parser = quantize)]
+    pub(crate) quantize: Option<peft::models::Quantize>,
+    /// f32, or bf16: weights that are stored in single precision are kept in half of it
+    #[arg(long, default_value = "f32", value_parser = precision)]
+    pub(crate) precision: peft::tensor::Precision,
+}
+
+impl Kept {
+    pub(crate) fn load_options(self) -> peft::models::LoadOptions {
+        peft::models::LoadOptions {
+            device: peft::tensor::Device::cpu_in(self.precision),
+            quantize: self.quantize,
+            ..Default::default()
+        }
+    }
+}
+
 /// How several adapters combine.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct Combine {
@@ -88,6 +109,8 @@ pub(crate) struct Eval {
     pub(crate) subject: Subject,
     #[command(flatten)]
     pub(crate) combine: Combine,
+    #[command(flatten)]
+    pub(crate) kept: Kept,
     /// Rows: .jsonl or .csv
     #[arg(long)]
     pub(crate) data: PathBuf,
@@ -117,6 +140,8 @@ pub(crate) struct Generate {
     pub(crate) subject: Subject,
     #[command(flatten)]
     pub(crate) combine: Combine,
+    #[command(flatten)]
+    pub(crate) kept: Kept,
     /// What to go on from, or what the user says in a chat
     #[arg(long)]
     pub(crate) prompt: String,
@@ -323,6 +348,16 @@ fn positive(text: &str) -> Result<usize, String> {
 fn dtype(text: &str) -> Result<MergeDType, String> {
     text.parse()
         .map_err(|_| format!("has to be one of {}", MergeDType::NAMES.join(", ")))
+}
+
+fn quantize(text: &str) -> Result<peft::models::Quantize, String> {
+    let names = peft::models::Quantize::NAMES.join(", ");
+    text.parse()
+        .map_err(|_| format!("has to be one of {names}"))
+}
+
+fn precision(text: &str) -> Result<peft::tensor::Precision, String> {
+    text.parse().map_err(|_| "has to be f32 or bf16".to_owned())
 }
 
 fn quantization(text: &str) -> Result<peft::models::Quantize, String> {

@@ -42,6 +42,11 @@ pub fn main() -> ExitCode {
             "error: internal error{place}: {text}; this is a bug, please report it"
         ));
     }));
+    // This thread becomes one of the workers: else each product would be handed over to one and waited for. Where there is
+    // a pool already, there is nothing to do.
+    let _there_already = rayon::ThreadPoolBuilder::new()
+        .use_current_thread()
+        .build_global();
     match catch_unwind(AssertUnwindSafe(|| run(cli))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {

@@ -109,6 +109,11 @@ pub(crate) type NormFn<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
 #[derive(Clone, Copy)]
 pub(crate) enum Input<'a> {
     Rows(&'a Tensor),
+    /// Rows `x` whose product `y` with the base weight is known already.
+    Product {
+        x: &'a Tensor,
+        y: &'a Tensor,
+    },
     Ids(&'a [u32]),
     Junction {
         x: &'a Tensor,
@@ -175,6 +180,7 @@ impl<'a> Call<'a> {
     pub fn x(&self) -> Result<&'a Tensor> {
         match self.input {
             Input::Rows(x)
+            | Input::Product { x, .. }
             | Input::Junction { x, .. }
             | Input::Norm { x, .. }
             | Input::Stream(x) => Ok(x),
@@ -315,6 +321,7 @@ impl<'a> Call<'a> {
         }
         match self.input {
             Input::Rows(x) => with_bias(self.weight()?.linear(x)?, self.bias),
+            Input::Product { y, .. } => with_bias(y.clone(), self.bias),
             Input::Ids(ids) => Ok(self.weight()?.gather(ids)?),
             Input::Junction { x, residual, norm } => {
                 let sum = x.add(residual)?;
@@ -340,7 +347,7 @@ impl<'a> Call<'a> {
             Input::Norm { .. } | Input::Attention(_) => {
                 return Err(self.wrong("takes no other input"));
             }
-            Input::Rows(_) | Input::Ids(_) => Input::Rows(x),
+            Input::Rows(_) | Input::Product { .. } | Input::Ids(_) => Input::Rows(x),
         };
         Call { input, ..*self }.base()
     }
@@ -379,7 +386,9 @@ impl<'a> Call<'a> {
         }
         bias = adapter.bias(bias)?;
         match self.input {
-            Input::Rows(x) => with_bias(x.matmul_t(&changed)?, bias.as_ref()),
+            Input::Rows(x) | Input::Product { x, .. } => {
+                with_bias(x.matmul_t(&changed)?, bias.as_ref())
+            }
             Input::Ids(ids) => Ok(changed.gather_rows(ids)?),
             Input::Norm { x, apply } => apply(x, &changed, bias.as_ref()),
             Input::Junction { .. } | Input::Stream(_) | Input::Attention(_) => self.base(),

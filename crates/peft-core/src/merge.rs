@@ -245,7 +245,11 @@ impl Network {
 }
 
 fn finite(path: &str, values: &Tensor) -> Result<()> {
-    match values.to_vec()?.iter().position(|v| !v.is_finite()) {
+    let values = values.values()?;
+    if peft_tensor::all_finite(&values) {
+        return Ok(());
+    }
+    match values.iter().position(|v| !v.is_finite()) {
         Some(at) => Err(Error::module(
             path,
             format!(

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use peft_tensor::{BaseWeight, Tensor, concat};
+use peft_tensor::{BaseWeight, Tensor, concat, grad_enabled};
 
 use crate::attach::Slot;
 use crate::call::{AttentionCall, Call, Input, NormFn, Stacked};
@@ -10,6 +10,9 @@ use crate::{
     Error, ModuleId, ModuleKind, Network, Param, Pass, Prefix, PrefixCx, PromptCx, PromptLabel,
     PromptPlace, Result,
 };
+
+/// Rows up to which the products of several modules are worth doing together.
+const SWEPT: usize = 16;
 
 impl Network {
     fn base_weight(&self, name: &str) -> Result<BaseWeight> {
@@ -151,6 +154,46 @@ impl Network {
     /// If `x` does not fit.
     pub fn linear(&self, id: ModuleId, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.call(id, Input::Rows(x), pass)
+    }
+
+    /// Several such modules on the same `x`: what [`linear`](Self::linear) gives for each. Few rows without a gradient, as
+    /// in generation, go through all base weights in one sweep.
+    ///
+    /// # Errors
+    /// If `x` does not fit one.
+    pub fn linear_all<const N: usize>(
+        &self,
+        ids: [ModuleId; N],
+        x: &Tensor,
+        pass: &Pass,
+    ) -> Result<[Tensor; N]> {
+        let rows = x.numel() / x.last_dim().max(1);
+        let mut outs = Vec::with_capacity(N);
+        let mut weights = Vec::with_capacity(N);
+        if rows <= SWEPT && !grad_enabled() && pass.adapter_names.is_none() {
+            for id in ids {
+                let merged = self.merged.as_ref().and_then(|m| m.get(&id));
+                weights.extend(match merged {
+                    Some(merged) => Some(merged.weight.clone()),
+                    None => self.weight_of(id)?,
+                });
+            }
+        }
+        if weights.len() == N {
+            let all: Vec<&BaseWeight> = weights.iter().collect();
+            // What does not fit is named below, by its module.
+            let products = BaseWeight::linear_all(&all, x).unwrap_or_default();
+            for (id, y) in ids.into_iter().zip(&products) {
+                outs.push(self.call(id, Input::Product { x, y }, pass)?);
+            }
+        }
+        if outs.is_empty() {
+            for id in ids {
+                outs.push(self.linear(id, x, pass)?);
+            }
+        }
+        let wrong = |outs: Vec<Tensor>| Error::other(format!("{} of {N} outputs", outs.len()));
+        outs.try_into().map_err(wrong)
     }
 
     /// An Embedding module: `[ids, dim]`.

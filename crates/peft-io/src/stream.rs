@@ -132,6 +132,8 @@ impl Slot {
 struct Shard {
     name: String,
     header: Vec<u8>,
+    /// Bytes of the whole file.
+    len: u64,
     state: Mutex<Open>,
 }
 
@@ -194,6 +196,7 @@ impl StreamWriter {
                 .collect();
             let (head, placed) = header::build(&folder.join(name), &tensors, &metadata)?;
             let data = head.len() as u64;
+            let end = placed.iter().map(|e| e.end as u64).max().unwrap_or(0);
             for e in placed {
                 weight_map.insert(e.name.clone(), json!(name));
                 let (start, len) = (data + e.start as u64, (e.end - e.start) as u64);
@@ -210,6 +213,7 @@ impl StreamWriter {
             shards.push(Shard {
                 name: name.clone(),
                 header: head,
+                len: data + end,
                 state: Mutex::new(Open {
                     file: None,
                     tensors: entries.len(),
@@ -308,7 +312,11 @@ impl StreamWriter {
             return Ok(file.clone());
         }
         let file = Arc::new(lock(&self.stage).temp(&shard.name)?);
-        write_all_at(file.as_file(), 0, &shard.header).map_err(|e| Error::io("write", path, e))?;
+        // Its length at once: tensors come in any order.
+        let begun = file.as_file().set_len(shard.len);
+        begun
+            .and_then(|()| write_all_at(file.as_file(), 0, &shard.header))
+            .map_err(|e| Error::io("write", path, e))?;
         open.file = Some(file.clone());
         Ok(file)
     }

@@ -108,16 +108,13 @@ pub(crate) fn attend(
     (q, k, v): (&Tensor, Tensor, Tensor),
     spec: &Attention,
     rows: &Rows,
-    cache: Option<&mut Option<LayerCache>>,
+    mut cache: Option<&mut Option<LayerCache>>,
     pass: &Pass,
 ) -> Result<Tensor> {
-    let earlier = cache.as_ref().and_then(|c| c.as_ref());
+    // Taken out, so that nobody else holds it and it grows in place.
+    let earlier = cache.as_mut().and_then(|c| c.take());
     let (k, v, prefix) = match earlier {
-        Some(seen) => (
-            concat(&[&seen.k, &k], 1)?,
-            concat(&[&seen.v, &v], 1)?,
-            seen.prefix,
-        ),
+        Some(seen) => (seen.k.append(&k, 1)?, seen.v.append(&v, 1)?, seen.prefix),
         None => match network.prefix(sublayer.module, sublayer.hidden, pass)? {
             Some(p) => {
                 let (pk, pv) = (per_row(&p.k, rows.batch)?, per_row(&p.v, rows.batch)?);

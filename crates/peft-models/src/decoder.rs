@@ -302,7 +302,10 @@ impl Layer {
         };
         let project = |x: &Tensor| keys_values(x, None);
         let (q, (mut k, v)) = match self.qkv {
-            Qkv::Split(q, ..) => (network.linear(q, x, pass)?, project(x)?),
+            Qkv::Split(q, k, v) => {
+                let [q, k, v] = network.linear_all([q, k, v], x, pass)?;
+                (q, (per_head(k_norm, k)?, v))
+            }
             Qkv::Fused(qkv) => {
                 let all = network.linear(qkv, x, pass)?;
                 (all.narrow(2, 0, q_width)?, keys_values(x, Some(&all))?)
@@ -341,9 +344,7 @@ impl Layer {
 
     fn feed_forward(&self, network: &Network, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (gate, up) = match self.gate_up {
-            GateUp::Split(gate, up) => {
-                (network.linear(gate, x, pass)?, network.linear(up, x, pass)?)
-            }
+            GateUp::Split(gate, up) => network.linear_all([gate, up], x, pass)?.into(),
             GateUp::Fused(both) => {
                 let inner = self.config.intermediate_size;
                 let all = network.linear(both, x, pass)?;

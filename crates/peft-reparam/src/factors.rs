@@ -425,7 +425,7 @@ impl Adapter for Pair {
             // The table is [rows, dim], its change (B A)ᵀ.
             return Ok(Some(w.add(&a.t_matmul(&b.t()?)?.scale(scaling)?)?));
         }
-        let mut changed = w.add(&b.matmul(&a)?.scale(scaling)?)?;
+        let mut changed = w.clone().plus_matmul_t(&b, &a.t()?, scaling)?;
         if let Some((b0, a0)) = &self.removed {
             changed = changed.sub(&b0.matmul(a0)?.scale(scaling)?)?;
         }

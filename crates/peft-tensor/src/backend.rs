@@ -198,6 +198,10 @@ pub trait Backend: Send + Sync {
     fn download(&self, x: &Buffer) -> Result<Vec<f32>>;
     /// Values back in double precision (the reference backend's true values; others convert).
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>>;
+    /// The values where they are, if that is memory of the process.
+    fn view<'a>(&self, _x: &'a Buffer) -> Option<&'a [f32]> {
+        None
+    }
     /// Values in double precision onto the device (rounded where it keeps f32).
     fn upload_f64(&self, values: Vec<f64>) -> Result<Buffer>;
     /// `len` times `value`.
@@ -298,6 +302,10 @@ pub trait Backend: Send + Sync {
     ) -> Result<Buffer>;
     /// Buffers of `[outer, len_i, inner]` joined along the middle axis.
     fn concat(&self, parts: &[(&Buffer, usize)], outer: usize, inner: usize) -> Result<Buffer>;
+    /// `b` behind `a`, in the memory of `a` where nobody else holds it and there is room.
+    fn append(&self, a: Buffer, a_len: usize, b: &Buffer, b_len: usize) -> Result<Buffer> {
+        self.concat(&[(&a, a_len), (b, b_len)], 1, 1)
+    }
     /// Rows `ids` of `[rows, cols]`.
     fn gather(&self, x: &Buffer, cols: usize, ids: &[u32]) -> Result<Buffer>;
     /// Zeros of `[rows, cols]` with row i of `dy` added to row `ids[i]`.
@@ -332,6 +340,16 @@ pub trait Backend: Send + Sync {
         transpose: bool,
         into: Option<Buffer>,
     ) -> Result<Buffer>;
+    /// `x [m, cols] Wt -> [m, rows]` for several weights that take the same rows.
+    fn frozen_matmul_all(
+        &self,
+        x: &Buffer,
+        m: usize,
+        weights: &[&FrozenWeight],
+    ) -> Result<Vec<Buffer>> {
+        let product = |w: &&FrozenWeight| self.frozen_matmul(x, m, w, true, None);
+        weights.iter().map(product).collect()
+    }
     /// Rows `ids` of a frozen matrix, in f32.
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer>;
     /// A frozen matrix in f32.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::shape_err;
 use crate::ops::check_ids;
-use crate::tape::record;
+use crate::tape::{grad_enabled, record};
 use crate::{Buffer, Device, FrozenWeight, Result, Tensor};
 
 /// A weight of the base model, in whatever format it is stored: it can multiply, gather rows, give itself dense and
@@ -100,6 +100,34 @@ impl BaseWeight {
             Kind::Dense(w) => x.matmul_t(w),
             Kind::Frozen(w) => frozen_product(x, w, !self.transposed),
         }
+    }
+
+    /// [`linear`](Self::linear) with several weights. Where no gradient is wanted, threads share the work of all of them
+    /// together: a few rows with a small weight are too little to share.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn linear_all(weights: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let frozen = |w: &&Self| match &w.kind {
+            Kind::Frozen(frozen) if !w.transposed && frozen.cols() == x.last_dim() => {
+                Some(frozen.clone())
+            }
+            _ => None,
+        };
+        let all: Option<Vec<_>> = weights.iter().map(frozen).collect();
+        let recorded = grad_enabled() && x.requires_grad();
+        let (Some(all), false, true) = (all, recorded, x.rank() > 0) else {
+            return weights.iter().map(|w| w.linear(x)).collect();
+        };
+        let all: Vec<&FrozenWeight> = all.iter().map(|w| &**w).collect();
+        let m = x.numel() / x.last_dim().max(1);
+        let products = x.device().backend().frozen_matmul_all(&x.data, m, &all)?;
+        let shaped = products.into_iter().zip(all).map(|(data, w)| {
+            let mut shape = x.shape().to_vec();
+            shape[x.rank() - 1] = w.rows();
+            Tensor::from_buffer(data, shape, x.device())
+        });
+        Ok(shaped.collect())
     }
 
     /// `x [.., out] -> x W [.., in]`: the transpose of [`BaseWeight::linear`].

@@ -30,8 +30,9 @@ pub use backend::{
 };
 pub use base_weight::BaseWeight;
 pub use bytes::{Bytes, release_heap};
+pub use cpu::simd::all_finite;
 pub use error::{Result, TensorError};
-pub use frozen::{FrozenWeight, WeightFormat, bnb, encode};
+pub use frozen::{FrozenWeight, WeightFormat, bnb, encode, encode_onto};
 pub use ops::{CustomOp, IGNORE, concat, custom};
 pub use precision::{Keep, Precision};
 pub use rng::RngKey;

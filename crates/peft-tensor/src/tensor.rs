@@ -1,5 +1,6 @@
 //! The tensor handle: shape, device, values, and its place in the graph.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use ndarray::{Array, ArrayD, Dimension, IxDyn};
@@ -251,6 +252,17 @@ impl Tensor {
     /// Whatever the device says.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         self.device().backend().download(&self.data)
+    }
+
+    /// The same, without a copy where they are in memory.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn values(&self) -> Result<Cow<'_, [f32]>> {
+        match self.device().backend().view(&self.data) {
+            Some(values) => Ok(Cow::Borrowed(values)),
+            None => self.to_vec().map(Cow::Owned),
+        }
     }
 
     /// Values in double precision (true ones on the reference device).

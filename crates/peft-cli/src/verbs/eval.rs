@@ -16,6 +16,8 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
         limit: args.limit,
         task: args.task,
         compose: args.combine.compose,
+        quantize: args.kept.quantize,
+        precision: args.kept.precision,
         eval: EvalOptions {
             batch_size: args.batch_size,
             choices: args.choices.then_some(true),

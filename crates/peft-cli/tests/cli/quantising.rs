@@ -129,16 +129,21 @@ fn what_is_written_is_bitsandbytes_layout_and_runs() {
         );
     }
     let nf4 = text(temp.path().join("nf4"));
-    peft([
-        "generate",
-        "--model",
-        &nf4,
-        "--prompt",
-        "w5 w6",
-        "--max-new-tokens",
-        "3",
-    ])
-    .ok();
+    // Quantising while loading gives the weights that were written, so the same text.
+    let generate = |model: &str, more: &[&str]| {
+        let args = ["generate", "--json", "--model", model, "--prompt", "w5 w6"];
+        peft(
+            args.into_iter()
+                .chain(["--max-new-tokens", "8"])
+                .chain(more.iter().copied()),
+        )
+    };
+    let written = generate(&nf4, &[]).json();
+    let loaded = generate(&source, &["--quantize", "nf4", "--precision", "bf16"]).json();
+    assert_eq!(written["tokens"], loaded["tokens"]);
+    generate(&source, &["--quantize", "int4"]).fails(2, &["nf4, nf4_single, int8, q8_0"]);
+    generate(&source, &["--precision", "f64"]).fails(2, &["f32 or bf16"]);
+    generate(&nf4, &["--quantize", "nf4"]).fails(1, &["NF4 already"]);
     peft(["quantize", &nf4, "--out", &text(temp.path().join("again"))])
         .fails(1, &["quantised already"]);
     peft(["quantize", &source, "--out", &nf4]).fails(1, &["already holds a checkpoint"]);

@@ -19,10 +19,10 @@ use crate::backend::Attention;
 const TILE: usize = 64 * 1024;
 
 /// Everything about a call but its values.
-struct Geometry<'a> {
+pub(super) struct Geometry<'a> {
     s: usize,
-    t: usize,
-    spec: &'a Attention,
+    pub(super) t: usize,
+    pub(super) spec: &'a Attention,
     /// Width of a row of q and out.
     q_width: usize,
     /// Width of a row of k and v.
@@ -36,17 +36,17 @@ struct Geometry<'a> {
 }
 
 /// The keys a block of queries works on: up to two spans of them, side by side in the tile.
-struct Keys {
+pub(super) struct Keys {
     spans: [Range<usize>; 2],
     /// Width of the tile.
-    width: usize,
+    pub(super) width: usize,
     /// `Geometry::bias` of these keys.
-    bias: Option<Vec<f32>>,
+    pub(super) bias: Option<Vec<f32>>,
 }
 
 impl Keys {
     /// (first key, keys, first column of the tile) of each span.
-    fn spans(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
+    pub(super) fn spans(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
         let [front, near] = &self.spans;
         [
             (front.start, front.len(), 0),
@@ -98,7 +98,7 @@ impl<'a> Geometry<'a> {
         (first.max(start), end.min(stop))
     }
 
-    fn keys(&self, batch: usize, queries: &Range<usize>) -> Keys {
+    pub(super) fn keys(&self, batch: usize, queries: &Range<usize>) -> Keys {
         let prefix = self.spec.prefix.min(self.t);
         let first = self.seen(batch, queries.start).0;
         let end = self.seen(batch, queries.end - 1).1.max(prefix);
@@ -119,7 +119,7 @@ impl<'a> Geometry<'a> {
     }
 
     /// The columns of the tile that query i sees.
-    fn columns(&self, batch: usize, i: usize, keys: &Keys) -> [Range<usize>; 2] {
+    pub(super) fn columns(&self, batch: usize, i: usize, keys: &Keys) -> [Range<usize>; 2] {
         let prefix = self.spec.prefix.min(self.t);
         let (first, end) = self.seen(batch, i);
         let first = first.max(prefix);
@@ -136,7 +136,7 @@ impl<'a> Geometry<'a> {
     }
 
     /// The head of k or v that query head `h` uses, rows from `row`.
-    fn kv<'v>(&self, x: &'v [f32], row: usize, h: usize) -> View<'v> {
+    pub(super) fn kv<'v>(&self, x: &'v [f32], row: usize, h: usize) -> View<'v> {
         let group = self.spec.heads / self.spec.kv_heads;
         let first = row * self.kv_width + h / group * self.spec.head_dim;
         View::rows(&x[first..], self.kv_width)
@@ -226,20 +226,14 @@ pub(super) fn attention(
     spec: &Attention,
 ) -> (Floats, Vec<f32>) {
     let geometry = Geometry::new(b, s, t, spec);
-    let (heads, d, width) = (spec.heads, spec.head_dim, geometry.q_width);
+    let (heads, width) = (spec.heads, geometry.q_width);
     let mut out = Floats::zeros(q.len());
     let mut lse = vec![f32::NEG_INFINITY; b * heads * s];
     if out.is_empty() || t == 0 {
         return (out, lse);
     }
     if s == 1 {
-        // Generation: a task a head, both outputs in the order of (batch, head).
-        par::rows2(&mut out, d, &mut lse, 1, 2 * t * d, |first, out, lse| {
-            for (i, (out, lse)) in out.chunks_mut(d).zip(lse.chunks_mut(1)).enumerate() {
-                let (batch, h) = ((first + i) / heads, (first + i) % heads);
-                block(&geometry, q, k, v, batch, &(0..1), h..h + 1, out, d, lse);
-            }
-        });
+        super::few::one_query(&geometry, q, k, v, &mut out, &mut lse);
         return (out, lse);
     }
     // A task a block of queries, all heads; out comes in whole rows, lse is put in its order afterwards.
@@ -358,7 +352,7 @@ fn clear_outside(row: &mut [f32], columns: &[Range<usize>; 2]) {
 
 simd! {
     /// Raw products of a row to e^(score - max), zero where nothing is to be seen: (1 / their sum, log-sum-exp).
-    fn weights(row: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>) -> (f32, f32) {
+    pub(super) fn weights(row: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>) -> (f32, f32) {
         clear_outside(row, columns);
         let mut max = f32::NEG_INFINITY;
         for range in columns {

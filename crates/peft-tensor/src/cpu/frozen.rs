@@ -1,21 +1,18 @@
 //! Products with frozen weights, straight from their stored format.
 //!
 //! Many rows: a slab of the weight is decoded (in parallel) and multiplied, so that decoding costs a few percent
-//! and never more than a slab of memory; in bfloat16, where the processor multiplies it, by [`packed`]. One to four rows: each weight row is decoded into the first-level cache
-//! and its dot product taken there, so that generation reads the stored bytes once and nothing else.
+//! and never more than a slab of memory; in bfloat16, where the processor multiplies it, by [`packed`](super::packed). A
+//! few rows have kernels of their own, in [`few`](super::few).
 
 use std::sync::Mutex;
 
-use super::matmul::{View, dot_rows, gemm_into, parallelism, transpose};
+use super::matmul::{View, gemm_into, parallelism};
 use super::pool::Floats;
-use super::{packed, par};
+use super::{few, packed, par};
 use crate::{FrozenWeight, Precision};
 
 /// Most elements of a decoded slab: 4 MiB of f32, which stays in the last-level cache.
 const SLAB: usize = 1 << 20;
-
-/// Rows of the input up to which decoding a row for its dot products beats decoding a slab for a product.
-const FEW: usize = 4;
 
 /// Decoding buffers that were used before, so that a slab is not mapped anew for each product.
 #[derive(Default)]
@@ -63,10 +60,21 @@ pub(super) fn matmul(
     } else {
         (rows, cols)
     };
-    let kernel = match m > FEW {
-        true => packed::kernel(precision),
-        false => None,
-    };
+    if m > 0 && m <= few::FEW && rows * cols > 0 {
+        let product = if transposed {
+            few::frozen(x, m, &[w]).pop().unwrap_or_default()
+        } else {
+            few::frozen_t(x, m, w)
+        };
+        return match into {
+            Some(mut into) => {
+                super::simd::add_into(&product, &mut into);
+                into
+            }
+            None => product,
+        };
+    }
+    let kernel = packed::kernel(precision);
     if let (Some(dense), None) = (w.as_f32(), kernel) {
         return super::matmul::matmul(
             x, dense, 1, m, inside, width, false, false, false, transposed, 1.0, into,
@@ -83,16 +91,6 @@ pub(super) fn matmul(
     }
     if let Some(kernel) = kernel {
         kernel.matmul(scratch, x, m, w, transposed, &mut out, add);
-        return out;
-    }
-    if transposed && m <= FEW {
-        if !add {
-            few_rows(x, m, w, &mut out);
-            return out;
-        }
-        let mut product = Floats::dirty(m * width);
-        few_rows(x, m, w, &mut product);
-        super::simd::add_into(&product, &mut out);
         return out;
     }
     let step = (SLAB / cols).clamp(1, rows);
@@ -136,28 +134,20 @@ pub(super) fn matmul(
     out
 }
 
-/// `x [m, cols] Wt` for few rows m.
-fn few_rows(x: &[f32], m: usize, w: &FrozenWeight, out: &mut [f32]) {
-    let (rows, cols) = (w.rows(), w.cols());
-    // A few rows at a time: still in the first-level cache, and fewer calls.
-    let block = (4096 / cols).max(1);
-    let dots = |first: usize, out: &mut [f32]| {
-        let mut decoded = vec![0.0; block * cols];
-        for (i, out) in out.chunks_mut(block * m).enumerate() {
-            let (at, count) = (first + i * block, out.len() / m);
-            let decoded = &mut decoded[..count * cols];
-            w.decode_rows(at..at + count, decoded);
-            dot_rows(x, decoded, cols, out);
-        }
-    };
-    // Decoding is several times the work of a multiply-add.
-    let cost = cols * (m + 4);
-    if m == 1 {
-        return par::rows(out, 1, cost, dots);
+/// `x Wt` with each of the weights.
+pub(super) fn matmul_all(
+    scratch: &Scratch,
+    precision: Precision,
+    x: &[f32],
+    m: usize,
+    weights: &[&FrozenWeight],
+) -> Vec<Floats> {
+    let empty = weights.iter().any(|w| w.rows() * w.cols() == 0);
+    if m > 0 && m <= few::FEW && !empty {
+        return few::frozen(x, m, weights);
     }
-    let mut columns = vec![0.0; rows * m];
-    par::rows(&mut columns, m, cost, dots);
-    transpose(&columns, m, rows, out);
+    let product = |w: &&FrozenWeight| matmul(scratch, precision, x, m, w, true, None);
+    weights.iter().map(product).collect()
 }
 
 pub(super) fn gather(w: &FrozenWeight, ids: &[u32]) -> Floats {

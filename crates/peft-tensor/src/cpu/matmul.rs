@@ -1,11 +1,11 @@
-//! Products of dense matrices: `gemm` for large ones, dot products for one to four rows.
+//! Products of dense matrices: `gemm` for large ones, kernels of their own for a few rows.
 
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::par;
+use super::few;
 use super::pool::Floats;
-use super::simd::{axpy, dot_body, simd};
+use super::simd::axpy;
 
 /// A matrix inside a slice, by strides.
 #[derive(Clone, Copy)]
@@ -38,7 +38,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// Rows from which on a product goes through packed panels; fewer are dot products against each stored row.
+/// Most rows whose product with columns of a matrix is a sum of its rows.
 const FEW: usize = 4;
 
 /// Multiply-adds from which on a product is worth several threads.
@@ -146,7 +146,7 @@ pub(super) fn matmul(
     let b_step = if b_batched && batch > 1 { k * n } else { 0 };
     let one = |i: usize, out: &mut [f32], threads: Parallelism| {
         let (a, b) = (&a[i * a_step..], &b[i * b_step..]);
-        if m <= FEW && !ta {
+        if !ta && m <= if tb { few::FEW } else { FEW } {
             let threads = !matches!(threads, Parallelism::None);
             if !add && scale == 1.0 {
                 return few_rows(&a[..m * k], b, m, k, n, tb, out, threads);
@@ -199,23 +199,7 @@ fn few_rows(
     threads: bool,
 ) {
     if tb {
-        // Columns of the output are rows of b; gathered as [n, m], which for one row already is the output.
-        let dots = |first: usize, out: &mut [f32]| {
-            dot_rows(a, &b[first * k..(first + out.len() / m) * k], k, out)
-        };
-        let run = |out: &mut [f32]| {
-            if threads {
-                par::rows(out, m, m * k, dots)
-            } else {
-                dots(0, out)
-            }
-        };
-        if m == 1 {
-            return run(out);
-        }
-        let mut columns = vec![0.0; n * m];
-        run(&mut columns);
-        return transpose(&columns, m, n, out);
+        return few::dense(a, &b[..n * k], m, k, out, threads);
     }
     // Stripes of columns, so that threads read disjoint parts of each row of b.
     let stripe = if threads { 512 } else { n };
@@ -241,18 +225,6 @@ pub(super) fn transpose(columns: &[f32], m: usize, n: usize, out: &mut [f32]) {
     for (i, out) in out.chunks_exact_mut(n).enumerate() {
         for (o, column) in out.iter_mut().zip(columns.chunks_exact(m)) {
             *o = column[i];
-        }
-    }
-}
-
-simd! {
-    /// Dot products of each row of `w` with each row of `x`, both `k` wide: `out [rows of w, rows of x]`.
-    pub(super) fn dot_rows(x: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
-        let m = x.len() / k;
-        for (w, out) in w.chunks_exact(k).zip(out.chunks_exact_mut(m)) {
-            for (x, out) in x.chunks_exact(k).zip(out) {
-                *out = dot_body::<FMA>(x, w);
-            }
         }
     }
 }

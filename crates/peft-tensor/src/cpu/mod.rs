@@ -7,6 +7,7 @@ mod attention;
 mod codes;
 mod dropout;
 mod elementwise;
+mod few;
 mod frozen;
 mod half;
 mod loss;
@@ -110,6 +111,10 @@ impl Backend for CpuBackend {
 
     fn download(&self, x: &Buffer) -> Result<Vec<f32>> {
         Ok(get(x)?.to_vec())
+    }
+
+    fn view<'a>(&self, x: &'a Buffer) -> Option<&'a [f32]> {
+        get(x).ok()
     }
 
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>> {
@@ -264,6 +269,12 @@ impl Backend for CpuBackend {
         Ok(put(shape::concat(&parts, outer, inner)))
     }
 
+    fn append(&self, a: Buffer, _a_len: usize, b: &Buffer, _b_len: usize) -> Result<Buffer> {
+        let mut values = owned(a)?;
+        values.append(get(b)?);
+        Ok(put(values))
+    }
+
     fn gather(&self, x: &Buffer, cols: usize, ids: &[u32]) -> Result<Buffer> {
         Ok(put(shape::gather(get(x)?, cols, ids)))
     }
@@ -322,6 +333,16 @@ impl Backend for CpuBackend {
             transpose,
             into,
         )))
+    }
+
+    fn frozen_matmul_all(
+        &self,
+        x: &Buffer,
+        m: usize,
+        weights: &[&FrozenWeight],
+    ) -> Result<Vec<Buffer>> {
+        let products = frozen::matmul_all(&self.scratch, self.precision, get(x)?, m, weights);
+        Ok(products.into_iter().map(put).collect())
     }
 
     fn frozen_gather(&self, w: &FrozenWeight, ids: &[u32]) -> Result<Buffer> {

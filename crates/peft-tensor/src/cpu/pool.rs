@@ -183,6 +183,19 @@ impl Floats {
         new
     }
 
+    /// Puts `more` behind the values: in place where there is room, else in twice the room.
+    pub(super) fn append(&mut self, more: &[f32]) {
+        let len = self.len + more.len();
+        if len > self.all.values().len() {
+            let mut roomy = Self::dirty(2 * len);
+            roomy[..self.len].copy_from_slice(self);
+            roomy.len = self.len;
+            *self = roomy;
+        }
+        self.all.values_mut()[self.len..len].copy_from_slice(more);
+        self.len = len;
+    }
+
     /// A copy.
     pub(super) fn copied(values: &[f32]) -> Self {
         let mut new = Self::dirty(values.len());
@@ -256,6 +269,21 @@ mod tests {
         let b = Floats::zeros(n - 1000);
         assert_eq!((b.as_ptr(), b.len()), (at, n - 1000));
         assert!(b.iter().all(|v| *v == 0.0));
+    }
+
+    #[test]
+    fn values_grow_in_place() {
+        let mut all = Floats::copied(&[1.0; 5000]);
+        all.append(&[2.0; 200]);
+        let at = all.as_ptr();
+        all.append(&[3.0; 4990]);
+        assert_eq!((at, all.len()), (all.as_ptr(), 10_190));
+        let places = [4999, 5000, 5199, 5200].map(|i: usize| all[i]);
+        assert_eq!(places, [1.0, 2.0, 2.0, 3.0]);
+        let mut few = Floats::default();
+        few.append(&[4.0]);
+        few.append(&[5.0, 6.0]);
+        assert_eq!(few[..], [4.0, 5.0, 6.0]);
     }
 
     #[test]

@@ -232,6 +232,22 @@ pub(crate) fn max_body(x: &[f32]) -> f32 {
 }
 
 simd! {
+    /// Whether no value is NaN or infinite.
+    pub fn all_finite(x: &[f32]) -> bool {
+        // Without their sign, the bits of values are in the values' order, and infinity is above all numbers.
+        let (blocks, tail) = x.as_chunks::<32>();
+        let mut largest = [0u32; 32];
+        for block in blocks {
+            for l in 0..32 {
+                largest[l] = largest[l].max(block[l].to_bits() & 0x7fff_ffff);
+            }
+        }
+        let infinity = f32::INFINITY.to_bits();
+        largest.iter().all(|bits| *bits < infinity) && tail.iter().all(|v| v.is_finite())
+    }
+}
+
+simd! {
     /// y += a x
     pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
         for (y, x) in y.iter_mut().zip(x) {
@@ -283,6 +299,21 @@ mod tests {
             if v != 0.0 {
                 assert!(rel(t[i], v.tanh()) < 5e-7, "tanh {v}: {}", t[i]);
                 assert!(rel(r[i], libm::erf(v)) < 5e-7, "erf {v}: {}", r[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found_wherever_it_is() {
+        for n in [1, 31, 64, 67] {
+            let mut x = vec![-f32::MAX; n];
+            assert!(all_finite(&x));
+            for i in 0..n {
+                for v in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    x[i] = v;
+                    assert!(!all_finite(&x), "{v} at {i} of {n}");
+                }
+                x[i] = f32::MIN_POSITIVE / 2.0;
             }
         }
     }

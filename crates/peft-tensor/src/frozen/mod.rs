@@ -189,6 +189,21 @@ impl WeightFormat {
 /// # Errors
 /// Where the values are not whole rows, a row is not whole blocks, or the format (a K-quant) has no encoder.
 pub fn encode(format: WeightFormat, values: &[f32], cols: usize) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    encode_onto(format, values, cols, &mut out)?;
+    Ok(out)
+}
+
+/// As [`encode`], behind what `out` holds: a buffer that is used again.
+///
+/// # Errors
+/// As there.
+pub fn encode_onto(
+    format: WeightFormat,
+    values: &[f32],
+    cols: usize,
+    out: &mut Vec<u8>,
+) -> Result<()> {
     let whole = if cols == 0 {
         values.is_empty()
     } else {
@@ -201,15 +216,15 @@ pub fn encode(format: WeightFormat, values: &[f32], cols: usize) -> Result<Vec<u
         )));
     }
     let rows = values.len().checked_div(cols).unwrap_or(0);
-    let mut out = Vec::with_capacity(format.matrix_bytes(rows, cols)?);
+    out.reserve(format.matrix_bytes(rows, cols)?);
     let encoded = match format.layout() {
-        Layout::Headed(_) if cols > 0 => values
-            .chunks(cols)
-            .all(|row| encode_into(format, row, &mut out)),
-        _ => encode_into(format, values, &mut out),
+        Layout::Headed(_) if cols > 0 => {
+            values.chunks(cols).all(|row| encode_into(format, row, out))
+        }
+        _ => encode_into(format, values, out),
     };
     if encoded {
-        Ok(out)
+        Ok(())
     } else {
         Err(TensorError::Unsupported(format!(
             "{} can be read but not written; formats that can be written: {}",
@@ -251,7 +266,7 @@ fn decode_avx2(format: WeightFormat, src: &[u8], out: &mut [f32]) {
 /// The f16 in two bytes as f32. Written out so that loops over it become vector code on every processor, where the
 /// library's conversion asks for F16C value by value; no step meets a subnormal operand, which would be slow.
 #[inline(always)]
-fn f16(bytes: [u8; 2]) -> f32 {
+pub(crate) fn f16(bytes: [u8; 2]) -> f32 {
     const BIAS: u32 = (127 - 15) << 23;
     const SMALLEST: u32 = BIAS + (1 << 23);
     let h = u32::from(u16::from_le_bytes(bytes));

@@ -1,7 +1,7 @@
 //! Operations that move or repeat elements.
 
 use crate::error::shape_err;
-use crate::tape::record;
+use crate::tape::{grad_enabled, record};
 use crate::tensor::numel;
 use crate::{Result, Tensor, TensorError};
 
@@ -233,6 +233,31 @@ pub(crate) fn check_ids(op: &'static str, ids: &[u32], rows: usize) -> Result<()
             len: rows,
         }),
         None => Ok(()),
+    }
+}
+
+impl Tensor {
+    /// `self` with `rhs` behind it along an axis: [`concat`] in the memory of `self`, where nobody else holds that, the axes
+    /// in front are 1 and no gradient is wanted. So keys and values grow from token to token.
+    ///
+    /// # Errors
+    /// As [`concat`].
+    pub fn append(self, rhs: &Tensor, axis: usize) -> Result<Tensor> {
+        let same = self.rank() == rhs.rank()
+            && axis < self.rank()
+            && (0..self.rank()).all(|a| a == axis || self.shape()[a] == rhs.shape()[a]);
+        let recorded = grad_enabled() && (self.requires_grad() || rhs.requires_grad());
+        if !same || recorded || numel(&self.shape()[..axis]) != 1 {
+            return concat(&[&self, rhs], axis);
+        }
+        self.same_device(rhs, "append")?;
+        let mut shape = self.shape().to_vec();
+        shape[axis] += rhs.shape()[axis];
+        let (device, len) = (self.device().clone(), self.numel());
+        let data = device
+            .backend()
+            .append(self.data, len, &rhs.data, rhs.numel())?;
+        Ok(Tensor::from_buffer(data, shape, &device))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Reductions, broadcasting, permutations, slices, rows by index.
 
-use peft_tensor::{Device, RngKey, Tensor, concat};
+use peft_tensor::{Device, RngKey, Tensor, concat, no_grad};
 use proptest::prelude::*;
 
 use crate::check::{TIGHT, Tolerance, check, input};
@@ -140,4 +140,37 @@ fn nothing_in_nothing_out() {
         assert_eq!(x.exp().unwrap().add(&x).unwrap().numel(), 0);
         assert_eq!(w.gather_rows(&[]).unwrap().shape(), [0, 5]);
     }
+}
+
+/// Growing in place is joining, whoever else holds the values, and with a gradient it is a join on the tape.
+#[test]
+fn appending_is_joining() {
+    let part = |seed: u64, n: usize| input(seed, -2.0, 2.0, &[1, n, 3]);
+    let values = |t: &Tensor| t.to_vec().unwrap();
+    let tensor = |i: u64| {
+        let shape = [1, 1 + i as usize % 3, 300];
+        Tensor::normal(RngKey::new(i), 0.0, 1.0, &shape, &Device::cpu()).unwrap()
+    };
+    let tensors: Vec<Tensor> = (0..40).map(tensor).collect();
+    let want = concat(&tensors.iter().collect::<Vec<_>>(), 1).unwrap();
+    no_grad(|| {
+        let mut all = tensors[0].clone();
+        for (i, next) in tensors[1..].iter().enumerate() {
+            let holder = (i % 3 == 0).then(|| (all.clone(), values(&all)));
+            all = all.append(next, 1).unwrap();
+            if let Some((holder, before)) = holder {
+                assert_eq!(values(&holder), before);
+            }
+        }
+        assert_eq!((all.shape(), values(&all)), (want.shape(), values(&want)));
+        assert!(all.append(&tensors[0], 0).is_err());
+    });
+    check(&[part(1, 2), part(2, 3)], TIGHT, |x| {
+        x[0].clone().append(&x[1], 1)
+    });
+    let rows = [
+        input(3, -2.0, 2.0, &[2, 2, 3]),
+        input(4, -2.0, 2.0, &[2, 1, 3]),
+    ];
+    check(&rows, TIGHT, |x| x[0].clone().append(&x[1], 1));
 }

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use peft_core::Result;
-use peft_models::{LoadOptions, Model, Task};
+use peft_core::{Device, Result};
+use peft_models::{LoadOptions, Model, Quantize, Task};
+use peft_tensor::Precision;
 use peft_train::config::{DataFormat, DataSection};
 use peft_train::{
     Dataset, EvalOptions, EvalReport, LabelNames, Observer, RawData, VoteReport, encode_for,
@@ -24,6 +25,10 @@ pub struct EvaluateOptions {
     pub task: Option<u32>,
     /// How several adapters combine; with [`Compose::Parallel`], call it once for each.
     pub compose: Compose,
+    /// Format to bring the linear layers of the blocks into; None = as they are stored.
+    pub quantize: Option<Quantize>,
+    /// What weights in single precision are kept in.
+    pub precision: Precision,
     /// Batches and choices.
     pub eval: EvalOptions,
 }
@@ -100,6 +105,8 @@ fn prepared(
     let (task, labels) = task_for(&raw, known, num_labels)?;
     let load = LoadOptions {
         task: Some(task),
+        device: Device::cpu_in(options.precision),
+        quantize: options.quantize,
         ..LoadOptions::default()
     };
     let (model, opened) = open_composed(model, adapters, options.compose, &load)?;

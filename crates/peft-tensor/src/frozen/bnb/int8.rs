@@ -5,6 +5,15 @@ use crate::frozen::{BlockFormat, Layout};
 /// What bitsandbytes multiplies by instead of dividing by 127.
 const PART: f32 = 7.874_016e-3;
 
+/// Bytes in front of a row's codes.
+pub(crate) const INT8_HEAD: usize = 4;
+
+/// What one step of a row's codes stands for.
+pub(crate) fn int8_step(row: &[u8]) -> f32 {
+    row.first_chunk()
+        .map_or(0.0, |scale| f32::from_le_bytes(*scale) * PART)
+}
+
 /// A row: f32 scale, a signed byte a value: `q * scale / 127`.
 pub(in crate::frozen) struct Int8;
 
@@ -12,7 +21,7 @@ impl BlockFormat for Int8 {
     const NAME: &'static str = "INT8";
     const LEN: usize = 1;
     const BYTES: usize = 1;
-    const LAYOUT: Layout = Layout::Headed(4);
+    const LAYOUT: Layout = Layout::Headed(INT8_HEAD);
 
     #[inline(always)]
     fn decode(src: &[u8], out: &mut [f32]) {

@@ -16,6 +16,7 @@ use crate::{Bytes, WeightFormat};
 
 pub(super) use four::{Fp4, Nf4};
 pub(super) use int8::Int8;
+pub(crate) use int8::{INT8_HEAD, int8_step};
 pub use nested::{Nested, dynamic_map};
 
 /// Values that share a scale.

@@ -243,6 +243,7 @@ fn write_all(
     };
     step(0);
     let worker = |_: rayon::BroadcastContext<'_>| -> std::result::Result<(), (usize, Error)> {
+        let mut pieces = write::Pieces::default();
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(group) = work.get(at) else {
@@ -250,9 +251,9 @@ fn write_all(
             };
             let written = match group {
                 [output] if !matches!(output.source, Source::Merged(_)) => {
-                    write::copied(writer, subject, output)
+                    write::copied(writer, subject, output, &mut pieces)
                 }
-                group => write::merged(writer, subject, group),
+                group => write::merged(writer, subject, group, &mut pieces),
             };
             if let Err(error) = written {
                 // The others begin nothing new.

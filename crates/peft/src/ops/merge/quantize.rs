@@ -93,11 +93,12 @@ pub fn quantize(
     }
     let shards = ShardPlan::new(entries, options.max_shard_size)?;
     let writer = StreamWriter::create(output, &shards, &Default::default(), options.overwrite)?;
+    let mut pieces = write::Pieces::default();
     for (done, output) in outputs.iter().enumerate() {
         progress(done, outputs.len());
         match covered.get(&output.entry.name) {
             Some(id) => quantised(&writer, &subject, output, *id, options.quantize)?,
-            None => write::copied(&writer, &subject, output)?,
+            None => write::copied(&writer, &subject, output, &mut pieces)?,
         }
     }
     progress(outputs.len(), outputs.len());

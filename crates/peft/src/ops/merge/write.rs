@@ -1,17 +1,29 @@
-//! Putting tensors into the writer: merged modules whole, everything else in pieces of a mebibyte or so.
+//! Putting tensors into the writer: merged modules whole, everything else in pieces that stay in a cache.
 
 use peft_core::{BaseWeight, Error, ModuleKind, Result, Tensor};
 use peft_io::{DType, StoredFormat, StreamWriter, check_finite};
-use peft_tensor::{FrozenWeight, WeightFormat, encode};
+use peft_tensor::{FrozenWeight, WeightFormat, encode_onto};
 
 use super::plan::{Output, Source};
 use crate::ops::Subject;
 
 /// Values that are converted at a time.
-const PIECE: usize = 1 << 20;
+const PIECE: usize = 1 << 16;
+
+/// Memory of one thread for the pieces it converts.
+#[derive(Default)]
+pub(super) struct Pieces {
+    values: Vec<f32>,
+    bytes: Vec<u8>,
+}
 
 /// Merges one module and writes its parameters; `group` are the tensors that come from it.
-pub(super) fn merged(writer: &StreamWriter, subject: &Subject, group: &[&Output]) -> Result<()> {
+pub(super) fn merged(
+    writer: &StreamWriter,
+    subject: &Subject,
+    group: &[&Output],
+    pieces: &mut Pieces,
+) -> Result<()> {
     let Some(Source::Merged(id)) = group.first().map(|o| &o.source) else {
         return Ok(());
     };
@@ -45,10 +57,10 @@ pub(super) fn merged(writer: &StreamWriter, subject: &Subject, group: &[&Output]
                 } else {
                     stored_layout(values, weight, info.kind)?
                 };
-                float(writer, output, &values.to_vec()?)?;
+                float(writer, output, &values.values()?, pieces)?;
             }
-            (None, Some(values), _) => float(writer, output, &values.to_vec()?)?,
-            (None, None, Some(weight)) => base_weight(writer, output, weight, info.kind)?,
+            (None, Some(values), _) => float(writer, output, &values.values()?, pieces)?,
+            (None, None, Some(weight)) => base_weight(writer, output, weight, info.kind, pieces)?,
             (None, None, None) => {
                 return Err(Error::module(&info.path, format!("`{name}` has no values")));
             }
@@ -61,22 +73,39 @@ pub(super) fn merged(writer: &StreamWriter, subject: &Subject, group: &[&Output]
 }
 
 /// Writes a tensor that no adapter changes.
-pub(super) fn copied(writer: &StreamWriter, subject: &Subject, output: &Output) -> Result<()> {
+pub(super) fn copied(
+    writer: &StreamWriter,
+    subject: &Subject,
+    output: &Output,
+    pieces: &mut Pieces,
+) -> Result<()> {
     match &output.source {
         Source::Merged(_) => Ok(()),
-        Source::Stored(name) => stored(writer, subject, output, name),
+        Source::Stored(name) => stored(writer, subject, output, name, pieces),
         Source::Base(name, id) => {
             let network = subject.network();
             let weight = network.base().weight(name).ok_or_else(|| {
                 Error::file(&subject.path, format!("there is no tensor `{name}`"))
             })?;
-            base_weight(writer, output, weight, network.tree().info(*id).kind)
+            base_weight(
+                writer,
+                output,
+                weight,
+                network.tree().info(*id).kind,
+                pieces,
+            )
         }
     }
 }
 
 /// A tensor of the checkpoint: its bytes where the element type stays, converted in pieces where not.
-fn stored(writer: &StreamWriter, subject: &Subject, output: &Output, name: &str) -> Result<()> {
+fn stored(
+    writer: &StreamWriter,
+    subject: &Subject,
+    output: &Output,
+    name: &str,
+    pieces: &mut Pieces,
+) -> Result<()> {
     let checkpoint = &subject.checkpoint;
     let Some(meta) = checkpoint.meta(name) else {
         return Err(Error::file(
@@ -85,7 +114,7 @@ fn stored(writer: &StreamWriter, subject: &Subject, output: &Output, name: &str)
         ));
     };
     if let StoredFormat::Weight(_) = meta.format {
-        return frozen(writer, output, &checkpoint.weight(name)?);
+        return frozen(writer, output, &checkpoint.weight(name)?, pieces);
     }
     let bytes = checkpoint.bytes(name)?;
     writer.write(&output.entry.name, &bytes)?;
@@ -99,12 +128,13 @@ fn base_weight(
     output: &Output,
     weight: &BaseWeight,
     kind: ModuleKind,
+    pieces: &mut Pieces,
 ) -> Result<()> {
     let turned = kind == ModuleKind::Conv1d && !weight.is_transposed() && !output.bias;
     match (weight.as_frozen(), weight.as_dense()) {
-        (Some(w), _) if !turned => frozen(writer, output, w),
-        (Some(_), _) => float(writer, output, &weight.to_dense()?.t()?.to_vec()?),
-        (_, Some(t)) => float(writer, output, &t.to_vec()?),
+        (Some(w), _) if !turned => frozen(writer, output, w, pieces),
+        (Some(_), _) => float(writer, output, &weight.to_dense()?.t()?.values()?, pieces),
+        (_, Some(t)) => float(writer, output, &t.values()?, pieces),
         (None, None) => Ok(()),
     }
 }
@@ -124,21 +154,30 @@ fn vector(weight: &BaseWeight) -> Result<Tensor> {
 }
 
 /// Writes a mapped matrix piece by piece, checking that it is finite and giving its pages back.
-fn frozen(writer: &StreamWriter, output: &Output, weight: &FrozenWeight) -> Result<()> {
+fn frozen(
+    writer: &StreamWriter,
+    output: &Output,
+    weight: &FrozenWeight,
+    pieces: &mut Pieces,
+) -> Result<()> {
     let name = &output.entry.name;
     let same = StoredFormat::Weight(weight.format()).dtype() == Some(output.entry.dtype);
     let row_bytes = weight.nbytes() / weight.rows().max(1);
     let rows = (PIECE / weight.cols().max(1)).clamp(1, weight.rows().max(1));
-    let mut values = Vec::new();
+    let values = &mut pieces.values;
     for start in (0..weight.rows()).step_by(rows) {
         let end = (start + rows).min(weight.rows());
         values.resize((end - start) * weight.cols(), 0.0);
-        weight.decode_rows(start..end, &mut values);
-        check_finite(name, &values)?;
+        weight.decode_rows(start..end, values);
+        check_finite(name, values)?;
         let bytes = weight.bytes().slice(start * row_bytes..end * row_bytes);
         match &bytes {
             Some(bytes) if same => writer.write_part(name, bytes)?,
-            _ => writer.write_part(name, &encode(wanted(output), &values, values.len())?)?,
+            _ => {
+                pieces.bytes.clear();
+                encode_onto(wanted(output), values, values.len(), &mut pieces.bytes)?;
+                writer.write_part(name, &pieces.bytes)?;
+            }
         }
         if let Some(bytes) = bytes {
             bytes.release();
@@ -151,7 +190,12 @@ fn frozen(writer: &StreamWriter, output: &Output, weight: &FrozenWeight) -> Resu
 }
 
 /// Writes values in memory piece by piece.
-fn float(writer: &StreamWriter, output: &Output, values: &[f32]) -> Result<()> {
+fn float(
+    writer: &StreamWriter,
+    output: &Output,
+    values: &[f32],
+    pieces: &mut Pieces,
+) -> Result<()> {
     let name = &output.entry.name;
     check_finite(name, values)?;
     let expected: usize = output.entry.shape.iter().product();
@@ -164,7 +208,9 @@ fn float(writer: &StreamWriter, output: &Output, values: &[f32]) -> Result<()> {
         return Err(Error::other(detail));
     }
     for piece in values.chunks(PIECE) {
-        writer.write_part(name, &encode(wanted(output), piece, piece.len())?)?;
+        pieces.bytes.clear();
+        encode_onto(wanted(output), piece, piece.len(), &mut pieces.bytes)?;
+        writer.write_part(name, &pieces.bytes)?;
     }
     Ok(())
 }

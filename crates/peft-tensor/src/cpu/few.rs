@@ -1,0 +1,278 @@
+//! Products of a few rows with a whole weight, as generation makes them: bound by reading the weight, so its stored bytes
+//! are read once, decoded in registers, and nothing else is written.
+//!
+//! One row is multiplied straight from the common formats; for two rows up to [`FEW`], and for the other formats, a
+//! handful of stored rows is decoded into the first-level cache and used there for all rows of the input. Work is cut into
+//! small pieces that threads take as they come: nobody waits for a thread that the system gave to somebody else, except
+//! for the piece it holds.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::pool::Floats;
+use super::simd::{self, Level, add_into};
+use crate::frozen::bnb;
+use crate::{FrozenWeight, WeightFormat};
+
+/// Calls a kernel compiled for `$level`.
+macro_rules! at {
+    ($level:expr, $kernel:ident($($arg:expr),* $(,)?)) => {
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code, reason = "calls into a copy for instructions that were detected")]
+            // SAFETY: level() says Avx512 only where avx512f, avx2 and fma were detected.
+            Level::Avx512 => unsafe { dots::avx512::$kernel($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code, reason = "calls into a copy for instructions that were detected")]
+            // SAFETY: level() says Avx2 only where avx2, fma and f16c were detected.
+            Level::Avx2 => unsafe { dots::avx2::$kernel($($arg),*) },
+            Level::Base => dots::plain::$kernel($($arg),*),
+        }
+    };
+}
+
+mod attend;
+mod dots;
+mod lanes;
+
+pub(super) use attend::one_query;
+
+/// Most rows of the input; more are worth panels of decoded values.
+pub(super) const FEW: usize = 16;
+
+/// Multiply-adds of a piece: a few microseconds, so that many threads find something, and taking it costs little.
+const PIECE: usize = 32 * 1024;
+
+/// Most partial sums of a product with the weight itself.
+const PARTS: usize = 64;
+
+/// Values of the stored rows that are decoded at a time, about.
+const DECODED: usize = 4096;
+
+/// The best level of this machine for these kernels.
+fn level() -> Level {
+    match simd::level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 if !is_x86_feature_detected!("f16c") => Level::Base,
+        level => level,
+    }
+}
+
+/// `x Wt` of `x [m, cols]` with each of the weights: `[m, rows]` for each. The pieces of all of them are shared out
+/// together.
+pub(super) fn frozen(x: &[f32], m: usize, weights: &[&FrozenWeight]) -> Vec<Floats> {
+    frozen_at(level(), x, m, weights)
+}
+
+fn frozen_at(level: Level, x: &[f32], m: usize, weights: &[&FrozenWeight]) -> Vec<Floats> {
+    // The kernels for codes want the values in another order.
+    let codes = |w: &&&FrozenWeight| m == 1 && bnb::table(w.format()).is_some();
+    let sorted = weights.iter().find(codes).map(|_| apart(x));
+    let sorted = sorted.as_deref().unwrap_or_default();
+    let mut outs: Vec<Floats> = weights
+        .iter()
+        .map(|w| Floats::dirty(m * w.rows()))
+        .collect();
+    let mut pieces = Vec::new();
+    for (w, out) in weights.iter().zip(&mut outs) {
+        let rows = rows_of_piece(m, w.cols());
+        let cut = out.chunks_mut(rows * m).enumerate();
+        pieces.extend(cut.map(|(i, out)| (*w, i * rows, out)));
+    }
+    share(pieces, |(w, first, out)| {
+        if m > 1 || !straight(level, x, sorted, w, first, out) {
+            through_cache(level, x, m, w, first, out);
+        }
+    });
+    if m > 1 {
+        for (w, out) in weights.iter().zip(&mut outs) {
+            *out = turned(out, m, w.rows());
+        }
+    }
+    outs
+}
+
+/// `a [m, k] bt` for rows `b [n, k]`, into `out [m, n]`.
+pub(super) fn dense(a: &[f32], b: &[f32], m: usize, k: usize, out: &mut [f32], threads: bool) {
+    dense_at(level(), a, b, m, k, out, threads);
+}
+
+fn dense_at(
+    level: Level,
+    a: &[f32],
+    b: &[f32],
+    m: usize,
+    k: usize,
+    out: &mut [f32],
+    threads: bool,
+) {
+    let n = out.len() / m;
+    let run = |first: usize, out: &mut [f32]| {
+        let b = &b[first * k..][..out.len() / m * k];
+        if m == 1 {
+            at!(level, f32_rows(a, bytemuck::cast_slice(b), 4 * k, out));
+        } else {
+            at!(level, tile(a, b, k, k, m, out));
+        }
+    };
+    let all = |out: &mut [f32]| {
+        let rows = rows_of_piece(m, k);
+        if !threads || n <= rows {
+            return run(0, out);
+        }
+        let pieces = out.chunks_mut(rows * m).enumerate();
+        share(pieces.collect(), |(i, out)| run(i * rows, out));
+    };
+    if m == 1 {
+        return all(out);
+    }
+    let mut columns = Floats::dirty(m * n);
+    all(&mut columns);
+    super::matmul::transpose(&columns, m, n, out);
+}
+
+/// `x W` of `x [m, rows]`: `[m, cols]`. Each piece sums some of the weight's rows; the pieces, cut by the shape alone,
+/// are added in their order.
+pub(super) fn frozen_t(x: &[f32], m: usize, w: &FrozenWeight) -> Floats {
+    frozen_t_at(level(), x, m, w)
+}
+
+fn frozen_t_at(level: Level, x: &[f32], m: usize, w: &FrozenWeight) -> Floats {
+    let (rows, cols) = (w.rows(), w.cols());
+    let step = rows_of_piece(m, cols).max(rows.div_ceil(PARTS));
+    let mut parts = Floats::zeros(rows.div_ceil(step) * m * cols);
+    let pieces = parts.chunks_mut(m * cols).enumerate();
+    share(pieces.collect(), |(i, part)| {
+        let end = rows.min((i + 1) * step);
+        in_cache(w, i * step..end, |first, values| {
+            let count = values.len() / cols;
+            for (x, part) in x.chunks(rows).zip(part.chunks_mut(cols)) {
+                at!(
+                    level,
+                    add_rows(&x[first..first + count], values, cols, part)
+                );
+            }
+        });
+    });
+    let (sum, rest) = parts.split_at_mut(m * cols);
+    for part in rest.chunks(m * cols) {
+        add_into(part, sum);
+    }
+    Floats::copied(sum)
+}
+
+/// Rows of a piece when a row has `cols` values.
+fn rows_of_piece(m: usize, cols: usize) -> usize {
+    (PIECE / (m * cols).max(1)).max(1).next_multiple_of(4)
+}
+
+/// Runs all pieces, on all threads if there is more than one.
+fn share<P: Send>(pieces: Vec<P>, run: impl Fn(P) + Sync) {
+    if pieces.len() < 2 {
+        return pieces.into_iter().for_each(run);
+    }
+    let pieces: Vec<_> = pieces.into_iter().map(|p| Mutex::new(Some(p))).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let piece = piece.lock().unwrap_or_else(PoisonError::into_inner).take();
+            piece.into_iter().for_each(&run);
+        }
+    };
+    team(rayon::current_num_threads().min(pieces.len()), &work);
+}
+
+/// Runs `work` on up to `n` threads; one that comes late finds nothing left.
+fn team(n: usize, work: &(impl Fn() + Sync)) {
+    if n < 2 {
+        work();
+    } else {
+        rayon::join(|| team(n - n / 2, work), || team(n / 2, work));
+    }
+}
+
+/// One row with the stored rows from `first` on, decoded in registers; false where the format has no kernel.
+fn straight(
+    level: Level,
+    x: &[f32],
+    sorted: &[f32],
+    w: &FrozenWeight,
+    first: usize,
+    out: &mut [f32],
+) -> bool {
+    let Some(row) = w.row_bytes() else {
+        return false;
+    };
+    let bytes = &w.bytes()[first * row..][..out.len() * row];
+    match w.format() {
+        WeightFormat::F32 => at!(level, f32_rows(x, bytes, row, out)),
+        WeightFormat::BF16 => at!(level, bf16_rows(x, bytes, row, out)),
+        WeightFormat::F16 => at!(level, f16_rows(x, bytes, row, out)),
+        WeightFormat::Q8_0 => at!(level, q8_0_rows(x, bytes, row, out)),
+        WeightFormat::Q4_0 => at!(level, q4_0_rows(x, bytes, row, out)),
+        WeightFormat::Q4_1 => at!(level, q4_1_rows(x, bytes, row, out)),
+        WeightFormat::INT8 => {
+            at!(level, i8_rows(x, &bytes[bnb::INT8_HEAD..], row, out));
+            for (out, row) in out.iter_mut().zip(bytes.chunks(row)) {
+                *out *= bnb::int8_step(row);
+            }
+        }
+        format => match bnb::table(format) {
+            Some(table) => at!(level, code_rows(sorted, bytes, row, out, table)),
+            None => return false,
+        },
+    }
+    true
+}
+
+/// All rows of `x` with the stored rows from `first` on: `out [rows, m]`.
+fn through_cache(
+    level: Level,
+    x: &[f32],
+    m: usize,
+    w: &FrozenWeight,
+    first: usize,
+    out: &mut [f32],
+) {
+    let cols = w.cols();
+    in_cache(w, first..first + out.len() / m, |at, values| {
+        let out = &mut out[(at - first) * m..][..values.len() / cols * m];
+        at!(level, tile(x, values, cols, cols, m, out));
+    });
+}
+
+/// Calls `f(first row, values)` for a handful of decoded rows at a time.
+fn in_cache(w: &FrozenWeight, rows: std::ops::Range<usize>, mut f: impl FnMut(usize, &[f32])) {
+    let cols = w.cols();
+    if let Some(values) = w.as_f32() {
+        return f(rows.start, &values[rows.start * cols..rows.end * cols]);
+    }
+    let block = (DECODED / cols.max(1)).clamp(2, 64);
+    let mut values = vec![0.0; block.min(rows.len()) * cols];
+    for first in rows.clone().step_by(block) {
+        let end = rows.end.min(first + block);
+        let values = &mut values[..(end - first) * cols];
+        w.decode_rows(first..end, values);
+        f(first, values);
+    }
+}
+
+/// `[n, m]` -> `[m, n]`
+fn turned(columns: &[f32], m: usize, n: usize) -> Floats {
+    let mut out = Floats::dirty(m * n);
+    super::matmul::transpose(columns, m, n, &mut out);
+    out
+}
+
+/// In each 64 values those at even places, then those at odd ones: the order in which the halves of 32 bytes come.
+fn apart(x: &[f32]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    for block in x.chunks(64) {
+        out.extend(block.iter().step_by(2));
+        out.extend(block.iter().skip(1).step_by(2));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,257 @@
+//! Dot products of stored rows with a row of f32, and of a few decoded rows with several, written once over the functions
+//! of [`lanes`](super::lanes).
+//!
+//! Every sum is taken in sixteen lanes, those by halves, then what is left over of a row, one by one: a result depends on
+//! neither the number of threads nor how many rows are taken together. Four stored rows at a time hide the latency of
+//! the additions. Rows that are read side by side are no stream to the processor, which is why each is asked for some
+//! time before.
+
+/// `$run` on four rows at a time, then on one at a time; rows begin `row` elements of `w` apart.
+macro_rules! in_fours {
+    ($run:ident, $w:ident, $row:ident, $out:ident, $($arg:expr),*) => {
+        let (fours, ones) = $out.as_chunks_mut::<4>();
+        let done = fours.len() * 4;
+        for (i, out) in fours.iter_mut().enumerate() {
+            $run::<4>(&$w[4 * i * $row..], $row, out, $($arg),*);
+        }
+        for (i, out) in ones.iter_mut().enumerate() {
+            $run::<1>(&$w[(done + i) * $row..], $row, std::array::from_mut(out), $($arg),*);
+        }
+    };
+}
+
+/// Plain values, sixteen in `$bytes` bytes, read by `$read`.
+macro_rules! floats {
+    ($name:ident, $read:ident, $bytes:literal $(, $feature:literal)?) => {
+        $(#[target_feature(enable = $feature)])?
+        pub(in super::super) fn $name(x: &[f32], w: &[u8], row: usize, out: &mut [f32]) {
+            $(#[target_feature(enable = $feature)])?
+            #[inline]
+            fn some<const R: usize>(w: &[u8], row: usize, out: &mut [f32; R], x: &[f32]) {
+                let (x, tail) = x.as_chunks::<16>();
+                let rows: [&[[u8; $bytes]]; R] = units(w, row, x.len());
+                let mut acc = [splat(0.0); R];
+                for (i, x) in x.iter().enumerate() {
+                    let x = load(x);
+                    for r in 0..R {
+                        ahead(&rows[r][i], R * row);
+                        acc[r] = fma($read(&rows[r][i]), x, acc[r]);
+                    }
+                }
+                for r in 0..R {
+                    out[r] = sum(acc[r]);
+                    if !tail.is_empty() {
+                        let left = &w[r * row + x.len() * $bytes..][..tail.len() * ($bytes / 16)];
+                        let mut bytes = [0; $bytes];
+                        bytes[..left.len()].copy_from_slice(left);
+                        for (x, w) in tail.iter().zip(plain::$read(&bytes)) {
+                            out[r] += x * w;
+                        }
+                    }
+                }
+            }
+            in_fours!(some, w, row, out, x);
+        }
+    };
+}
+
+/// Blocks of 32 values in `$bytes` bytes, read by `$read` as a scale, the minimum if it is `$shifted`, and the values.
+macro_rules! blocks {
+    ($name:ident, $read:ident, $bytes:literal, $shifted:literal $(, $feature:literal)?) => {
+        $(#[target_feature(enable = $feature)])?
+        pub(in super::super) fn $name(x: &[f32], w: &[u8], row: usize, out: &mut [f32]) {
+            $(#[target_feature(enable = $feature)])?
+            #[inline]
+            fn some<const R: usize>(w: &[u8], row: usize, out: &mut [f32; R], x: &[f32]) {
+                let x = x.as_chunks::<16>().0.as_chunks::<2>().0;
+                let rows: [&[[u8; $bytes]]; R] = units(w, row, x.len());
+                let mut acc = [splat(0.0); R];
+                for (i, [a, b]) in x.iter().enumerate() {
+                    let (a, b) = (load(a), load(b));
+                    for r in 0..R {
+                        ahead(&rows[r][i], R * row);
+                        let (scale, least, [v, w]) = $read(&rows[r][i]);
+                        acc[r] = fma(splat(scale), fma(w, b, mul(v, a)), acc[r]);
+                        if $shifted {
+                            acc[r] = fma(splat(least), add(a, b), acc[r]);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    out[r] = sum(acc[r]);
+                }
+            }
+            in_fours!(some, w, row, out, x);
+        }
+    };
+}
+
+/// The first `n` units of rows that begin `row` bytes apart.
+#[inline(always)]
+fn units<const N: usize, const R: usize>(w: &[u8], row: usize, n: usize) -> [&[[u8; N]]; R] {
+    let mut all = [&[][..]; R];
+    for r in 0..R {
+        all[r] = &w[r * row..].as_chunks().0[..n];
+    }
+    all
+}
+
+/// Rows of `k` values, `row` apart, in sixteens, and what is left over.
+#[inline(always)]
+fn sixteens<const R: usize>(x: &[f32], row: usize, k: usize) -> [(&[[f32; 16]], &[f32]); R] {
+    let mut all = [(&[][..], &[][..]); R];
+    for r in 0..R {
+        all[r] = x[r * row..][..k].as_chunks();
+    }
+    all
+}
+
+macro_rules! kernels {
+    ($lanes:ident $(, $feature:literal)?) => {
+        pub(super) mod $lanes {
+            use super::super::lanes::{$lanes::*, Codes, PAGE, plain};
+            use super::{sixteens, units};
+
+            floats!(f32_rows, f32s, 64 $(, $feature)?);
+            floats!(bf16_rows, bf16s, 32 $(, $feature)?);
+            floats!(f16_rows, f16s, 32 $(, $feature)?);
+            floats!(i8_rows, signed, 16 $(, $feature)?);
+            blocks!(q8_0_rows, q8_0, 34, false $(, $feature)?);
+            blocks!(q4_0_rows, q4_0, 18, true $(, $feature)?);
+            blocks!(q4_1_rows, q4_1, 20, true $(, $feature)?);
+
+            $(#[target_feature(enable = $feature)])?
+            #[inline]
+            fn q8_0([d0, d1, q @ ..]: &[u8; 34]) -> (f32, f32, [F; 2]) {
+                let q: &[u8; 32] = q;
+                let [low, high] = [&q.as_chunks().0[0], &q.as_chunks().0[1]];
+                (f16([*d0, *d1]), 0.0, [signed(low), signed(high)])
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            #[inline]
+            fn q4_0([d0, d1, q @ ..]: &[u8; 18]) -> (f32, f32, [F; 2]) {
+                let scale = f16([*d0, *d1]);
+                (scale, -8.0 * scale, nibbles(q))
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            #[inline]
+            fn q4_1([d0, d1, m0, m1, q @ ..]: &[u8; 20]) -> (f32, f32, [F; 2]) {
+                (f16([*d0, *d1]), f16([*m0, *m1]), nibbles(q))
+            }
+
+            /// Blocks of 64 codes of `table` with a scale; `x` as [`apart`](super::super::apart) puts it.
+            $(#[target_feature(enable = $feature)])?
+            pub(in super::super) fn code_rows(x: &[f32], w: &[u8], row: usize, out: &mut [f32], codes: &Codes) {
+                $(#[target_feature(enable = $feature)])?
+                #[inline]
+                fn some<const R: usize>(w: &[u8], row: usize, out: &mut [f32; R], x: &[f32], table: &Table) {
+                    let x = x.as_chunks::<16>().0.as_chunks::<4>().0;
+                    let rows: [&[[u8; 36]]; R] = units(w, row, x.len());
+                    let mut acc = [splat(0.0); R];
+                    for (i, [a, b, c, d]) in x.iter().enumerate() {
+                        let (a, b, c, d) = (load(a), load(b), load(c), load(d));
+                        for r in 0..R {
+                            ahead(&rows[r][i], PAGE);
+                            let [s0, s1, s2, s3, codes @ ..] = &rows[r][i];
+                            let scale = f32::from_le_bytes([*s0, *s1, *s2, *s3]);
+                            let [e, f, g, h] = look(table, codes);
+                            let part = fma(h, d, fma(g, c, fma(f, b, mul(e, a))));
+                            acc[r] = fma(splat(scale), part, acc[r]);
+                        }
+                    }
+                    for r in 0..R {
+                    out[r] = sum(acc[r]);
+                }
+                }
+                let table = table(codes);
+                for (i, out) in out.iter_mut().enumerate() {
+                    some::<1>(&w[i * row..], row, std::array::from_mut(out), x, &table);
+                }
+            }
+
+            /// Each of `m` rows of `x` with each of `w`'s, `k` wide and `row` apart: `out [rows of w, m]`.
+            $(#[target_feature(enable = $feature)])?
+            pub(in super::super) fn tile(x: &[f32], w: &[f32], k: usize, row: usize, m: usize, out: &mut [f32]) {
+                $(#[target_feature(enable = $feature)])?
+                #[inline]
+                fn some<const R: usize, const M: usize>(x: &[f32], w: &[f32], k: usize, row: usize, m: usize, out: &mut [f32]) {
+                    let xs: [(&[[f32; 16]], &[f32]); M] = sixteens(x, k, k);
+                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, row, k);
+                    let mut acc = [[splat(0.0); M]; R];
+                    for i in 0..k / 16 {
+                        let mut w = [splat(0.0); R];
+                        for r in 0..R {
+                            w[r] = load(&ws[r].0[i]);
+                        }
+                        for c in 0..M {
+                            let x = load(&xs[c].0[i]);
+                            for r in 0..R {
+                                acc[r][c] = fma(w[r], x, acc[r][c]);
+                            }
+                        }
+                    }
+                    for r in 0..R {
+                        for c in 0..M {
+                            let left = xs[c].1.iter().zip(ws[r].1);
+                            out[r * m + c] = left.fold(sum(acc[r][c]), |sum, (x, w)| sum + x * w);
+                        }
+                    }
+                }
+                let rows = out.len() / m;
+                for r in (0..rows).step_by(2) {
+                    let (w, out, pair) = (&w[r * row..], &mut out[r * m..], r + 1 < rows);
+                    for c in (0..m).step_by(3) {
+                        let (x, out) = (&x[c * k..], &mut out[c..]);
+                        match (pair, m - c) {
+                            (true, 1) => some::<2, 1>(x, w, k, row, m, out),
+                            (true, 2) => some::<2, 2>(x, w, k, row, m, out),
+                            (true, _) => some::<2, 3>(x, w, k, row, m, out),
+                            (false, 1) => some::<1, 1>(x, w, k, row, m, out),
+                            (false, 2) => some::<1, 2>(x, w, k, row, m, out),
+                            (false, _) => some::<1, 3>(x, w, k, row, m, out),
+                        }
+                    }
+                }
+            }
+
+            /// `out += a w` for rows `w` as wide as `out`, `row` apart, and a factor for each.
+            $(#[target_feature(enable = $feature)])?
+            pub(in super::super) fn add_rows(a: &[f32], w: &[f32], row: usize, out: &mut [f32]) {
+                $(#[target_feature(enable = $feature)])?
+                #[inline]
+                fn some<const R: usize>(a: &[f32; R], w: &[f32], row: usize, out: &mut [f32]) {
+                    let k = out.len();
+                    let ws: [(&[[f32; 16]], &[f32]); R] = sixteens(w, row, k);
+                    let (out, tail) = out.as_chunks_mut::<16>();
+                    for (i, out) in out.iter_mut().enumerate() {
+                        let mut sum = load(out);
+                        for r in 0..R {
+                            sum = fma(splat(a[r]), load(&ws[r].0[i]), sum);
+                        }
+                        store(sum, out);
+                    }
+                    for (i, out) in tail.iter_mut().enumerate() {
+                        for r in 0..R {
+                            *out += a[r] * ws[r].1[i];
+                        }
+                    }
+                }
+                let (fours, ones) = a.as_chunks::<4>();
+                for (i, a) in fours.iter().enumerate() {
+                    some(a, &w[4 * i * row..], row, out);
+                }
+                for (i, a) in ones.iter().enumerate() {
+                    some(&[*a], &w[(4 * fours.len() + i) * row..], row, out);
+                }
+            }
+        }
+    };
+}
+
+kernels!(plain);
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2, "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512, "avx512f,avx2,fma");
