@@ -85,8 +85,10 @@ fn model(config: &Value, task: Task, adapter: &Value) -> Option<Model> {
     Some(model)
 }
 
-/// Loss and gradients, by key.
-fn outcome(model: &Model, batch: &(Batch, Labels)) -> peft::Result<(f64, Vec<(String, Vec<f32>)>)> {
+/// Gradients by key.
+type Gradients = Vec<(String, Vec<f32>)>;
+
+fn outcome(model: &Model, batch: &(Batch, Labels)) -> peft::Result<(f64, Gradients)> {
     let out = model.loss(&batch.0, &batch.1, &Pass::eval())?;
     let grads = out.loss.backward()?;
     let mut all = Vec::new();

@@ -114,7 +114,7 @@ impl Model {
             let start = tokenizer.bos().or(tokenizer.eos().first().copied());
             ids.extend(start.or(self.config().bos_token));
         }
-        let mut stream = TextStream::new(tokenizer);
+        let mut stream = TextStream::new(&tokenizer);
         let mut text = String::new();
         let mut given = 0;
         let mut stopped = false;

@@ -8,12 +8,14 @@ use peft_tensor::{Eager, IGNORE, Tensor, no_grad};
 use crate::arch::into_tensor_error;
 use crate::model::{Batch, Model, Task};
 
-/// Bytes of logits that are in memory at once: about what a block's backward pass takes of 1000 tokens anyway.
-const LOGITS: usize = 16 << 20;
+/// Bytes of logits that are in memory at once: about what a block's backward pass takes of 1000 tokens anyway. With fewer
+/// the head's weight would be decoded too often.
+const LOGITS: usize = 24 << 20;
 
-/// Rows of `width` logits that are in memory at once. Fewer would read the head's weight too often.
-pub fn logit_rows(width: usize) -> usize {
-    (LOGITS / size_of::<f32>() / width.max(1) / 16 * 16).clamp(64, 1024)
+/// Rows of `width` logits that are in memory at once where there are so many labels: about equally many each time.
+pub fn logit_rows(width: usize, labels: usize) -> usize {
+    let most = (LOGITS / size_of::<f32>() / width.max(1) / 16 * 16).clamp(64, 1024);
+    labels.div_ceil(labels.div_ceil(most).max(1)).max(1)
 }
 
 /// What a batch should have been answered with.
@@ -72,7 +74,7 @@ impl Labelled {
 
     /// Labels that go through the head together: not too many, and all of one weight.
     fn chunks(&self, width: usize) -> Vec<Range<usize>> {
-        let rows = logit_rows(width);
+        let rows = logit_rows(width, self.targets.len());
         let mut chunks: Vec<Range<usize>> = Vec::new();
         for at in 0..self.targets.len() {
             match chunks.last_mut() {

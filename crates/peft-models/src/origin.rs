@@ -1,7 +1,7 @@
 //! Where a model came from, and the tokenizer that is there, read on first use.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use peft_core::{Device, Error, Result, Tensors, Tokenize};
 use peft_io::Checkpoint;
@@ -21,14 +21,23 @@ pub(crate) enum Place {
 /// A place with its tokenizer, shared by the model and the methods on it.
 pub(crate) struct Origin {
     place: Place,
-    tokenizer: OnceLock<Tokenizer>,
+    tokenizer: Mutex<Loaded>,
+}
+
+/// A tokenizer that is in memory.
+enum Loaded {
+    No,
+    /// It can be read again.
+    Read(Arc<Tokenizer>),
+    /// It came from elsewhere.
+    Given(Arc<Tokenizer>),
 }
 
 impl Origin {
     pub(crate) fn new(place: Place) -> Self {
         Self {
             place,
-            tokenizer: OnceLock::new(),
+            tokenizer: Mutex::new(Loaded::No),
         }
     }
 
@@ -39,9 +48,16 @@ impl Origin {
         }
     }
 
-    pub(crate) fn tokenizer(&self) -> Result<&Tokenizer> {
-        if let Some(tokenizer) = self.tokenizer.get() {
-            return Ok(tokenizer);
+    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+        self.tokenizer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn tokenizer(&self) -> Result<Arc<Tokenizer>> {
+        let mut loaded = self.loaded();
+        if let Loaded::Read(tokenizer) | Loaded::Given(tokenizer) = &*loaded {
+            return Ok(tokenizer.clone());
         }
         let made = match &self.place {
             Place::Folder(folder) => Tokenizer::from_folder(folder)?,
@@ -55,13 +71,26 @@ impl Origin {
                 ));
             }
         };
-        Ok(self.tokenizer.get_or_init(|| made))
+        let made = Arc::new(made);
+        *loaded = Loaded::Read(made.clone());
+        Ok(made)
     }
 
     pub(crate) fn set(&self, tokenizer: Tokenizer) -> Result<()> {
-        self.tokenizer
-            .set(tokenizer)
-            .map_err(|_| Error::other("the model has a tokenizer already"))
+        let mut loaded = self.loaded();
+        if !matches!(*loaded, Loaded::No) {
+            return Err(Error::other("the model has a tokenizer already"));
+        }
+        *loaded = Loaded::Given(Arc::new(tokenizer));
+        Ok(())
+    }
+
+    /// Gives up the memory of a tokenizer that can be read again.
+    pub(crate) fn forget(&self) {
+        let mut loaded = self.loaded();
+        if matches!(*loaded, Loaded::Read(_)) {
+            *loaded = Loaded::No;
+        }
     }
 }
 

@@ -3,64 +3,99 @@
 use super::pool::Floats;
 use super::simd::simd;
 
-/// Values per task.
-const CHUNK: usize = super::par::GRAIN;
+/// Words of a block: word `i` has value `i` in its low half and value `WORDS + i` in the other, so that both directions
+/// are whole vectors.
+const WORDS: usize = 16;
+/// Values of a block.
+const BLOCK: usize = 2 * WORDS;
+/// Blocks per task.
+const TASK: usize = super::par::GRAIN / BLOCK;
 
 /// The upper halves of f32 values, two in the place of one.
 pub(super) struct Halves {
-    /// Bit patterns, the element with the lower index in the low half.
-    pairs: Floats,
+    /// Bit patterns, block after block; what the last one has no value for is anything.
+    words: Floats,
     len: usize,
 }
 
 impl Halves {
+    /// Places of an f32 that so many values take.
+    pub(super) fn places(values: usize) -> usize {
+        values.div_ceil(BLOCK) * WORDS
+    }
+
     /// Rounded to the nearest, ties to even.
     pub(super) fn pack(x: &[f32]) -> Self {
-        let mut pairs = Floats::dirty(x.len().div_ceil(2));
-        super::par::rows(&mut pairs, CHUNK / 2, CHUNK, |first, out| {
-            pack_chunk(&x[first * CHUNK..], out)
+        let mut words = Floats::dirty(Self::places(x.len()));
+        super::par::rows(&mut words, WORDS, BLOCK, |first, out| {
+            pack_blocks(&x[first * BLOCK..], out)
         });
         Self {
-            pairs,
+            words,
             len: x.len(),
         }
     }
 
     pub(super) fn unpack(&self) -> Floats {
         let mut out = Floats::dirty(self.len);
-        super::par::rows(&mut out, CHUNK, CHUNK, |first, out| {
-            unpack_chunk(&self.pairs[first * CHUNK / 2..], out)
+        super::par::rows(&mut out, TASK * BLOCK, TASK * BLOCK, |first, out| {
+            unpack_blocks(&self.words[first * TASK * WORDS..], out)
         });
         out
     }
 }
 
-/// The bfloat16 nearest to a value, NaN staying one.
+/// The bfloat16 nearest to a value, in the low half, NaN staying one.
 #[inline(always)]
-fn round(x: f32) -> u32 {
+pub(super) fn bf16(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let nan = (bits >> 16) | 0x40;
     if x.is_nan() { nan } else { rounded }
 }
 
+#[inline(always)]
+fn pack_block(x: &[f32; BLOCK], out: &mut [f32; WORDS]) {
+    for i in 0..WORDS {
+        out[i] = f32::from_bits(bf16(x[i]) | bf16(x[WORDS + i]) << 16);
+    }
+}
+
+#[inline(always)]
+fn unpack_block(words: &[f32; WORDS], out: &mut [f32; BLOCK]) {
+    for i in 0..WORDS {
+        let bits = words[i].to_bits();
+        out[i] = f32::from_bits(bits << 16);
+        out[WORDS + i] = f32::from_bits(bits & 0xffff_0000);
+    }
+}
+
 simd! {
-    fn pack_chunk(x: &[f32], out: &mut [f32]) {
-        for (o, x) in out.iter_mut().zip(x.chunks(2)) {
-            let high = x.get(1).map_or(0, |x| round(*x));
-            *o = f32::from_bits(round(x[0]) | high << 16);
+    fn pack_blocks(x: &[f32], out: &mut [f32]) {
+        let (blocks, rest) = x.as_chunks::<BLOCK>();
+        let (words, _) = out.as_chunks_mut::<WORDS>();
+        for (x, out) in blocks.iter().zip(words.iter_mut()) {
+            pack_block(x, out);
+        }
+        if let Some(out) = words.get_mut(blocks.len()) {
+            let mut last = [0.0; BLOCK];
+            last[..rest.len()].copy_from_slice(rest);
+            pack_block(&last, out);
         }
     }
 }
 
 simd! {
-    fn unpack_chunk(pairs: &[f32], out: &mut [f32]) {
-        for (out, pair) in out.chunks_mut(2).zip(pairs) {
-            let bits = pair.to_bits();
-            out[0] = f32::from_bits(bits << 16);
-            if let Some(out) = out.get_mut(1) {
-                *out = f32::from_bits(bits & 0xffff_0000);
-            }
+    fn unpack_blocks(words: &[f32], out: &mut [f32]) {
+        let (words, _) = words.as_chunks::<WORDS>();
+        let (blocks, rest) = out.as_chunks_mut::<BLOCK>();
+        for (out, words) in blocks.iter_mut().zip(words) {
+            unpack_block(words, out);
+        }
+        if let Some(words) = words.get(blocks.len()) {
+            let mut last = [0.0; BLOCK];
+            unpack_block(words, &mut last);
+            rest.copy_from_slice(&last[..rest.len()]);
         }
     }
 }
@@ -69,17 +104,19 @@ simd! {
 mod tests {
     use super::*;
 
+    const TASK_VALUES: usize = TASK * BLOCK;
+
     #[test]
     fn values_come_back_as_the_nearest_bfloat16() {
         // Long enough for several tasks, of odd length, with what rounds up, ties, overflows, and is no number.
-        let mut x: Vec<f32> = (0..2 * CHUNK + 77)
+        let mut x: Vec<f32> = (0..2 * TASK_VALUES + 77)
             .map(|i| (i as f32 * 0.37 - 9000.0) * 1.7e-3f32.powi(i as i32 % 7))
             .collect();
         x[5] = f32::MAX;
         x[6] = f32::from_bits(0x3f80_8000);
         x[7] = f32::from_bits(0x3f81_8000);
-        x[CHUNK + 1] = f32::NAN;
-        x[CHUNK + 2] = f32::NEG_INFINITY;
+        x[TASK_VALUES + 1] = f32::NAN;
+        x[TASK_VALUES + 2] = f32::NEG_INFINITY;
         let got = Halves::pack(&x).unpack();
         assert_eq!(got.len(), x.len());
         for (i, (got, x)) in got.iter().zip(&x).enumerate() {

@@ -48,7 +48,7 @@ impl CpuBackend {
 pub(crate) fn kept_bytes(keep: Keep, values: usize) -> u64 {
     let places = match keep {
         Keep::F32 => values,
-        Keep::Bf16 => values.div_ceil(2),
+        Keep::Bf16 => Halves::places(values),
         Keep::Int8 => Codes::places(values),
     };
     size_of::<f32>() as u64 * pool::rounded(places) as u64

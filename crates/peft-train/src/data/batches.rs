@@ -60,12 +60,17 @@ pub fn collate(examples: &[&Example], pad: u32) -> Collated {
 /// Makes a batch of one row without padding, if the rows differ in length and none has a task of its own; else as
 /// [`collate`]. A model keeps the texts apart by their segments.
 pub fn join(examples: &[&Example], pad: u32) -> Collated {
+    collected(examples, pad, joins(examples))
+}
+
+/// Whether [`join`] makes one row of these.
+pub(crate) fn joins(examples: &[&Example]) -> bool {
     let lengths = || examples.iter().map(|e| e.ids.len());
     let differ = lengths().min() != lengths().max();
-    let plain = examples
-        .iter()
-        .all(|e| e.task.is_none() && !e.ids.is_empty());
-    collected(examples, pad, differ && plain)
+    differ
+        && examples
+            .iter()
+            .all(|e| e.task.is_none() && !e.ids.is_empty())
 }
 
 fn collected(examples: &[&Example], pad: u32, joined: bool) -> Collated {

@@ -15,6 +15,7 @@ mod labels;
 mod pack;
 mod raw;
 
+pub(crate) use batches::joins;
 pub use batches::{Collated, collate, join, plan_epoch};
 pub use dataset::{Dataset, Example, Goal, Text};
 pub(crate) use encode::learned_from;

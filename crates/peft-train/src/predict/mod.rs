@@ -125,7 +125,7 @@ pub fn predict(config: &TrainConfig) -> Result<Forecast> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Size {
     rows: usize,
-    /// Tokens of a row with padding and virtual tokens.
+    /// Tokens of a row with padding and virtual tokens; their mean where rows are joined without padding.
     seq: usize,
     /// Places whose prediction is learned from.
     labels: usize,
@@ -139,6 +139,7 @@ impl Trainer<'_> {
     /// # Errors
     /// Whatever the layers say when they are tried.
     pub fn forecast(&self) -> Result<Forecast> {
+        self.model().forget_tokenizer();
         peft_tensor::release_heap();
         let sizes = self.sizes();
         let plan = self.within_limit()?;
@@ -213,9 +214,14 @@ impl Trainer<'_> {
         let size = |rows: &Vec<usize>| {
             let examples = &self.examples();
             let rows: Vec<&Example> = rows.iter().filter_map(|&row| examples.get(row)).collect();
+            let lengths = || rows.iter().map(|e| e.ids.len());
+            let seq = match self.joined(&rows) {
+                true => lengths().sum::<usize>().div_ceil(rows.len()),
+                false => front + lengths().max().unwrap_or(0),
+            };
             Size {
                 rows: rows.len(),
-                seq: front + rows.iter().map(|e| e.ids.len()).max().unwrap_or(0),
+                seq,
                 labels: rows.iter().map(|e| e.labelled(front > 0) + inside).sum(),
                 tokens: rows.iter().map(|e| e.tokens()).sum(),
             }
@@ -266,7 +272,7 @@ impl Trainer<'_> {
             Task::SequenceClassification { num_labels } => num_labels,
             Task::Features => 0,
         };
-        let rows = size.labels.min(peft_models::logit_rows(width));
+        let rows = peft_models::logit_rows(width, size.labels);
         let logits = rows * width + size.labels * keeps::labelled(config);
         let logits = VALUE * logits as u64;
         let memory = Memory {

@@ -93,7 +93,7 @@ fn head(trainer: &Trainer<'_>, labels: f64) -> Result<f64> {
     let Some(id) = head.and_then(|path| network.tree().get(path)) else {
         return Ok(0.0);
     };
-    let rows = (labels.round() as usize).clamp(1, peft_models::logit_rows(facts.vocab_size));
+    let rows = peft_models::logit_rows(facts.vocab_size, labels.round() as usize);
     let pass = Pass::train(RngKey::new(0));
     let targets = vec![0; rows];
     let run = |x: &Tensor| Ok(network.linear(id, x, &pass)?.into_cross_entropy(&targets)?);

@@ -23,7 +23,7 @@ use peft_tensor::RngKey;
 pub use setup::{encode_for, task_for};
 
 use crate::config::TrainConfig;
-use crate::data::{Collated, Dataset, Example, LabelNames, collate, join, plan_epoch};
+use crate::data::{Collated, Dataset, Example, LabelNames, collate, join, joins, plan_epoch};
 use crate::optim::{AdamW, Groups};
 use crate::{EvalOptions, EvalReport, Observer, Summary, evaluate, io};
 
@@ -109,6 +109,11 @@ impl<'a> Trainer<'a> {
         }
     }
 
+    /// Whether a batch of these rows has no padding because they are joined.
+    pub(crate) fn joined(&self, rows: &[&Example]) -> bool {
+        self.joins && joins(rows)
+    }
+
     /// A batch of these rows, without padding where that is possible.
     fn batch(&self, rows: &[&Example]) -> Collated {
         match self.joins {
@@ -158,6 +163,7 @@ impl<'a> Trainer<'a> {
             .map(Param::numel)
             .sum();
         // What reading the model and the data left behind.
+        self.model.forget_tokenizer();
         peft_tensor::release_heap();
         let plan = self.within_limit()?;
         self.again = match plan.again {

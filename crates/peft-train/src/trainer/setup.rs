@@ -364,10 +364,11 @@ pub fn encode_for(
         .rows
         .iter()
         .all(|row| matches!(row.kind, RowKind::Tokens { .. }));
-    let tokenizer = match model.tokenizer() {
-        Ok(tokenizer) => Some(tokenizer as &dyn Encoder),
+    let loaded = match model.tokenizer() {
+        Ok(tokenizer) => Some(tokenizer),
         Err(_) if tokenised => None,
         Err(e) => return Err(e.context("the data is text, which needs a tokenizer")),
     };
+    let tokenizer = loaded.as_deref().map(|t| t as &dyn Encoder);
     Dataset::encode(raw, tokenizer, labels, &options)
 }

@@ -4,6 +4,9 @@
 //! A value of an implementation is the proof that the processor has its instructions, so its methods are safe. They are
 //! only fast where they are compiled into a function for these instructions, which [`Lanes::run`] enters.
 
+#[cfg(test)]
+use crate::cpu::half::bf16;
+
 /// Registers of one instruction set.
 pub(super) trait Lanes: Copy + Send + Sync + 'static {
     /// A register of [`WIDTH`] units.
@@ -40,15 +43,6 @@ pub(super) const ROWS: usize = 14;
 /// What is done with registers; `on` has to be `#[inline(always)]`.
 pub(super) trait Work<L: Lanes> {
     fn on(self, l: L);
-}
-
-/// The bfloat16 nearest to a value in the low half, NaN staying one.
-#[inline(always)]
-pub(super) fn bf16(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    let nan = (bits >> 16) | 0x40;
-    if x.is_nan() { nan } else { rounded }
 }
 
 /// A register in an array: what the others are tested against, on any processor.

@@ -7,7 +7,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::lanes::{Lanes, ROWS, WIDTH, Work, bf16};
+use super::lanes::{Lanes, ROWS, WIDTH, Work};
+use crate::cpu::half::bf16;
 use crate::{FrozenWeight, WeightFormat};
 
 /// Where the strips of a side lie.
