@@ -474,22 +474,28 @@ impl Device {
             .clone()
     }
 
+    /// The names of the devices that are linked in, sorted.
+    pub fn names() -> Vec<&'static str> {
+        let mut names: Vec<_> = inventory::iter::<BackendEntry>
+            .into_iter()
+            .map(|entry| entry.name)
+            .collect();
+        names.sort_unstable();
+        names
+    }
+
     /// The device of that name among those linked in.
     ///
     /// # Errors
     /// Lists the names there are if there is none of that one.
     pub fn by_name(name: &str) -> Result<Self> {
-        let mut entries: Vec<_> = inventory::iter::<BackendEntry>.into_iter().collect();
-        entries.sort_by_key(|e| e.name);
-        match entries.iter().find(|e| e.name == name) {
+        let mut entries = inventory::iter::<BackendEntry>.into_iter();
+        match entries.find(|e| e.name == name) {
             Some(entry) => (entry.open)(),
-            None => {
-                let known: Vec<_> = entries.iter().map(|e| e.name).collect();
-                Err(TensorError::Unsupported(format!(
-                    "device {name:?} is not in this build; it has {}",
-                    known.join(", ")
-                )))
-            }
+            None => Err(TensorError::Unsupported(format!(
+                "device {name:?} is not in this build; it has {}",
+                Self::names().join(", ")
+            ))),
         }
     }
 

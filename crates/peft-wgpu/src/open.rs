@@ -1,0 +1,145 @@
+//! Finding adapters and opening one.
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use peft_tensor::{Device, Precision, Result, TensorError};
+
+use crate::WgpuBackend;
+use crate::gpu::Gpu;
+
+/// The variable that chooses among several adapters, by a part of the name.
+const CHOICE: &str = "PEFT_WGPU_ADAPTER";
+
+/// What is known of an adapter without opening it.
+#[derive(Clone, Debug)]
+pub struct AdapterFacts {
+    /// Its name, as the driver gives it.
+    pub name: String,
+    /// `discrete`, `integrated`, `virtual`, `software` or `other`.
+    pub kind: &'static str,
+    /// The interface it is reached by: `vulkan`, `metal`, `dx12`.
+    pub api: String,
+    /// The driver and its version.
+    pub driver: String,
+    /// Bytes of the largest buffer.
+    pub max_buffer: u64,
+    /// Bytes of a buffer that a kernel sees at once; larger tensors are worked on in parts.
+    pub max_binding: u64,
+    /// Whether kernels may use 16-bit floats.
+    pub f16: bool,
+    /// Whether it has units for products of small matrices that `wgpu` can reach.
+    pub matrix_units: bool,
+}
+
+/// How to open an adapter.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// A part of the adapter's name; None = `PEFT_WGPU_ADAPTER` from the environment, else the fastest kind there is.
+    pub name: Option<String>,
+    /// A binding limit below the adapter's, in bytes: how tests reach the paths of large tensors.
+    pub max_binding: Option<u64>,
+    /// What it keeps large values in.
+    pub precision: Precision,
+}
+
+fn found() -> Vec<wgpu::Adapter> {
+    let mut desc = wgpu::InstanceDescriptor::new_without_display_handle();
+    desc.backends = wgpu::Backends::PRIMARY;
+    let instance = wgpu::Instance::new(desc);
+    let mut found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
+    // Stable: drivers list their cards in a fixed order.
+    found.sort_by_key(|a| rank(a.get_info().device_type));
+    found
+}
+
+fn rank(kind: wgpu::DeviceType) -> u8 {
+    match kind {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    }
+}
+
+fn facts(adapter: &wgpu::Adapter) -> AdapterFacts {
+    let (info, limits) = (adapter.get_info(), adapter.limits());
+    AdapterFacts {
+        kind: match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => "discrete",
+            wgpu::DeviceType::IntegratedGpu => "integrated",
+            wgpu::DeviceType::VirtualGpu => "virtual",
+            wgpu::DeviceType::Cpu => "software",
+            wgpu::DeviceType::Other => "other",
+        },
+        api: info.backend.to_string(),
+        driver: format!("{} {}", info.driver, info.driver_info)
+            .trim()
+            .to_owned(),
+        name: info.name,
+        max_buffer: limits.max_buffer_size,
+        max_binding: limits.max_storage_buffer_binding_size,
+        f16: adapter.features().contains(wgpu::Features::SHADER_F16),
+        matrix_units: !adapter.cooperative_matrix_properties().is_empty(),
+    }
+}
+
+/// Every adapter there is, the one that is opened by default first.
+pub fn adapters() -> Vec<AdapterFacts> {
+    found().iter().map(facts).collect()
+}
+
+/// The device whose name contains `name` (whatever the case), or the fastest kind there is. Opened once: a second call
+/// gives the same device.
+///
+/// # Errors
+/// If there is none, or the driver refuses; the message lists what there is.
+pub fn open(name: Option<&str>) -> Result<Device> {
+    static OPENED: OnceLock<Mutex<Vec<(Option<String>, Device)>>> = OnceLock::new();
+    let opened = OPENED.get_or_init(Mutex::default);
+    let mut opened = opened.lock().unwrap_or_else(|e| e.into_inner());
+    let name = name.map(str::to_owned);
+    if let Some((_, device)) = opened.iter().find(|(n, _)| *n == name) {
+        return Ok(device.clone());
+    }
+    let device = open_with(&Options {
+        name: name.clone(),
+        ..Options::default()
+    })?;
+    opened.push((name, device.clone()));
+    Ok(device)
+}
+
+/// A device of its own.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(options: &Options) -> Result<Device> {
+    let from_environment = || std::env::var(CHOICE).ok().filter(|n| !n.is_empty());
+    let wanted = options.name.clone().or_else(from_environment);
+    let found = found();
+    let names: Vec<String> = found.iter().map(|a| a.get_info().name).collect();
+    let chosen = found.into_iter().find(|a| match &wanted {
+        None => true,
+        Some(part) => {
+            let name = a.get_info().name.to_lowercase();
+            name.contains(&part.to_lowercase())
+        }
+    });
+    let Some(adapter) = chosen else {
+        return Err(TensorError::Unsupported(match wanted {
+            Some(part) if !names.is_empty() => format!(
+                "no graphics adapter has {part:?} in its name; there are {}",
+                names.join(", ")
+            ),
+            _ => "no graphics adapter was found: a driver for Vulkan, Metal or DX12 is needed \
+                  (Mesa's software driver also serves: mesa-vulkan-drivers); use device \"cpu\""
+                .to_owned(),
+        }));
+    };
+    let gpu = Gpu::open(&adapter, options.max_binding)?;
+    Ok(Device::new(WgpuBackend::new(
+        Arc::new(gpu),
+        options.precision,
+    )))
+}
