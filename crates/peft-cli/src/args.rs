@@ -45,6 +45,8 @@ pub(crate) enum Verb {
     Init(Init),
     /// Write an adapter in another library's layout
     Export(Export),
+    /// List the devices of this build and machine
+    Devices(Devices),
 }
 
 /// A model with adapters stacked on it.
@@ -56,6 +58,9 @@ pub(crate) struct Subject {
     /// Adapter folder or hub id, or NAME=ADAPTER; repeat it to stack several, the first innermost
     #[arg(long)]
     pub(crate) adapter: Vec<String>,
+    /// Where to run: cpu, wgpu where the build has it, or auto for the best there is
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
 }
 
 /// How several adapters combine.
@@ -77,10 +82,16 @@ pub(crate) struct Train {
     /// Most resident memory, such as 2GiB: what is predicted to be more keeps the optimizer's moments on disk, or is refused
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory_limit: Option<u64>,
+    /// Where to run, whatever the configuration says: cpu, wgpu where the build has it, or auto
+    #[arg(long)]
+    pub(crate) device: Option<String>,
     /// Go on from the newest checkpoint in the output folder
     #[arg(long)]
     pub(crate) resume: bool,
 }
+
+#[derive(Args, Debug)]
+pub(crate) struct Devices {}
 
 #[derive(Args, Debug)]
 pub(crate) struct Eval {

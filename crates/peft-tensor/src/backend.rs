@@ -221,6 +221,10 @@ pub trait Backend: Send + Sync {
     fn upload(&self, values: Vec<f32>) -> Result<Buffer>;
     /// Values back.
     fn download(&self, x: &Buffer) -> Result<Vec<f32>>;
+    /// Values of many buffers back, each given up as soon as it is read; a device that has to be waited for is waited for once.
+    fn download_all(&self, all: Vec<Buffer>) -> Result<Vec<Vec<f32>>> {
+        all.into_iter().map(|x| self.download(&x)).collect()
+    }
     /// Values back in double precision (the reference backend's true values; others convert).
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>>;
     /// Values in double precision onto the device (rounded where it keeps f32).
@@ -436,96 +440,3 @@ pub trait Backend: Send + Sync {
         None
     }
 }
-
-/// A handle to a backend. Tensors carry one; a method never mentions it.
-#[derive(Clone)]
-pub struct Device(Arc<dyn Backend>);
-
-impl Device {
-    /// Wraps a backend.
-    pub fn new(backend: impl Backend + 'static) -> Self {
-        Self(Arc::new(backend))
-    }
-
-    /// The processor, in single precision.
-    pub fn cpu() -> Self {
-        Self::cpu_in(Precision::F32)
-    }
-
-    /// The processor. Tensors of different precisions go together; an operation follows its first one.
-    pub fn cpu_in(precision: Precision) -> Self {
-        static SINGLE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        static HALF: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        let device = match precision {
-            Precision::F32 => &SINGLE,
-            Precision::Bf16 => &HALF,
-        };
-        device
-            .get_or_init(|| Self::new(crate::cpu::CpuBackend::new(precision)))
-            .clone()
-    }
-
-    /// Plain loops in f64: slow, obviously right, for tests.
-    #[cfg(feature = "reference")]
-    pub fn reference() -> Self {
-        static REFERENCE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        REFERENCE
-            .get_or_init(|| Self::new(crate::reference::ReferenceBackend))
-            .clone()
-    }
-
-    /// The names of the devices that are linked in, sorted.
-    pub fn names() -> Vec<&'static str> {
-        let mut names: Vec<_> = inventory::iter::<BackendEntry>
-            .into_iter()
-            .map(|entry| entry.name)
-            .collect();
-        names.sort_unstable();
-        names
-    }
-
-    /// The device of that name among those linked in.
-    ///
-    /// # Errors
-    /// Lists the names there are if there is none of that one.
-    pub fn by_name(name: &str) -> Result<Self> {
-        let mut entries = inventory::iter::<BackendEntry>.into_iter();
-        match entries.find(|e| e.name == name) {
-            Some(entry) => (entry.open)(),
-            None => Err(TensorError::Unsupported(format!(
-                "device {name:?} is not in this build; it has {}",
-                Self::names().join(", ")
-            ))),
-        }
-    }
-
-    /// The backend.
-    pub fn backend(&self) -> &dyn Backend {
-        &*self.0
-    }
-
-    /// Whether tensors of both go together: the same backend, in whatever precision.
-    pub fn same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0) || self.0.name() == other.0.name()
-    }
-}
-
-impl std::fmt::Debug for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Device({})", self.0.name())
-    }
-}
-
-/// What a backend submits to be found by name.
-pub struct BackendEntry {
-    /// Its name, as in `--device NAME`.
-    pub name: &'static str,
-    /// Opens it; an error says why there is none on this machine.
-    pub open: fn() -> Result<Device>,
-}
-
-inventory::collect!(BackendEntry);
-inventory::submit!(BackendEntry {
-    name: "cpu",
-    open: || Ok(Device::cpu())
-});

@@ -12,6 +12,7 @@ mod backend;
 mod base_weight;
 mod bytes;
 mod cpu;
+mod device;
 mod error;
 mod frozen;
 mod kept;
@@ -24,11 +25,10 @@ mod tape;
 mod tensor;
 pub mod torch_rng;
 
-pub use backend::{
-    Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Precision, Rope, Unary,
-};
+pub use backend::{Attention, Backend, Binary, Buffer, Glu, Mask, Precision, Rope, Unary};
 pub use base_weight::BaseWeight;
 pub use bytes::Bytes;
+pub use device::{AUTO, BackendEntry, Chosen, Device, DeviceFacts};
 pub use error::{Result, TensorError};
 pub use frozen::{FrozenWeight, WeightFormat, bnb, encode};
 pub use ops::{CustomOp, IGNORE, concat, custom};

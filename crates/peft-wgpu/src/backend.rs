@@ -7,6 +7,7 @@ use peft_tensor::{
 };
 
 use crate::attention::Sizes;
+use crate::elementwise::Halves;
 use crate::gpu::Gpu;
 use crate::layers::Norm;
 use crate::matmul::Product;
@@ -37,12 +38,33 @@ impl Backend for WgpuBackend {
         self.precision
     }
 
+    fn pack(&self, x: &Buffer) -> Option<Buffer> {
+        if self.precision == Precision::F32 {
+            return None;
+        }
+        // An activation that cannot be packed is kept as it is; what is wrong with it shows at its next use.
+        let halves = self.gpu.halves(get(x).ok()?).ok()?;
+        Some(Buffer::new(halves))
+    }
+
+    fn unpack(&self, x: &Buffer) -> Result<Buffer> {
+        match x.get::<Halves>() {
+            Some(halves) => self.gpu.whole(halves).map(put),
+            None => Ok(x.clone()),
+        }
+    }
+
     fn upload(&self, values: Vec<f32>) -> Result<Buffer> {
         self.gpu.put(&values).map(put)
     }
 
     fn download(&self, x: &Buffer) -> Result<Vec<f32>> {
         self.gpu.download(get(x)?)
+    }
+
+    fn download_all(&self, all: Vec<Buffer>) -> Result<Vec<Vec<f32>>> {
+        let all: Result<Vec<&Data>> = all.iter().map(get).collect();
+        self.gpu.download_all(&all?)
     }
 
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>> {

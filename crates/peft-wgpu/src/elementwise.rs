@@ -32,6 +32,14 @@ impl Params {
     }
 }
 
+const HALVES: &[&str] = &[include_str!("wgsl/halves.wgsl")];
+
+/// Values that wait for the backward pass in bfloat16, two a word.
+pub(crate) struct Halves {
+    words: Data,
+    len: usize,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
 struct DropoutParams {
@@ -85,7 +93,9 @@ pub(crate) fn binary_code(op: Binary) -> u32 {
 impl Gpu {
     /// Parts of an array of `len` that fit a binding: (first, length).
     pub(crate) fn parts(&self, len: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        // An even number of alignments, so that halves of parts begin where a binding may, too.
         let step = (self.max_binding / 4) as usize;
+        let step = (step / 128 * 128).max(64);
         (0..len)
             .step_by(step)
             .map(move |at| (at, step.min(len - at)))
@@ -157,6 +167,37 @@ impl Gpu {
             return Ok(a);
         }
         Ok(Buffer::new(self.affine(get(&a)?, 1.0, 0.0)?))
+    }
+
+    /// The values in bfloat16.
+    pub(crate) fn halves(&self, x: &Data) -> Result<Halves> {
+        let words = self.room(x.len.div_ceil(2))?;
+        // Two values a word: a part of the words is as long as half a part of the values.
+        for (at, n) in self.parts(x.len) {
+            let params = Params {
+                n: n as u32,
+                ..Params::of(0)
+            };
+            let binds = [x.part(at, n), words.part(at / 2, n.div_ceil(2))];
+            let kernel = Kernel::new("to_halves", HALVES, 1, 1);
+            self.run(&kernel, &binds, &params, threads(n.div_ceil(2)))?;
+        }
+        Ok(Halves { words, len: x.len })
+    }
+
+    /// The values of [`Gpu::halves`] in f32.
+    pub(crate) fn whole(&self, x: &Halves) -> Result<Data> {
+        let y = self.room(x.len)?;
+        for (at, n) in self.parts(x.len) {
+            let params = Params {
+                n: n as u32,
+                ..Params::of(0)
+            };
+            let binds = [x.words.part(at / 2, n.div_ceil(2)), y.part(at, n)];
+            let kernel = Kernel::new("from_halves", HALVES, 1, 1);
+            self.run(&kernel, &binds, &params, threads(n.div_ceil(2)))?;
+        }
+        Ok(y)
     }
 
     pub(crate) fn glu(&self, kind: Glu, gate: &Data, up: &Data) -> Result<Data> {

@@ -55,7 +55,7 @@ impl Form {
             WeightFormat::Q4_0 => Self::Q40,
             WeightFormat::Q4_1 => Self::Q41,
             WeightFormat::Q8_0 => Self::Q80,
-            WeightFormat::F32 if precision == Precision::F32 => Self::F32,
+            WeightFormat::F32 => Self::F32,
             _ if precision == Precision::F32 => Self::F32,
             _ => Self::Bf16,
         }

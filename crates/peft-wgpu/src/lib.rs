@@ -23,5 +23,6 @@ pub use open::{AdapterFacts, Options, adapters, open, open_with};
 
 peft_tensor::inventory::submit!(peft_tensor::BackendEntry {
     name: "wgpu",
-    open: || open(None),
+    open: |precision| open(None, precision),
+    present: || adapters().iter().map(AdapterFacts::to_device).collect(),
 });

@@ -227,11 +227,38 @@ impl Gpu {
 
     /// Words back; waits for everything recorded so far.
     pub(crate) fn download(&self, data: &Data) -> Result<Vec<f32>> {
+        Ok(self.download_all(&[data])?.pop().unwrap_or_default())
+    }
+
+    /// As [`Gpu::download`] for many, in groups that one buffer of staging holds.
+    pub(crate) fn download_all(&self, all: &[&Data]) -> Result<Vec<Vec<f32>>> {
         self.flush()?;
-        if data.len == 0 {
+        let mut out = Vec::with_capacity(all.len());
+        let mut rest = all;
+        while !rest.is_empty() {
+            let (mut count, mut len) = (0, 0);
+            while count < rest.len() && (count == 0 || len + rest[count].len <= STAGED / 4) {
+                len += rest[count].len;
+                count += 1;
+            }
+            let (group, after) = rest.split_at(count);
+            let mut values = &self.read(group, len)?[..];
+            for data in group {
+                let (mine, others) = values.split_at(data.len);
+                out.push(mine.to_vec());
+                values = others;
+            }
+            rest = after;
+        }
+        Ok(out)
+    }
+
+    /// The words of a group one after another, `len` in all.
+    fn read(&self, group: &[&Data], len: usize) -> Result<Vec<f32>> {
+        if len == 0 {
             return Ok(Vec::new());
         }
-        let size = data.len as u64 * 4;
+        let size = len as u64 * 4;
         let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("download"),
             size,
@@ -239,7 +266,12 @@ impl Gpu {
             mapped_at_creation: false,
         });
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(&data.buffer, 0, &staging, 0, size);
+        let mut at = 0;
+        for data in group.iter().filter(|data| data.len > 0) {
+            let bytes = data.len as u64 * 4;
+            encoder.copy_buffer_to_buffer(&data.buffer, 0, &staging, at, bytes);
+            at += bytes;
+        }
         self.queue.submit([encoder.finish()]);
         let (tell, told) = std::sync::mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, .., move |result| {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock};
 
-use peft_tensor::{Device, Precision, Result, TensorError};
+use peft_tensor::{Device, DeviceFacts, Precision, Result, TensorError};
 
 use crate::WgpuBackend;
 use crate::gpu::Gpu;
@@ -40,6 +40,29 @@ pub struct Options {
     pub max_binding: Option<u64>,
     /// What it keeps large values in.
     pub precision: Precision,
+}
+
+impl AdapterFacts {
+    /// As an entry of the list of devices.
+    pub(crate) fn to_device(&self) -> DeviceFacts {
+        let mut notes = vec![format!(
+            "{} MiB in one binding, larger tensors in parts",
+            self.max_binding >> 20
+        )];
+        if self.matrix_units {
+            notes.push("matrix units, not used yet".to_owned());
+        }
+        DeviceFacts {
+            device: "wgpu",
+            name: self.name.clone(),
+            kind: self.kind.to_owned(),
+            driver: format!("{}, {}", self.api, self.driver),
+            largest: Some(self.max_buffer),
+            // A software driver is the processor again, slower.
+            fast: self.kind != "software",
+            notes,
+        }
+    }
 }
 
 fn found() -> Vec<wgpu::Adapter> {
@@ -84,6 +107,9 @@ fn facts(adapter: &wgpu::Adapter) -> AdapterFacts {
     }
 }
 
+/// An opened device with the name it was asked by and whether it is in bfloat16.
+type Opened = ((Option<String>, bool), Device);
+
 /// Every adapter there is, the one that is opened by default first.
 pub fn adapters() -> Vec<AdapterFacts> {
     found().iter().map(facts).collect()
@@ -94,19 +120,23 @@ pub fn adapters() -> Vec<AdapterFacts> {
 ///
 /// # Errors
 /// If there is none, or the driver refuses; the message lists what there is.
-pub fn open(name: Option<&str>) -> Result<Device> {
-    static OPENED: OnceLock<Mutex<Vec<(Option<String>, Device)>>> = OnceLock::new();
+pub fn open(name: Option<&str>, precision: Precision) -> Result<Device> {
+    static OPENED: OnceLock<Mutex<Vec<Opened>>> = OnceLock::new();
     let opened = OPENED.get_or_init(Mutex::default);
     let mut opened = opened.lock().unwrap_or_else(|e| e.into_inner());
     let name = name.map(str::to_owned);
-    if let Some((_, device)) = opened.iter().find(|(n, _)| *n == name) {
+    if let Some((_, device)) = opened
+        .iter()
+        .find(|(key, _)| *key == (name.clone(), precision == Precision::Bf16))
+    {
         return Ok(device.clone());
     }
     let device = open_with(&Options {
         name: name.clone(),
+        precision,
         ..Options::default()
     })?;
-    opened.push((name, device.clone()));
+    opened.push(((name, precision == Precision::Bf16), device.clone()));
     Ok(device)
 }
 

@@ -16,6 +16,7 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
         limit: args.limit,
         task: args.task,
         compose: args.combine.compose,
+        device: super::device(&args.subject.device, out)?,
         eval: EvalOptions {
             batch_size: args.batch_size,
             choices: args.choices.then_some(true),

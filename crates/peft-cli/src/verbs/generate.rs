@@ -29,7 +29,10 @@ fn one(args: &Generate, adapters: &[String], out: &Out) -> Result<(), Failure> {
         &args.subject.model,
         adapters,
         args.combine.compose,
-        &LoadOptions::default(),
+        &LoadOptions {
+            device: super::device(&args.subject.device, out)?,
+            ..LoadOptions::default()
+        },
     )?;
     let (prompt, special) = prompt(args, &model)?;
     drop(waiting);

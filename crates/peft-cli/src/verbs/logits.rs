@@ -16,7 +16,10 @@ pub(crate) fn run(args: &Logits, out: &Out) -> Result<(), Failure> {
         &args.subject.model,
         &args.subject.adapter,
         args.combine.compose,
-        &LoadOptions::default(),
+        &LoadOptions {
+            device: super::device(&args.subject.device, out)?,
+            ..LoadOptions::default()
+        },
     )?;
     let input = match args.combine.compose {
         Compose::Parallel => {

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use peft_core::Result;
 use peft_models::{LoadOptions, Model, Task};
+use peft_tensor::Device;
 use peft_train::config::{DataFormat, DataSection};
 use peft_train::{
     Dataset, EvalOptions, EvalReport, LabelNames, Observer, RawData, VoteReport, encode_for,
@@ -14,8 +15,10 @@ use super::compose::{Compose, read_all};
 use super::open::{OpenedAdapter, config_json, open_composed, task_of_adapters};
 
 /// What to measure on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EvaluateOptions {
+    /// Where to run.
+    pub device: Device,
     /// Longest row in tokens.
     pub max_length: usize,
     /// Only the first rows.
@@ -100,6 +103,7 @@ fn prepared(
     let (task, labels) = task_for(&raw, known, num_labels)?;
     let load = LoadOptions {
         task: Some(task),
+        device: options.device.clone(),
         ..LoadOptions::default()
     };
     let (model, opened) = open_composed(model, adapters, options.compose, &load)?;
