@@ -43,7 +43,10 @@ fn run(device: &str, precision: &str, folder: &std::path::Path) -> (Vec<f64>, f6
     let config = TrainConfig::from_value(&config).unwrap();
     let mut losses = Losses::default();
     let summary = train(&config, false, &mut losses).unwrap();
-    let eval = summary.eval_after.as_ref().map_or(f64::NAN, |report| report.loss);
+    let eval = summary
+        .eval_after
+        .as_ref()
+        .map_or(f64::NAN, |report| report.loss);
     let adapter = peft::io::read_adapter(&folder.join(device).join(precision)).unwrap();
     let values = adapter.tensors.into_values().flat_map(|(_, values)| values);
     (losses.0, eval, values.collect())

@@ -23,6 +23,9 @@ const DELTA: Kernel = Kernel::new(
 /// Queries, and keys, that a group of threads has at a time.
 const TILE: usize = 32;
 
+/// Columns of a head that are brought to shared memory at a time.
+const DEPTH: usize = 16;
+
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
 struct Params {
@@ -122,7 +125,9 @@ impl Gpu {
             out.bind(),
             lse.bind(),
         ];
-        let kernel = Kernel::new("attention", FORWARD, 4, 2).with(header(spec));
+        let kernel = Kernel::new("attention", FORWARD, 4, 2)
+            .with(header(spec))
+            .rounds(&[("STEPS", spec.head_dim.div_ceil(DEPTH))]);
         let groups = [at.s.div_ceil(TILE) as u32, spec.heads as u32, at.b as u32];
         self.run(&kernel, &binds, &params(at, spec), groups)?;
         Ok((out, lse))
@@ -158,12 +163,16 @@ impl Gpu {
         let params = params(at, spec);
         let mut binds = read.to_vec();
         binds.push(dq.bind());
-        let kernel = Kernel::new("attention_dq", BACKWARD, 7, 1).with(header(spec));
+        let kernel = Kernel::new("attention_dq", BACKWARD, 7, 1)
+            .with(header(spec))
+            .rounds(&[("STEPS", spec.head_dim.div_ceil(DEPTH))]);
         let groups = [at.s.div_ceil(TILE) as u32, spec.heads as u32, at.b as u32];
         self.run(&kernel, &binds, &params, groups)?;
         let mut binds = read.to_vec();
         binds.extend([dk.bind(), dv.bind()]);
-        let kernel = Kernel::new("attention_dkv", BACKWARD, 7, 2).with(header(spec));
+        let kernel = Kernel::new("attention_dkv", BACKWARD, 7, 2)
+            .with(header(spec))
+            .rounds(&[("STEPS", spec.head_dim.div_ceil(DEPTH))]);
         let groups = [
             at.t.div_ceil(TILE) as u32,
             spec.kv_heads as u32,

@@ -49,6 +49,8 @@ pub(crate) struct Kernel {
     pub(crate) entry: &'static str,
     pub(crate) sources: &'static [&'static str],
     pub(crate) header: Cow<'static, str>,
+    /// Rounds of the loops that are written out; see [`crate::unroll`]. What differs here has to differ in the header.
+    pub(crate) rounds: Vec<(&'static str, usize)>,
     /// Bindings that are read; they come first.
     pub(crate) reads: u32,
     /// Bindings that are written.
@@ -67,6 +69,7 @@ impl Kernel {
             entry,
             sources,
             header: Cow::Borrowed(""),
+            rounds: Vec::new(),
             reads,
             writes,
         }
@@ -75,6 +78,12 @@ impl Kernel {
     /// The variant of a header.
     pub(crate) fn with(mut self, header: String) -> Self {
         self.header = Cow::Owned(header);
+        self
+    }
+
+    /// With loops of these rounds.
+    pub(crate) fn rounds(mut self, rounds: &[(&'static str, usize)]) -> Self {
+        self.rounds = rounds.to_vec();
         self
     }
 }
@@ -167,7 +176,12 @@ impl Gpu {
     fn compile(&self, kernel: &Kernel) -> Result<Pipeline> {
         let label = Some(kernel.entry);
         let mut source = kernel.header.to_string();
-        source.extend(kernel.sources.iter().copied());
+        source.extend(
+            kernel
+                .sources
+                .iter()
+                .map(|s| crate::unroll::unrolled(s, &kernel.rounds)),
+        );
         let module = self
             .device
             .create_shader_module(wgpu::ShaderModuleDescriptor {

@@ -17,6 +17,7 @@ mod open;
 mod record;
 mod reduce;
 mod shape;
+mod unroll;
 
 pub use backend::WgpuBackend;
 pub use open::{AdapterFacts, Options, adapters, open, open_with};

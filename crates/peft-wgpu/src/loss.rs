@@ -2,8 +2,8 @@
 
 use peft_tensor::Result;
 
-use crate::gpu::{Gpu, Kernel};
-use crate::layers::{ROWS, RowParams};
+use crate::gpu::Gpu;
+use crate::layers::{RowParams, of_rows};
 use crate::memory::Data;
 use crate::record::in_a_row;
 
@@ -29,7 +29,7 @@ impl Gpu {
             ..RowParams::default()
         };
         let binds = [x.bind(), targets.bind(), losses.bind(), dx.bind()];
-        let kernel = Kernel::new("cross_entropy", ROWS, 2, 2);
+        let kernel = of_rows("cross_entropy", cols, 2, 2);
         self.run(&kernel, &binds, &params, in_a_row(rows))?;
         Ok((self.sum_to(&losses, &[rows], &[1])?, dx))
     }

@@ -78,11 +78,7 @@ pub(crate) fn window(x: &Data, at: usize, len: usize) -> (Bind<'_>, u32) {
 
 /// Values of a tile that one thread makes along an axis of this size.
 fn per_thread(size: usize) -> usize {
-    match size {
-        0..=24 => 1,
-        25..=40 => 2,
-        _ => 4,
-    }
+    if size <= 24 { 1 } else { 4 }
 }
 
 impl Gpu {
@@ -228,7 +224,9 @@ impl Gpu {
             right.header
         );
         let reads = 1 + right.binds.len() as u32;
-        let kernel = Kernel::new("matmul", right.sources, reads, 1).with(header);
+        let kernel = Kernel::new("matmul", right.sources, reads, 1)
+            .with(header)
+            .rounds(&[("TM", tm), ("TN", tn)]);
         let mut binds = vec![a];
         binds.extend(right.binds);
         binds.push(c);

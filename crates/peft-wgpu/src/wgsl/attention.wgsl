@@ -24,7 +24,6 @@ var<immediate> p: P;
 
 const TILE = 32u;
 const DEPTH = 16u;
-const STEPS = (D + DEPTH - 1u) / DEPTH;
 const LEAST = -3.0e38;
 
 var<workgroup> tile_x: array<f32, TILE * (DEPTH + 1u)>;
@@ -129,12 +128,16 @@ fn products(t: u32, entry: u32, h: u32, x: u32, i0: u32, y: u32, j0: u32) -> vec
         fill_x(t, x, entry, h, i0, d0);
         fill_y(t, y, entry, h, j0, d0);
         workgroupBarrier();
-        for (var d = 0u; d < DEPTH; d++) {
-            let a = tile_x[ly * (DEPTH + 1u) + d];
-            let b = tile_x[(ly + 16u) * (DEPTH + 1u) + d];
-            let c = tile_y[lx * (DEPTH + 1u) + d];
-            let e = tile_y[(lx + 16u) * (DEPTH + 1u) + d];
-            sum = fma(vec4<f32>(a, a, b, b), vec4<f32>(c, e, c, e), sum);
+        for (var d = 0u; d < DEPTH; d += 4u) {
+            //:for u in 4
+            {
+                let a = tile_x[ly * (DEPTH + 1u) + d + $uu];
+                let b = tile_x[(ly + 16u) * (DEPTH + 1u) + d + $uu];
+                let c = tile_y[lx * (DEPTH + 1u) + d + $uu];
+                let e = tile_y[(lx + 16u) * (DEPTH + 1u) + d + $uu];
+                sum = fma(vec4<f32>(a, a, b, b), vec4<f32>(c, e, c, e), sum);
+            }
+            //:end
         }
         workgroupBarrier();
     }

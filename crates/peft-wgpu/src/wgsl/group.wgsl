@@ -1,11 +1,11 @@
-// Sums and maxima over the 256 threads of a group. Every thread has to come here.
+// Sums and maxima over the WIDTH threads of a group, a power of two. Every thread has to come here.
 
-var<workgroup> group_values: array<f32, 256>;
+var<workgroup> group_values: array<f32, WIDTH>;
 
 fn group_sum(t: u32, mine: f32) -> f32 {
     group_values[t] = mine;
     workgroupBarrier();
-    for (var half = 128u; half > 0u; half /= 2u) {
+    for (var half = WIDTH / 2u; half > 0u; half /= 2u) {
         if t < half { group_values[t] += group_values[t + half]; }
         workgroupBarrier();
     }
@@ -26,7 +26,7 @@ fn larger(a: f32, b: f32) -> f32 {
 fn group_max(t: u32, mine: f32) -> f32 {
     group_values[t] = mine;
     workgroupBarrier();
-    for (var half = 128u; half > 0u; half /= 2u) {
+    for (var half = WIDTH / 2u; half > 0u; half /= 2u) {
         if t < half { group_values[t] = larger(group_values[t], group_values[t + half]); }
         workgroupBarrier();
     }

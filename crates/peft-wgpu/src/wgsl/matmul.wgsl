@@ -1,6 +1,7 @@
 // c = add c + scale op(a) op(b), row-major, in tiles of 16 TM x 16 TN values: 256 threads, TM x TN values each, both
-// operands brought to shared memory 16 deep. In front of this file: TM, TN, TA, TB and `fetch`, which reads b's row and
-// column as stored, whatever it is stored in.
+// operands brought to shared memory 16 deep, four values a word of it: reading shared memory is what bounds the speed.
+// In front of this file: TM and TN (1 or 4), TA, TB and `fetch`, which reads b's row and column as stored, whatever it is
+// stored in.
 //
 // Axis z of the groups is the batch, and within it the splits of k; where there are several splits, each writes its own
 // part of c, to be summed up by `join`.
@@ -16,9 +17,35 @@ var<immediate> p: P;
 const BK = 16u;
 const BM = 16u * TM;
 const BN = 16u * TN;
-// One more than the tile is wide, so that threads that write a column do not meet in one bank.
-var<workgroup> tile_a: array<f32, BK * (BM + 1u)>;
-var<workgroup> tile_b: array<f32, BK * (BN + 1u)>;
+// Word w of step l has the rows (columns) 4 w to 4 w + 3.
+var<workgroup> tile_a: array<vec4<f32>, BK * BM / 4u>;
+var<workgroup> tile_b: array<vec4<f32>, BK * BN / 4u>;
+
+// op(a) at (row, at); 0 outside.
+fn left(base: u32, row: u32, at: u32, last: u32) -> f32 {
+    if row >= p.m || at >= last { return 0.0; }
+    if TA { return a[base + at * p.lda + row]; }
+    return a[base + row * p.lda + at];
+}
+
+// op(b) at (at, col); 0 outside.
+fn right(base: u32, at: u32, col: u32, last: u32) -> f32 {
+    if col >= p.n || at >= last { return 0.0; }
+    if TB { return fetch(base, col, at); }
+    return fetch(base, at, col);
+}
+
+// This thread's rows of step l.
+fn rows_of(l: u32, y: u32) -> vec4<f32> {
+    if TM == 4u { return tile_a[l * (BM / 4u) + y]; }
+    return vec4<f32>(tile_a[l * (BM / 4u) + y / 4u][y % 4u]);
+}
+
+// This thread's columns of step l.
+fn columns_of(l: u32, x: u32) -> vec4<f32> {
+    if TN == 4u { return tile_b[l * (BN / 4u) + x]; }
+    return vec4<f32>(tile_b[l * (BN / 4u) + x / 4u][x % 4u]);
+}
 
 @compute @workgroup_size(16, 16)
 fn matmul(
@@ -34,57 +61,65 @@ fn matmul(
     let b0 = p.b_at + entry * p.b_step;
     let first = split * p.chunk;
     let last = min(p.k, first + p.chunk);
-    var acc: array<f32, TM * TN>;
-    for (var i = 0u; i < TM * TN; i++) { acc[i] = 0.0; }
+    //:for i in TM
+    //:for j in TN
+    var acc_$i_$j = 0.0;
+    //:end
+    //:end
 
     for (var k0 = first; k0 < last; k0 += BK) {
-        for (var e = t; e < BM * BK; e += 256u) {
-            // Neighbouring threads read neighbouring values.
-            var i = e / BK;
-            var l = e % BK;
-            if TA { i = e % BM; l = e / BM; }
-            let row = row0 + i;
+        // Neighbouring threads read neighbouring values.
+        if t < BK * BM / 4u {
+            var word = t / BK;
+            var l = t % BK;
+            if TA { word = t % (BM / 4u); l = t / (BM / 4u); }
+            let row = row0 + 4u * word;
             let at = k0 + l;
-            var v = 0.0;
-            if row < p.m && at < last {
-                if TA { v = a[a0 + at * p.lda + row]; } else { v = a[a0 + row * p.lda + at]; }
-            }
-            tile_a[l * (BM + 1u) + i] = v;
+            tile_a[l * (BM / 4u) + word] = vec4<f32>(
+                left(a0, row, at, last), left(a0, row + 1u, at, last),
+                left(a0, row + 2u, at, last), left(a0, row + 3u, at, last),
+            );
         }
-        for (var e = t; e < BN * BK; e += 256u) {
-            var j = e % BN;
-            var l = e / BN;
-            if TB { j = e / BK; l = e % BK; }
-            let col = col0 + j;
+        if t < BK * BN / 4u {
+            var word = t % (BN / 4u);
+            var l = t / (BN / 4u);
+            if TB { word = t / BK; l = t % BK; }
+            let col = col0 + 4u * word;
             let at = k0 + l;
-            var v = 0.0;
-            if col < p.n && at < last {
-                if TB { v = fetch(b0, col, at); } else { v = fetch(b0, at, col); }
-            }
-            tile_b[l * (BN + 1u) + j] = v;
+            tile_b[l * (BN / 4u) + word] = vec4<f32>(
+                right(b0, at, col, last), right(b0, at, col + 1u, last),
+                right(b0, at, col + 2u, last), right(b0, at, col + 3u, last),
+            );
         }
         workgroupBarrier();
-        for (var l = 0u; l < BK; l++) {
-            var x: array<f32, TM>;
-            for (var i = 0u; i < TM; i++) { x[i] = tile_a[l * (BM + 1u) + local.y + 16u * i]; }
-            for (var j = 0u; j < TN; j++) {
-                let y = tile_b[l * (BN + 1u) + local.x + 16u * j];
-                for (var i = 0u; i < TM; i++) { acc[i * TN + j] = fma(x[i], y, acc[i * TN + j]); }
+        for (var l = 0u; l < BK; l += 4u) {
+            //:for u in 4
+            {
+                let x = rows_of(l + $uu, local.y);
+                let y = columns_of(l + $uu, local.x);
+                //:for i in TM
+                //:for j in TN
+                acc_$i_$j = fma(x[$i], y[$j], acc_$i_$j);
+                //:end
+                //:end
             }
+            //:end
         }
         workgroupBarrier();
     }
 
     let c0 = p.c_at + group.z * p.c_step;
-    for (var i = 0u; i < TM; i++) {
-        let row = row0 + local.y + 16u * i;
-        for (var j = 0u; j < TN; j++) {
-            let col = col0 + local.x + 16u * j;
-            if row < p.m && col < p.n {
-                let at = c0 + row * p.ldc + col;
-                let v = p.scale * acc[i * TN + j];
-                if p.add == 1u { c[at] += v; } else { c[at] = v; }
-            }
+    //:for i in TM
+    //:for j in TN
+    {
+        let row = row0 + local.y * TM + $iu;
+        let col = col0 + local.x * TN + $ju;
+        if row < p.m && col < p.n {
+            let at = c0 + row * p.ldc + col;
+            let v = p.scale * acc_$i_$j;
+            if p.add == 1u { c[at] += v; } else { c[at] = v; }
         }
     }
+    //:end
+    //:end
 }

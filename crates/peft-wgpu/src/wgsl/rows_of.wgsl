@@ -20,42 +20,42 @@ fn row_of(group: vec3<u32>, groups: vec3<u32>) -> u32 {
     return group.x + group.y * groups.x;
 }
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(WIDTH)
 fn max_rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let row = row_of(group, w);
     // Groups beyond the last row do its work again, without a result: all have to meet at the barriers.
     let base = min(row, p.rows - 1u) * p.cols;
     var most = x[base + min(t, p.cols - 1u)];
-    for (var c = t; c < p.cols; c += 256u) { most = larger(most, x[base + c]); }
+    for (var c = t; c < p.cols; c += WIDTH) { most = larger(most, x[base + c]); }
     most = group_max(t, most);
     if t == 0u && row < p.rows { y1[row] = most; }
 }
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(WIDTH)
 fn softmax(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let row = row_of(group, w);
     let base = min(row, p.rows - 1u) * p.cols;
     var most = LEAST;
-    for (var c = t; c < p.cols; c += 256u) { most = max(most, x[base + c]); }
+    for (var c = t; c < p.cols; c += WIDTH) { most = max(most, x[base + c]); }
     most = group_max(t, most);
     var sum = 0.0;
-    for (var c = t; c < p.cols; c += 256u) { sum += exp_f(x[base + c] - most); }
+    for (var c = t; c < p.cols; c += WIDTH) { sum += exp_f(x[base + c] - most); }
     sum = group_sum(t, sum);
     if row < p.rows {
-        for (var c = t; c < p.cols; c += 256u) { y1[base + c] = exp_f(x[base + c] - most) / sum; }
+        for (var c = t; c < p.cols; c += WIDTH) { y1[base + c] = exp_f(x[base + c] - most) / sum; }
     }
 }
 
 // y, dy
-@compute @workgroup_size(256)
+@compute @workgroup_size(WIDTH)
 fn softmax_grad(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let row = row_of(group, w);
     let base = min(row, p.rows - 1u) * p.cols;
     var mean = 0.0;
-    for (var c = t; c < p.cols; c += 256u) { mean += x[base + c] * x1[base + c]; }
+    for (var c = t; c < p.cols; c += WIDTH) { mean += x[base + c] * x1[base + c]; }
     mean = group_sum(t, mean);
     if row < p.rows {
-        for (var c = t; c < p.cols; c += 256u) { y2[base + c] = x[base + c] * (x1[base + c] - mean); }
+        for (var c = t; c < p.cols; c += WIDTH) { y2[base + c] = x[base + c] * (x1[base + c] - mean); }
     }
 }
 
@@ -63,11 +63,11 @@ fn softmax_grad(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups
 fn moments(t: u32, base: u32) -> vec2<f32> {
     var mean = 0.0;
     if p.centre == 1u {
-        for (var c = t; c < p.cols; c += 256u) { mean += x[base + c]; }
+        for (var c = t; c < p.cols; c += WIDTH) { mean += x[base + c]; }
         mean = group_sum(t, mean) / f32(p.cols);
     }
     var variance = 0.0;
-    for (var c = t; c < p.cols; c += 256u) {
+    for (var c = t; c < p.cols; c += WIDTH) {
         let d = x[base + c] - mean;
         variance = fma(d, d, variance);
     }
@@ -76,13 +76,13 @@ fn moments(t: u32, base: u32) -> vec2<f32> {
 }
 
 // x, w, b
-@compute @workgroup_size(256)
+@compute @workgroup_size(WIDTH)
 fn norm(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let row = row_of(group, w);
     let base = min(row, p.rows - 1u) * p.cols;
     let m = moments(t, base);
     if row >= p.rows { return; }
-    for (var c = t; c < p.cols; c += 256u) {
+    for (var c = t; c < p.cols; c += WIDTH) {
         var v = (x[base + c] - m.x) * m.y * x1[c];
         if p.bias == 1u { v += x2[c]; }
         y3[base + c] = v;
@@ -91,14 +91,14 @@ fn norm(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec
 
 // x, w, dy -> dx, (mean, 1 / deviation) of each row. Through h = (x - mean) inv, whose derivative by x is
 // inv (1 - [centre] / n - h h' / n).
-@compute @workgroup_size(256)
+@compute @workgroup_size(WIDTH)
 fn norm_grad(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let row = row_of(group, w);
     let base = min(row, p.rows - 1u) * p.cols;
     let m = moments(t, base);
     var mean_dh = 0.0;
     var along = 0.0;
-    for (var c = t; c < p.cols; c += 256u) {
+    for (var c = t; c < p.cols; c += WIDTH) {
         let dh = x2[base + c] * x1[c];
         mean_dh += dh;
         along = fma(dh, (x[base + c] - m.x) * m.y, along);
@@ -107,7 +107,7 @@ fn norm_grad(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w
     along = group_sum(t, along) / f32(p.cols);
     if p.centre == 0u { mean_dh = 0.0; }
     if row >= p.rows { return; }
-    for (var c = t; c < p.cols; c += 256u) {
+    for (var c = t; c < p.cols; c += WIDTH) {
         let dh = x2[base + c] * x1[c];
         y3[base + c] = m.y * (dh - mean_dh - (x[base + c] - m.x) * m.y * along);
     }
@@ -137,16 +137,16 @@ fn norm_grad_weight(@builtin(global_invocation_id) g: vec3<u32>, @builtin(num_wo
 }
 
 // x, targets -> loss of each row, dx
-@compute @workgroup_size(256)
+@compute @workgroup_size(WIDTH)
 fn cross_entropy(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let row = row_of(group, w);
     let base = min(row, p.rows - 1u) * p.cols;
     let goal = targets[min(row, p.rows - 1u)];
     var most = LEAST;
-    for (var c = t; c < p.cols; c += 256u) { most = max(most, x[base + c]); }
+    for (var c = t; c < p.cols; c += WIDTH) { most = max(most, x[base + c]); }
     most = group_max(t, most);
     var sum = 0.0;
-    for (var c = t; c < p.cols; c += 256u) { sum += exp_f(x[base + c] - most); }
+    for (var c = t; c < p.cols; c += WIDTH) { sum += exp_f(x[base + c] - most); }
     sum = group_sum(t, sum);
     if row >= p.rows { return; }
     if t == 0u {
@@ -154,7 +154,7 @@ fn cross_entropy(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroup
         if goal >= 0i { loss = ln_f(sum) + (most - x[base + u32(goal)]); }
         y2[row] = loss;
     }
-    for (var c = t; c < p.cols; c += 256u) {
+    for (var c = t; c < p.cols; c += WIDTH) {
         var d = 0.0;
         if goal >= 0i {
             d = exp_f(x[base + c] - most) / sum - select(0.0, 1.0, c == u32(goal));
