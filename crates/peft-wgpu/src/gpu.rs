@@ -30,6 +30,8 @@ pub(crate) struct Gpu {
     pub(crate) max_binding: u64,
     /// Bytes of the largest buffer.
     pub(crate) max_buffer: u64,
+    /// From how many of them on products are made of large tiles.
+    pub(crate) large_tiles: usize,
     pub(crate) pool: Arc<Pool>,
     pub(crate) recorder: Mutex<Recorder>,
     pipelines: Mutex<HashMap<(&'static str, String), Arc<Pipeline>>>,
@@ -144,6 +146,11 @@ impl Gpu {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             max_binding: (max_binding / Self::ALIGN * Self::ALIGN).max(Self::ALIGN),
             max_buffer: has.max_buffer_size,
+            // A software driver has as many threads as the processor, and reads shared memory slowly.
+            large_tiles: match adapter.get_info().device_type {
+                wgpu::DeviceType::Cpu => 1,
+                _ => 128,
+            },
             pool: Arc::default(),
             recorder: Mutex::default(),
             pipelines: Mutex::default(),

@@ -76,9 +76,16 @@ pub(crate) fn window(x: &Data, at: usize, len: usize) -> (Bind<'_>, u32) {
     (x.part(first, at - first + len), (at - first) as u32)
 }
 
-/// Values of a tile that one thread makes along an axis of this size.
-fn per_thread(size: usize) -> usize {
-    if size <= 24 { 1 } else { 4 }
+/// Values of a tile that one thread makes along each axis. Larger tiles read less, and are fewer: a card wants many of
+/// them at once.
+fn per_thread(m: usize, n: usize, batch: usize, enough: usize) -> (usize, usize) {
+    let one = |size: usize| if size <= 24 { 1 } else { 4 };
+    let large = batch * m.div_ceil(128) * n.div_ceil(128);
+    if m.min(n) >= 96 && large >= enough {
+        (8, 8)
+    } else {
+        (one(m), one(n))
+    }
 }
 
 impl Gpu {
@@ -173,8 +180,8 @@ impl Gpu {
         (a, b, c): (Bind<'_>, Bind<'_>, &Data),
     ) -> Result<()> {
         let right = dense_right(std::slice::from_ref(&b));
-        let tiles = |size: usize| size.div_ceil(16 * per_thread(size));
-        let groups = batch * tiles(p.m) * tiles(p.n);
+        let (tm, tn) = per_thread(p.m, p.n, batch, self.large_tiles);
+        let groups = batch * p.m.div_ceil(16 * tm) * p.n.div_ceil(16 * tn);
         let splits = (FEW_GROUPS / groups.max(1)).min(p.k / SPLIT);
         if splits < 2 {
             return self.product(shape, batch, (p.ta, p.tb), a, &right, c.bind());
@@ -218,7 +225,7 @@ impl Gpu {
         right: &Right<'_>,
         c: Bind<'_>,
     ) -> Result<()> {
-        let (tm, tn) = (per_thread(shape.m as usize), per_thread(shape.n as usize));
+        let (tm, tn) = per_thread(shape.m as usize, shape.n as usize, batch, self.large_tiles);
         let header = format!(
             "const TM = {tm}u;\nconst TN = {tn}u;\nconst TA = {ta};\nconst TB = {tb};\n{}",
             right.header
@@ -226,7 +233,12 @@ impl Gpu {
         let reads = 1 + right.binds.len() as u32;
         let kernel = Kernel::new("matmul", right.sources, reads, 1)
             .with(header)
-            .rounds(&[("TM", tm), ("TN", tn)]);
+            .rounds(&[
+                ("TM", tm),
+                ("TN", tn),
+                ("FM", tm.div_ceil(4)),
+                ("FN", tn.div_ceil(4)),
+            ]);
         let mut binds = vec![a];
         binds.extend(right.binds);
         binds.push(c);

@@ -9,7 +9,8 @@
 //! //:end
 //! ```
 //!
-//! where `TM` is a number or one of the names given, and `$i` is put in as a number. Loops nest.
+//! where `TM` is a number or one of the names given, and `$i` is put in as a number, `$i/4` and `$i%4` as those of it. Loops
+//! nest.
 
 /// The source with its loops written out, each name of `counts` meaning its number.
 pub(crate) fn unrolled(source: &str, counts: &[(&str, usize)]) -> String {
@@ -24,7 +25,10 @@ fn write(lines: &[&str], counts: &[(&str, usize)], known: &[(String, usize)], ou
     while at < lines.len() {
         let Some((name, count)) = header(lines[at], counts) else {
             let line = known.iter().fold(lines[at].to_owned(), |line, (name, i)| {
-                line.replace(&format!("${name}"), &i.to_string())
+                let forms = [("/4", i / 4), ("%4", i % 4), ("", *i)];
+                forms.iter().fold(line, |line, (form, i)| {
+                    line.replace(&format!("${name}{form}"), &i.to_string())
+                })
             });
             out.push_str(&line);
             out.push('\n');
@@ -72,6 +76,8 @@ mod tests {
         let source = "a\n//:for i in N\n b_$i\n //:for j in 2\n c_$i$j\n //:end\n//:end\nd\n";
         let want = "a\n b_0\n c_00\n c_01\n b_1\n c_10\n c_11\nd\n";
         assert_eq!(unrolled(source, &[("N", 2)]), want);
+        let source = "//:for i in 6\nx_$i/4[$i%4]\n//:end\n";
+        assert!(unrolled(source, &[]).ends_with("x_0[3]\nx_1[0]\nx_1[1]\n"));
         assert_eq!(unrolled("//:for i in N\nx\n//:end\n", &[("N", 0)]), "");
         assert_eq!(unrolled("plain // :for\n", &[]), "plain // :for\n");
     }

@@ -1,6 +1,6 @@
 // c = add c + scale op(a) op(b), row-major, in tiles of 16 TM x 16 TN values: 256 threads, TM x TN values each, both
 // operands brought to shared memory 16 deep, four values a word of it: reading shared memory is what bounds the speed.
-// In front of this file: TM and TN (1 or 4), TA, TB and `fetch`, which reads b's row and column as stored, whatever it is
+// In front of this file: TM and TN (1, 4 or 8), TA, TB and `fetch`, which reads b's row and column as stored, whatever it is
 // stored in.
 //
 // Axis z of the groups is the batch, and within it the splits of k; where there are several splits, each writes its own
@@ -35,16 +35,23 @@ fn right(base: u32, at: u32, col: u32, last: u32) -> f32 {
     return fetch(base, at, col);
 }
 
-// This thread's rows of step l.
-fn rows_of(l: u32, y: u32) -> vec4<f32> {
-    if TM == 4u { return tile_a[l * (BM / 4u) + y]; }
-    return vec4<f32>(tile_a[l * (BM / 4u) + y / 4u][y % 4u]);
+// Four of this thread's rows of step l. Of eight, the second four are half a tile further, so that neighbours read
+// neighbouring words.
+fn rows_of(l: u32, y: u32, four: u32) -> vec4<f32> {
+    if TM == 1u { return vec4<f32>(tile_a[l * (BM / 4u) + y / 4u][y % 4u]); }
+    return tile_a[l * (BM / 4u) + y + 16u * four];
 }
 
-// This thread's columns of step l.
-fn columns_of(l: u32, x: u32) -> vec4<f32> {
-    if TN == 4u { return tile_b[l * (BN / 4u) + x]; }
-    return vec4<f32>(tile_b[l * (BN / 4u) + x / 4u][x % 4u]);
+// Four of this thread's columns of step l.
+fn columns_of(l: u32, x: u32, four: u32) -> vec4<f32> {
+    if TN == 1u { return vec4<f32>(tile_b[l * (BN / 4u) + x / 4u][x % 4u]); }
+    return tile_b[l * (BN / 4u) + x + 16u * four];
+}
+
+// Where in the tile the thread's value i of `count` is.
+fn place(thread: u32, i: u32, count: u32) -> u32 {
+    if count == 1u { return thread; }
+    return 64u * (i / 4u) + 4u * thread + i % 4u;
 }
 
 @compute @workgroup_size(16, 16)
@@ -69,10 +76,10 @@ fn matmul(
 
     for (var k0 = first; k0 < last; k0 += BK) {
         // Neighbouring threads read neighbouring values.
-        if t < BK * BM / 4u {
-            var word = t / BK;
-            var l = t % BK;
-            if TA { word = t % (BM / 4u); l = t / (BM / 4u); }
+        for (var e = t; e < BK * BM / 4u; e += 256u) {
+            var word = e / BK;
+            var l = e % BK;
+            if TA { word = e % (BM / 4u); l = e / (BM / 4u); }
             let row = row0 + 4u * word;
             let at = k0 + l;
             tile_a[l * (BM / 4u) + word] = vec4<f32>(
@@ -80,10 +87,10 @@ fn matmul(
                 left(a0, row + 2u, at, last), left(a0, row + 3u, at, last),
             );
         }
-        if t < BK * BN / 4u {
-            var word = t % (BN / 4u);
-            var l = t / (BN / 4u);
-            if TB { word = t / BK; l = t % BK; }
+        for (var e = t; e < BK * BN / 4u; e += 256u) {
+            var word = e % (BN / 4u);
+            var l = e / (BN / 4u);
+            if TB { word = e / BK; l = e % BK; }
             let col = col0 + 4u * word;
             let at = k0 + l;
             tile_b[l * (BN / 4u) + word] = vec4<f32>(
@@ -95,11 +102,15 @@ fn matmul(
         for (var l = 0u; l < BK; l += 4u) {
             //:for u in 4
             {
-                let x = rows_of(l + $uu, local.y);
-                let y = columns_of(l + $uu, local.x);
+                //:for f in FM
+                let x_$f = rows_of(l + $uu, local.y, $fu);
+                //:end
+                //:for f in FN
+                let y_$f = columns_of(l + $uu, local.x, $fu);
+                //:end
                 //:for i in TM
                 //:for j in TN
-                acc_$i_$j = fma(x[$i], y[$j], acc_$i_$j);
+                acc_$i_$j = fma(x_$i/4[$i%4], y_$j/4[$j%4], acc_$i_$j);
                 //:end
                 //:end
             }
@@ -112,8 +123,8 @@ fn matmul(
     //:for i in TM
     //:for j in TN
     {
-        let row = row0 + local.y * TM + $iu;
-        let col = col0 + local.x * TN + $ju;
+        let row = row0 + place(local.y, $iu, TM);
+        let col = col0 + place(local.x, $ju, TN);
         if row < p.m && col < p.n {
             let at = c0 + row * p.ldc + col;
             let v = p.scale * acc_$i_$j;
