@@ -24,7 +24,7 @@ const DELTA: Kernel = Kernel::new(
 const TILE: usize = 32;
 
 /// Columns of a head that are brought to shared memory at a time.
-const DEPTH: usize = 16;
+const DEPTH: usize = 32;
 
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
@@ -39,6 +39,7 @@ struct Params {
     marked: u32,
     scale: f32,
     softcap: f32,
+    width: u32,
 }
 
 #[repr(C)]
@@ -71,6 +72,7 @@ fn params(at: Sizes, spec: &Attention) -> Params {
         marked: u32::from(spec.mask.keys.is_some() || spec.mask.segments.is_some()),
         scale: spec.scale,
         softcap: spec.softcap.unwrap_or(0.0),
+        width: spec.head_dim as u32,
     }
 }
 
@@ -183,8 +185,12 @@ impl Gpu {
     }
 }
 
+/// One compiled form for all heads that as many rounds of columns cover; a header is what tells forms apart.
 fn header(spec: &Attention) -> String {
-    format!("const D = {}u;\n", spec.head_dim)
+    format!(
+        "// {} times {DEPTH} columns\n",
+        spec.head_dim.div_ceil(DEPTH)
+    )
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 // Attention in tiles of 32 queries and 32 keys: no matrix of scores is ever whole, neither forward (the softmax is kept
-// up to date as keys come) nor backward (scores are made again from their log-sum-exp). 256 threads; thread (x, y) has
-// the rows y and y + 16 and the columns x and x + 16 of a tile. In front of this file: D, the width of a head.
+// up to date as keys come) nor backward (scores are made again from their log-sum-exp). 256 threads. Of the scores of a
+// tile, thread (x, y) has the rows y and y + 16 and the columns x and x + 16; of 32 columns of a result, thread t has
+// four, of row t / 8. `STEPS` rounds of 32 columns cover a head.
 
 struct P {
     s: u32, t: u32, heads: u32, kv_heads: u32,
     prefix: u32, causal: u32, window: u32, marked: u32,
-    scale: f32, softcap: f32,
+    scale: f32, softcap: f32, width: u32,
 }
 var<immediate> p: P;
 
@@ -23,16 +24,15 @@ var<immediate> p: P;
 @group(0) @binding(8) var<storage, read_write> grad_b: array<f32>;
 
 const TILE = 32u;
-const DEPTH = 16u;
 const LEAST = -3.0e38;
 
-var<workgroup> tile_x: array<f32, TILE * (DEPTH + 1u)>;
-var<workgroup> tile_y: array<f32, TILE * (DEPTH + 1u)>;
-var<workgroup> square: array<f32, TILE * (TILE + 1u)>;
-var<workgroup> partial: array<f32, 256>;
-var<workgroup> row_max: array<f32, TILE>;
-var<workgroup> row_sum: array<f32, TILE>;
-var<workgroup> row_factor: array<f32, TILE>;
+// Tiles of 32 rows of 32 values, in words of four; see `word`.
+var<workgroup> tile_x: array<vec4<f32>, 256>;
+var<workgroup> tile_y: array<vec4<f32>, 256>;
+var<workgroup> square: array<vec4<f32>, 256>;
+
+// Where word w of a row is: turned by the row, so that threads that read one word of many rows do not meet in one bank.
+fn word(row: u32, w: u32) -> u32 { return row * 8u + (w ^ (row & 7u)); }
 
 // The key that stands where the query does.
 fn own(i: u32) -> u32 { return i + p.t - p.s; }
@@ -63,8 +63,8 @@ fn meet(i0: u32, j0: u32) -> bool {
     return j0 < p.prefix || (!late && !far);
 }
 
-fn q_at(entry: u32, i: u32, h: u32) -> u32 { return ((entry * p.s + i) * p.heads + h) * D; }
-fn kv_at(entry: u32, j: u32, h: u32) -> u32 { return ((entry * p.t + j) * p.kv_heads + h) * D; }
+fn q_at(entry: u32, i: u32, h: u32) -> u32 { return ((entry * p.s + i) * p.heads + h) * p.width; }
+fn kv_at(entry: u32, j: u32, h: u32) -> u32 { return ((entry * p.t + j) * p.kv_heads + h) * p.width; }
 fn lse_at(entry: u32, i: u32, h: u32) -> u32 { return (entry * p.heads + h) * p.s + i; }
 
 struct Score { value: f32, slope: f32 }
@@ -91,32 +91,30 @@ fn element(which: u32, at: u32) -> f32 {
     }
 }
 
-// One value of rows first.. of an array, columns d0..
-fn load(which: u32, entry: u32, h: u32, first: u32, row: u32, d: u32) -> f32 {
-    let i = first + row;
-    if d >= D { return 0.0; }
+// Four values of a row of an array from column d on.
+fn load(which: u32, entry: u32, h: u32, i: u32, d: u32) -> vec4<f32> {
+    var at: u32;
     if which == Q || which == DOUT {
-        if i >= p.s { return 0.0; }
-        return element(which, q_at(entry, i, h) + d);
+        if i >= p.s { return vec4<f32>(0.0); }
+        at = q_at(entry, i, h) + d;
+    } else {
+        if i >= p.t { return vec4<f32>(0.0); }
+        at = kv_at(entry, i, h / (p.heads / p.kv_heads)) + d;
     }
-    if i >= p.t { return 0.0; }
-    return element(which, kv_at(entry, i, h / (p.heads / p.kv_heads)) + d);
+    var four = vec4<f32>(0.0);
+    //:for u in 4
+    if d + $uu < p.width { four[$u] = element(which, at + $uu); }
+    //:end
+    return four;
 }
 
+// 32 rows from `first` on, 32 columns from d0 on.
 fn fill_x(t: u32, which: u32, entry: u32, h: u32, first: u32, d0: u32) {
-    for (var e = t; e < TILE * DEPTH; e += 256u) {
-        let row = e / DEPTH;
-        let d = e % DEPTH;
-        tile_x[row * (DEPTH + 1u) + d] = load(which, entry, h, first, row, d0 + d);
-    }
+    tile_x[word(t / 8u, t % 8u)] = load(which, entry, h, first + t / 8u, d0 + t % 8u * 4u);
 }
 
 fn fill_y(t: u32, which: u32, entry: u32, h: u32, first: u32, d0: u32) {
-    for (var e = t; e < TILE * DEPTH; e += 256u) {
-        let row = e / DEPTH;
-        let d = e % DEPTH;
-        tile_y[row * (DEPTH + 1u) + d] = load(which, entry, h, first, row, d0 + d);
-    }
+    tile_y[word(t / 8u, t % 8u)] = load(which, entry, h, first + t / 8u, d0 + t % 8u * 4u);
 }
 
 // The four products of this thread's rows of x with its rows of y, over the width of a head.
@@ -124,20 +122,16 @@ fn products(t: u32, entry: u32, h: u32, x: u32, i0: u32, y: u32, j0: u32) -> vec
     let lx = t % 16u;
     let ly = t / 16u;
     var sum = vec4<f32>(0.0);
-    for (var d0 = 0u; d0 < D; d0 += DEPTH) {
+    for (var d0 = 0u; d0 < p.width; d0 += 32u) {
         fill_x(t, x, entry, h, i0, d0);
         fill_y(t, y, entry, h, j0, d0);
         workgroupBarrier();
-        for (var d = 0u; d < DEPTH; d += 4u) {
-            //:for u in 4
-            {
-                let a = tile_x[ly * (DEPTH + 1u) + d + $uu];
-                let b = tile_x[(ly + 16u) * (DEPTH + 1u) + d + $uu];
-                let c = tile_y[lx * (DEPTH + 1u) + d + $uu];
-                let e = tile_y[(lx + 16u) * (DEPTH + 1u) + d + $uu];
-                sum = fma(vec4<f32>(a, a, b, b), vec4<f32>(c, e, c, e), sum);
-            }
-            //:end
+        for (var w = 0u; w < 8u; w++) {
+            let a = tile_x[word(ly, w)];
+            let b = tile_x[word(ly + 16u, w)];
+            let c = tile_y[word(lx, w)];
+            let e = tile_y[word(lx + 16u, w)];
+            sum += vec4<f32>(dot(a, c), dot(a, e), dot(b, c), dot(b, e));
         }
         workgroupBarrier();
     }
