@@ -29,7 +29,12 @@ fn present() -> bool {
     }
 }
 
-fn run(device: &str, precision: &str, folder: &std::path::Path) -> (Vec<f64>, f64, Vec<f32>) {
+fn run(
+    device: &str,
+    precision: &str,
+    steps: u64,
+    folder: &std::path::Path,
+) -> (Vec<f64>, f64, Vec<f32>) {
     let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/quickstart");
     let config = json!({
         "device": device,
@@ -37,7 +42,7 @@ fn run(device: &str, precision: &str, folder: &std::path::Path) -> (Vec<f64>, f6
         "model": {"path": format!("{base}/base")},
         "adapter": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"},
         "data": {"train": format!("{base}/train.jsonl"), "max_length": 64, "eval_split": 16},
-        "train": {"steps": 20, "batch_size": 4, "learning_rate": 2e-3, "seed": 1},
+        "train": {"steps": steps, "batch_size": 4, "learning_rate": 2e-3, "seed": 1},
         "output": {"dir": folder.join(device).join(precision)},
     });
     let config = TrainConfig::from_value(&config).unwrap();
@@ -65,8 +70,8 @@ fn twenty_steps_are_those_of_the_processor() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let (want, want_eval, want_adapter) = run("cpu", "f32", folder.path());
-    let (got, got_eval, got_adapter) = run("wgpu", "f32", folder.path());
+    let (want, want_eval, want_adapter) = run("cpu", "f32", 20, folder.path());
+    let (got, got_eval, got_adapter) = run("wgpu", "f32", 20, folder.path());
     assert_eq!(want.len(), 20);
     assert!(want[19] < want[0], "nothing was learned: {want:?}");
     // Orders of sums differ; twenty steps of AdamW, which divides by the size of gradients, make the most of it.
@@ -96,8 +101,8 @@ fn activations_in_bfloat16_learn_the_same() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let (want, ..) = run("cpu", "bf16", folder.path());
-    let (got, ..) = run("wgpu", "bf16", folder.path());
+    let (want, ..) = run("cpu", "bf16", 6, folder.path());
+    let (got, ..) = run("wgpu", "bf16", 6, folder.path());
     // Base and kept activations have 8 bits: one rounding the other way is 2e-3 of a value.
     let loss = apart(&got, &want);
     assert!(
