@@ -91,7 +91,14 @@ pub(crate) struct Train {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct Devices {}
+pub(crate) struct Devices {
+    /// Measure how fast this one multiplies: cpu, wgpu where the build has it, or auto
+    #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = "auto")]
+    pub(crate) bench: Option<String>,
+    /// With --bench: rows and columns of the matrices, a multiple of 64
+    #[arg(long, default_value_t = 1024, value_parser = positive)]
+    pub(crate) size: usize,
+}
 
 #[derive(Args, Debug)]
 pub(crate) struct Eval {

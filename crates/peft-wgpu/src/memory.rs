@@ -321,7 +321,7 @@ mod tests {
         for n in [5, 1000, 12_345, 1 << 24, (1 << 24) + 1] {
             let size = class(n);
             assert!(
-                size >= n && size % 256 == 0 && (n < 1024 || size <= n + n / 4 + 256),
+                size >= n && size.is_multiple_of(256) && (n < 1024 || size <= n + n / 4 + 256),
                 "{n}"
             );
         }

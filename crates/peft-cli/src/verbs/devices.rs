@@ -1,5 +1,6 @@
 //! `peft devices`
 
+use peft::ops;
 use peft::tensor::{Device, DeviceFacts};
 use serde_json::{Value, json};
 
@@ -8,7 +9,10 @@ use crate::args::Devices;
 use crate::failure::Failure;
 use crate::out::{Out, bytes};
 
-pub(crate) fn run(_args: &Devices, out: &Out) -> Result<(), Failure> {
+pub(crate) fn run(args: &Devices, out: &Out) -> Result<(), Failure> {
+    if let Some(name) = &args.bench {
+        return measured(name, args.size, out);
+    }
     let present = Device::present();
     if out.json {
         return out.value(&Value::Array(present.iter().map(facts).collect()));
@@ -41,6 +45,34 @@ pub(crate) fn run(_args: &Devices, out: &Out) -> Result<(), Failure> {
         out.note("graphics cards: build with `--features wgpu`");
     }
     Ok(())
+}
+
+/// Speeds of one device's products.
+fn measured(name: &str, size: usize, out: &Out) -> Result<(), Failure> {
+    if !size.is_multiple_of(64) {
+        let detail =
+            format!("--size {size}: has to be a multiple of 64, as packed formats have blocks");
+        return Err(Failure::Usage(detail));
+    }
+    let device = super::device(name, out)?;
+    let called = device.backend().name();
+    out.note(&format!(
+        "{size} x {size} on {called}, GFLOP/s, the best of several rounds"
+    ));
+    let all = ops::bench(&device, size)?;
+    if out.json {
+        let speeds: Vec<Value> = all
+            .iter()
+            .map(|s| json!({"product": s.product, "gflops": s.gflops}))
+            .collect();
+        return out.value(&json!({"device": called, "size": size, "products": speeds}));
+    }
+    let mut rows = vec![row(["product", "GFLOP/s"])];
+    rows.extend(
+        all.iter()
+            .map(|s| vec![s.product.clone(), format!("{:.2}", s.gflops)]),
+    );
+    out.table(&rows)
 }
 
 fn facts(d: &DeviceFacts) -> Value {
