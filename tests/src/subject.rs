@@ -1,7 +1,7 @@
 //! What a law is about: one registered method on one device, and a drawn model, batch and configuration.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
@@ -196,7 +196,8 @@ pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
         .unwrap_or(count);
     let mut failures = Vec::new();
     for (at, (entry, config)) in configs.iter().enumerate() {
-        for (name, device) in [("cpu", Device::cpu()), ("reference", Device::reference())] {
+        for device in devices() {
+            let name = device.backend().name();
             let options = Config {
                 cases: count,
                 failure_persistence: None,
@@ -215,7 +216,7 @@ pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
                 law(&Subject {
                     entry,
                     config,
-                    device: &device,
+                    device,
                     case: &case,
                 })
                 .map_err(TestCaseError::fail)
@@ -237,6 +238,40 @@ pub fn every_method(count: u32, law: impl Fn(&Subject<'_>) -> Check) {
         failures.len(),
         failures.join("\n")
     );
+}
+
+/// The devices that laws are about: those that are linked in and the reference, or those that `PEFT_DEVICES` names. One that
+/// does not open is left out aloud, and is a failure where `PEFT_REQUIRE_GPU` is 1.
+fn devices() -> &'static [Device] {
+    static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
+    DEVICES.get_or_init(|| {
+        let wanted = std::env::var("PEFT_DEVICES").unwrap_or_default();
+        let wanted: Vec<&str> = wanted.split(',').filter(|name| !name.is_empty()).collect();
+        let mut names = Device::names();
+        names.push("reference");
+        names.retain(|name| wanted.is_empty() || wanted.contains(name));
+        let opened: Vec<Device> = names.into_iter().filter_map(opened).collect();
+        assert!(!opened.is_empty(), "no device is left to test on");
+        opened
+    })
+}
+
+fn opened(name: &str) -> Option<Device> {
+    if name == "reference" {
+        return Some(Device::reference());
+    }
+    match Device::by_name(name) {
+        Ok(device) => Some(device),
+        Err(why) => {
+            let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
+            assert!(
+                !required,
+                "PEFT_REQUIRE_GPU=1, and {name} does not open: {why}"
+            );
+            eprintln!("NOTHING IS TESTED ON {name}: {why}");
+            None
+        }
+    }
 }
 
 /// The example configuration of a method.
@@ -451,10 +486,10 @@ impl Subject<'_> {
     /// Rounding that outputs of a model this small may gather on this device, relative to 1 + their size.
     pub fn tolerance(&self) -> f64 {
         // The reference computes in f64; f32 leaves about a hundred roundings of 1e-7 in two layers.
-        if self.device.backend().name() == "cpu" {
-            2e-5
-        } else {
+        if self.device.backend().name() == "reference" {
             1e-10
+        } else {
+            2e-5
         }
     }
 }

@@ -45,6 +45,8 @@ pub(crate) enum Verb {
     Init(Init),
     /// Write an adapter in another library's layout
     Export(Export),
+    /// List the devices of this build and machine
+    Devices(Devices),
 }
 
 /// A model with adapters stacked on it.
@@ -56,6 +58,9 @@ pub(crate) struct Subject {
     /// Adapter folder or hub id, or NAME=ADAPTER; repeat it to stack several, the first innermost
     #[arg(long)]
     pub(crate) adapter: Vec<String>,
+    /// Where to run: cpu, wgpu where the build has it, or auto for the best there is
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
 }
 
 /// How the model's weights are kept.
@@ -67,16 +72,6 @@ pub(crate) struct Kept {
     /// f32, or bf16: weights that are stored in single precision are kept in half of it
     #[arg(long, default_value = "f32", value_parser = precision)]
     pub(crate) precision: peft::tensor::Precision,
-}
-
-impl Kept {
-    pub(crate) fn load_options(self) -> peft::models::LoadOptions {
-        peft::models::LoadOptions {
-            device: peft::tensor::Device::cpu_in(self.precision),
-            quantize: self.quantize,
-            ..Default::default()
-        }
-    }
 }
 
 /// How several adapters combine.
@@ -98,9 +93,22 @@ pub(crate) struct Train {
     /// Most resident memory, such as 2GiB: what is predicted to be more keeps the optimizer's moments on disk, or is refused
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory_limit: Option<u64>,
+    /// Where to run, whatever the configuration says: cpu, wgpu where the build has it, or auto
+    #[arg(long)]
+    pub(crate) device: Option<String>,
     /// Go on from the newest checkpoint in the output folder
     #[arg(long)]
     pub(crate) resume: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Devices {
+    /// Measure how fast this one multiplies: cpu, wgpu where the build has it, or auto
+    #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = "auto")]
+    pub(crate) bench: Option<String>,
+    /// With --bench: rows and columns of the matrices, a multiple of 64
+    #[arg(long, default_value_t = 1024, value_parser = positive)]
+    pub(crate) size: usize,
 }
 
 #[derive(Args, Debug)]

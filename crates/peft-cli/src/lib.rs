@@ -72,6 +72,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Methods(args) => verbs::methods::run(&args, &out),
         Verb::Init(args) => verbs::init::run(&args, &out),
         Verb::Export(args) => verbs::export::run(&args, &out),
+        Verb::Devices(args) => verbs::devices::run(&args, &out),
     }
 }
 

@@ -9,7 +9,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};
+use crate::{FrozenWeight, Precision, Result, RngKey};
 
 /// Device memory: whatever the backend put in, shared and immutable.
 #[derive(Clone)]
@@ -196,6 +196,10 @@ pub trait Backend: Send + Sync {
     fn upload(&self, values: Vec<f32>) -> Result<Buffer>;
     /// Values back.
     fn download(&self, x: &Buffer) -> Result<Vec<f32>>;
+    /// Values of many buffers back, each given up as soon as it is read; a device that has to be waited for is waited for once.
+    fn download_all(&self, all: Vec<Buffer>) -> Result<Vec<Vec<f32>>> {
+        all.into_iter().map(|x| self.download(&x)).collect()
+    }
     /// Values back in double precision (the reference backend's true values; others convert).
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>>;
     /// The values where they are, if that is memory of the process.
@@ -457,92 +461,3 @@ pub trait Backend: Send + Sync {
         None
     }
 }
-
-/// A handle to a backend. Tensors carry one; a method never mentions it.
-#[derive(Clone)]
-pub struct Device(Arc<dyn Backend>);
-
-impl Device {
-    /// Wraps a backend.
-    pub fn new(backend: impl Backend + 'static) -> Self {
-        Self(Arc::new(backend))
-    }
-
-    /// The processor, in single precision.
-    pub fn cpu() -> Self {
-        Self::cpu_in(Precision::F32)
-    }
-
-    /// The processor, with activations kept in the precision's own form.
-    pub fn cpu_in(precision: Precision) -> Self {
-        Self::cpu_keeping(precision, precision.into())
-    }
-
-    /// The processor. Tensors of different precisions go together; an operation follows its first one.
-    pub fn cpu_keeping(precision: Precision, keep: Keep) -> Self {
-        static DEVICES: [std::sync::OnceLock<Device>; 6] =
-            [const { std::sync::OnceLock::new() }; 6];
-        let at = precision as usize * Keep::NAMES.len() + keep as usize;
-        DEVICES[at]
-            .get_or_init(|| Self::new(crate::cpu::CpuBackend::new(precision, keep)))
-            .clone()
-    }
-
-    /// Plain loops in f64: slow, obviously right, for tests.
-    #[cfg(feature = "reference")]
-    pub fn reference() -> Self {
-        static REFERENCE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-        REFERENCE
-            .get_or_init(|| Self::new(crate::reference::ReferenceBackend))
-            .clone()
-    }
-
-    /// The device of that name among those linked in.
-    ///
-    /// # Errors
-    /// Lists the names there are if there is none of that one.
-    pub fn by_name(name: &str) -> Result<Self> {
-        let mut entries: Vec<_> = inventory::iter::<BackendEntry>.into_iter().collect();
-        entries.sort_by_key(|e| e.name);
-        match entries.iter().find(|e| e.name == name) {
-            Some(entry) => (entry.open)(),
-            None => {
-                let known: Vec<_> = entries.iter().map(|e| e.name).collect();
-                Err(TensorError::Unsupported(format!(
-                    "device {name:?} is not in this build; it has {}",
-                    known.join(", ")
-                )))
-            }
-        }
-    }
-
-    /// The backend.
-    pub fn backend(&self) -> &dyn Backend {
-        &*self.0
-    }
-
-    /// Whether tensors of both go together: the same backend, in whatever precision.
-    pub fn same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0) || self.0.name() == other.0.name()
-    }
-}
-
-impl std::fmt::Debug for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Device({})", self.0.name())
-    }
-}
-
-/// What a backend submits to be found by name.
-pub struct BackendEntry {
-    /// Its name, as in `--device NAME`.
-    pub name: &'static str,
-    /// Opens it; an error says why there is none on this machine.
-    pub open: fn() -> Result<Device>,
-}
-
-inventory::collect!(BackendEntry);
-inventory::submit!(BackendEntry {
-    name: "cpu",
-    open: || Ok(Device::cpu())
-});

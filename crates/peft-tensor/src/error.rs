@@ -24,6 +24,9 @@ pub enum TensorError {
     /// Something this device or build does not offer.
     #[error("{0}")]
     Unsupported(String),
+    /// What a device ran into: no memory left, a driver's refusal, a device that went away.
+    #[error("device: {0}")]
+    Device(String),
     /// An index outside of its range (a token id beyond the vocabulary, a row that is not there).
     #[error("{op}: index {index} is out of range, there are {len}")]
     Index {

@@ -12,6 +12,7 @@ mod backend;
 mod base_weight;
 mod bytes;
 mod cpu;
+mod device;
 mod error;
 mod frozen;
 mod kept;
@@ -25,12 +26,11 @@ mod tape;
 mod tensor;
 pub mod torch_rng;
 
-pub use backend::{
-    Attention, Backend, BackendEntry, Binary, Buffer, Device, Glu, Mask, Rope, Unary,
-};
+pub use backend::{Attention, Backend, Binary, Buffer, Glu, Mask, Rope, Unary};
 pub use base_weight::BaseWeight;
 pub use bytes::{Bytes, release_heap};
 pub use cpu::simd::all_finite;
+pub use device::{AUTO, BackendEntry, Chosen, Device, DeviceFacts};
 pub use error::{Result, TensorError};
 pub use frozen::{FrozenWeight, WeightFormat, bnb, encode, encode_onto};
 pub use ops::{CustomOp, IGNORE, concat, custom};

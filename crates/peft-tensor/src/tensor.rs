@@ -265,6 +265,21 @@ impl Tensor {
         }
     }
 
+    /// Values of many tensors of one device, each given up as soon as it is read. Where values have to be fetched from a
+    /// device, this waits for it once.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn into_vecs(all: Vec<Self>) -> Result<Vec<Vec<f32>>> {
+        let Some(first) = all.first() else {
+            return Ok(Vec::new());
+        };
+        let device = first.device().clone();
+        device
+            .backend()
+            .download_all(all.into_iter().map(|x| x.data).collect())
+    }
+
     /// Values in double precision (true ones on the reference device).
     ///
     /// # Errors

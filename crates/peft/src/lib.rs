@@ -20,5 +20,8 @@ pub use peft_hybrid as hybrid;
 pub use peft_reparam as reparam;
 #[cfg(feature = "selective")]
 pub use peft_selective as selective;
+// Nor would a device be found.
+#[cfg(feature = "wgpu")]
+pub use peft_wgpu as wgpu;
 
 pub use peft_core::{Error, MethodEntry, Result, methods};

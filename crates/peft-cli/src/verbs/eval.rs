@@ -17,7 +17,7 @@ pub(crate) fn run(args: &Eval, out: &Out) -> Result<(), Failure> {
         task: args.task,
         compose: args.combine.compose,
         quantize: args.kept.quantize,
-        precision: args.kept.precision,
+        device: super::device(&args.subject.device, args.kept.precision, out)?,
         eval: EvalOptions {
             batch_size: args.batch_size,
             choices: args.choices.then_some(true),

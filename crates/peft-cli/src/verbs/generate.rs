@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use peft::models::{Finish, GenerateOptions, Model};
+use peft::models::{Finish, GenerateOptions, LoadOptions, Model};
 use peft::ops::{self, Compose};
 use serde_json::json;
 
@@ -29,7 +29,11 @@ fn one(args: &Generate, adapters: &[String], out: &Out) -> Result<(), Failure> {
         &args.subject.model,
         adapters,
         args.combine.compose,
-        &args.kept.load_options(),
+        &LoadOptions {
+            device: super::device(&args.subject.device, args.kept.precision, out)?,
+            quantize: args.kept.quantize,
+            ..LoadOptions::default()
+        },
     )?;
     let (prompt, special) = prompt(args, &model)?;
     drop(waiting);

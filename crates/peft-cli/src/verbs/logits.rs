@@ -2,6 +2,7 @@
 
 use peft::models::LoadOptions;
 use peft::ops::{self, Compose, LogitsInput};
+use peft::tensor::Precision;
 use serde_json::json;
 
 use crate::args::Logits;
@@ -16,7 +17,10 @@ pub(crate) fn run(args: &Logits, out: &Out) -> Result<(), Failure> {
         &args.subject.model,
         &args.subject.adapter,
         args.combine.compose,
-        &LoadOptions::default(),
+        &LoadOptions {
+            device: super::device(&args.subject.device, Precision::F32, out)?,
+            ..LoadOptions::default()
+        },
     )?;
     let input = match args.combine.compose {
         Compose::Parallel => {

@@ -21,6 +21,9 @@ pub(crate) fn run(args: &Train, out: &Out) -> Result<(), Failure> {
     if let Some(bytes) = args.memory_limit {
         apply_set(&mut value, &format!("train.memory_limit=\"{bytes}B\""))?;
     }
+    if let Some(device) = &args.device {
+        apply_set(&mut value, &format!("device={device:?}"))?;
+    }
     let config = TrainConfig::from_value(&value)
         .map_err(|e| Failure::Usage(format!("{}: {e}", args.config.display())))?;
     plan(&config, out)?;

@@ -117,6 +117,17 @@ impl Backend for CpuBackend {
         get(x).ok()
     }
 
+    fn download_all(&self, all: Vec<Buffer>) -> Result<Vec<Vec<f32>>> {
+        let one = |x: Buffer| {
+            let values = self.download(&x)?;
+            drop(x);
+            // Copies lie outside of the pool: the memory they leave behind goes back to the system.
+            self.make_room(size_of_val(&values[..]));
+            Ok(values)
+        };
+        all.into_iter().map(one).collect()
+    }
+
     fn download_f64(&self, x: &Buffer) -> Result<Vec<f64>> {
         Ok(get(x)?.iter().map(|v| f64::from(*v)).collect())
     }

@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
 use super::{Layout, WeightFormat, decode};
-use crate::Bytes;
 use crate::error::{Result, TensorError};
+use crate::{Buffer, Bytes};
 
 /// Values that one task of [`FrozenWeight::to_f32`] decodes, about.
 const CHUNK: usize = 1 << 16;
@@ -22,6 +23,8 @@ pub struct FrozenWeight {
     row_bytes: Option<usize>,
     format: WeightFormat,
     bytes: Bytes,
+    /// Copies on devices of their own memory, shared by the clones.
+    resident: Arc<Mutex<Vec<(u64, Buffer)>>>,
 }
 
 impl FrozenWeight {
@@ -45,6 +48,7 @@ impl FrozenWeight {
                 row_bytes,
                 format,
                 bytes,
+                resident: Arc::default(),
             }),
             Ok(want) if fits => Err(TensorError::Format(format!(
                 "a {rows} x {cols} matrix in {} takes {want} bytes, there are {}",
@@ -139,6 +143,21 @@ impl FrozenWeight {
     /// Size of the stored bytes.
     pub fn nbytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// The copy of this weight that a device keeps in its own memory, made at the first call; it goes when the last clone of
+    /// the weight does. `device` is a number of the device's own.
+    ///
+    /// # Errors
+    /// Whatever `make` returns.
+    pub fn resident(&self, device: u64, make: impl FnOnce() -> Result<Buffer>) -> Result<Buffer> {
+        let mut copies = self.resident.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, copy)) = copies.iter().find(|(id, _)| *id == device) {
+            return Ok(copy.clone());
+        }
+        let copy = make()?;
+        copies.push((device, copy.clone()));
+        Ok(copy)
     }
 
     /// The values without a copy, where they are stored as aligned F32.
@@ -260,6 +279,7 @@ impl FrozenWeight {
         };
         Ok(FrozenWeight {
             bytes,
+            resident: Arc::default(),
             ..self.clone()
         })
     }

@@ -1,5 +1,7 @@
 //! What all the comparisons share.
 
+use std::sync::OnceLock;
+
 use peft_tensor::{Device, Result, RngKey, Tensor};
 
 /// An input: values that f32 holds exactly, and their shape.
@@ -104,7 +106,38 @@ fn run(
     (values, leaves.iter().map(grad).collect())
 }
 
-/// Values of the processor against the reference's, its gradients against the reference's, and those against
+/// The processor, or the devices that a suite which includes these files has linked in beside it.
+pub(crate) fn devices() -> &'static [Device] {
+    static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
+    DEVICES.get_or_init(|| {
+        let others = Device::names().into_iter().filter(|name| *name != "cpu");
+        let opened = others.filter_map(opened_or_said);
+        let opened: Vec<Device> = opened.collect();
+        if opened.is_empty() {
+            vec![Device::cpu()]
+        } else {
+            opened
+        }
+    })
+}
+
+/// The device, or a line that nobody overlooks; a failure where `PEFT_REQUIRE_GPU` asks for one.
+fn opened_or_said(name: &str) -> Option<Device> {
+    match Device::by_name(name) {
+        Ok(device) => Some(device),
+        Err(why) => {
+            let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
+            assert!(
+                !required,
+                "PEFT_REQUIRE_GPU=1, and {name} does not open: {why}"
+            );
+            eprintln!("NOTHING IS TESTED ON {name}: {why}");
+            None
+        }
+    }
+}
+
+/// Values of the device against the reference's, its gradients against the reference's, and those against
 /// central differences of the reference's values at some coordinates.
 pub(crate) fn check(
     inputs: &[Input],
@@ -112,16 +145,21 @@ pub(crate) fn check(
     f: impl Fn(&[Tensor]) -> Result<Tensor>,
 ) {
     let (want, want_grads) = run(inputs, &Device::reference(), &f);
-    let (got, got_grads) = run(inputs, &Device::cpu(), &f);
-    assert_all_close("values", &got, &want, tolerance.forward);
-    assert_eq!(got_grads.len(), want_grads.len());
-    for (i, (got, want)) in got_grads.iter().zip(&want_grads).enumerate() {
-        assert_all_close(
-            &format!("gradient of input {i}"),
-            got,
-            want,
-            tolerance.backward,
-        );
+    for device in devices() {
+        let (got, got_grads) = run(inputs, device, &f);
+        let name = device.backend().name();
+        assert_all_close(&format!("values on {name}"), &got, &want, tolerance.forward);
+        assert_eq!(got_grads.len(), want_grads.len());
+        for (i, (got, want)) in got_grads.iter().zip(&want_grads).enumerate() {
+            assert_all_close(
+                &format!("gradient of input {i} on {name}"),
+                got,
+                want,
+                tolerance.backward,
+            );
+        }
+    }
+    for (i, want) in want_grads.iter().enumerate() {
         probe(inputs, i, want, &f);
     }
 }

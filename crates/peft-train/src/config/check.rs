@@ -2,7 +2,7 @@
 
 use peft_core::{Error, Result};
 use peft_models::Quantize;
-use peft_tensor::{Keep, Precision, TensorError};
+use peft_tensor::{AUTO, Device, Keep, Precision, TensorError};
 
 use super::{Checkpointing, ModelInit, TrainConfig};
 
@@ -37,14 +37,14 @@ impl TrainConfig {
     }
 
     fn check_offered(&self) -> Result<()> {
-        const LATER: &str = "is not in this build yet";
+        let here = Device::names();
         match self.device.as_str() {
-            "cpu" | "auto" => {}
+            AUTO => {}
+            name if here.contains(&name) => {}
             "wgpu" => {
-                return Err(Error::config(
-                    "device",
-                    format!("\"wgpu\" {LATER}; use \"cpu\""),
-                ));
+                let detail =
+                    "\"wgpu\" is not in this build: build with `--features wgpu`, or use \"cpu\"";
+                return Err(Error::config("device", detail));
             }
             other => {
                 return Err(Error::config(

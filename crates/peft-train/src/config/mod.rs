@@ -26,7 +26,7 @@ use crate::schedule::Schedule;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TrainConfig {
-    /// `cpu`, or `auto` for the best there is.
+    /// `cpu`, `wgpu` where the build has it, or `auto` for the best there is.
     pub device: String,
     /// `f32` or `bf16`: what base weights are kept in, and by default the activations that wait for the backward pass
     /// (`train.activations`). Gradients, moments and adapters are always f32.

@@ -130,7 +130,7 @@ fn a_wrong_type_or_value_names_its_field() {
         ("adapter=3", &["`adapter`"]),
         ("adapter.init_from=3", &["adapter.init_from"]),
         ("precision=f64", &["precision", "f64", "f32, bf16"]),
-        ("device=wgpu", &["device", "not in this build yet"]),
+        ("device=wgpu", &["device", "not in this build"]),
         ("device=tpu", &["device", "tpu", "cpu, wgpu, auto"]),
         (
             "model.quantize=int4",

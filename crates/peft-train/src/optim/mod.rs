@@ -8,7 +8,7 @@ mod moments;
 pub use adamw::{AdamW, Rate};
 pub use groups::Groups;
 
-use peft_core::{Grads, Param, Result};
+use peft_core::{Grads, Param, Result, Tensor};
 use rayon::prelude::*;
 
 /// Takes the gradients of `params` out of `grads`, in the order of `params`; None for a parameter nothing depended on. The
@@ -17,16 +17,13 @@ use rayon::prelude::*;
 /// # Errors
 /// Whatever the device says.
 pub fn take_gradients(params: &[Param], grads: &mut Grads) -> Result<Vec<Option<Vec<f32>>>> {
-    let one = |p: &Param| {
-        let Some(grad) = grads.take(&p.tensor()) else {
-            return Ok(None);
-        };
-        let (values, device) = (grad.to_vec()?, grad.device().clone());
-        drop(grad);
-        device.backend().make_room(size_of_val(&values[..]));
-        Ok(Some(values))
-    };
-    params.iter().map(one).collect()
+    let taken: Vec<_> = params.iter().map(|p| grads.take(&p.tensor())).collect();
+    let there: Vec<bool> = taken.iter().map(Option::is_some).collect();
+    let mut values = Tensor::into_vecs(taken.into_iter().flatten().collect())?.into_iter();
+    Ok(there
+        .into_iter()
+        .map(|there| if there { values.next() } else { None })
+        .collect())
 }
 
 /// The norm of each gradient (0 where there is none), in double precision; the sum of squares goes in one order, so it

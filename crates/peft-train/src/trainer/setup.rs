@@ -32,7 +32,11 @@ pub(super) fn trainer<'a>(
         .transpose()?;
     let path = resolve_model(&config.model.path).map_err(io)?;
     let (task, labels) = task_and_labels(config, &raw, &path)?;
-    let mut model = load(config, &path, task)?;
+    let chosen = Device::choose(&config.device, config.precision()?, config.keep()?)?;
+    if let Some(note) = &chosen.note {
+        observer.message(note);
+    }
+    let mut model = load(config, &path, task, chosen.device)?;
     if let Some(note) = attach(config, &mut model)? {
         observer.message(&note);
     }
@@ -145,12 +149,12 @@ fn model_labels(path: &Path) -> Result<Option<LabelNames>> {
     })
 }
 
-fn load(config: &TrainConfig, path: &Path, task: Task) -> Result<Model> {
+fn load(config: &TrainConfig, path: &Path, task: Task, device: Device) -> Result<Model> {
     let options = LoadOptions {
         task: Some(task),
         seed: config.train.seed,
         quantize: config.quantize()?,
-        device: Device::cpu_keeping(config.precision()?, config.keep()?),
+        device,
         compact: true,
     };
     match config.model.init {

@@ -4,7 +4,6 @@ use std::path::Path;
 
 use peft_core::{Device, Result};
 use peft_models::{LoadOptions, Model, Quantize, Task};
-use peft_tensor::Precision;
 use peft_train::config::{DataFormat, DataSection};
 use peft_train::{
     Dataset, EvalOptions, EvalReport, LabelNames, Observer, RawData, VoteReport, encode_for,
@@ -15,8 +14,10 @@ use super::compose::{Compose, read_all};
 use super::open::{OpenedAdapter, config_json, open_composed, task_of_adapters};
 
 /// What to measure on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EvaluateOptions {
+    /// Where to run.
+    pub device: Device,
     /// Longest row in tokens.
     pub max_length: usize,
     /// Only the first rows.
@@ -27,8 +28,6 @@ pub struct EvaluateOptions {
     pub compose: Compose,
     /// Format to bring the linear layers of the blocks into; None = as they are stored.
     pub quantize: Option<Quantize>,
-    /// What weights in single precision are kept in.
-    pub precision: Precision,
     /// Batches and choices.
     pub eval: EvalOptions,
 }
@@ -105,7 +104,7 @@ fn prepared(
     let (task, labels) = task_for(&raw, known, num_labels)?;
     let load = LoadOptions {
         task: Some(task),
-        device: Device::cpu_in(options.precision),
+        device: options.device.clone(),
         quantize: options.quantize,
         ..LoadOptions::default()
     };

@@ -5,6 +5,7 @@
 
 mod adapterhub;
 mod adapters;
+mod bench;
 mod compose;
 mod count;
 mod evaluate;
@@ -15,6 +16,7 @@ mod open;
 
 pub use adapterhub::export_adapterhub;
 pub use adapters::{named_tensors, read_adapter, tensors_of, write_adapter};
+pub use bench::{Speed, bench};
 pub use compose::Compose;
 pub use count::count_parameters;
 pub use evaluate::{EvaluateOptions, evaluate, vote};

@@ -1,0 +1,143 @@
+//! Work, recorded and handed over in batches.
+//!
+//! All kernels go into one compute pass until somebody reads values or the batch is full: handing over costs tens of
+//! microseconds, recording one. `wgpu` puts the barriers between dispatches that touch the same buffer.
+
+use std::sync::atomic::Ordering;
+
+use peft_tensor::Result;
+
+use crate::gpu::{Gpu, Kernel, fail, locked};
+
+/// Kernels in a batch. Also bounds how long the device is busy with one, which desktop drivers watch.
+const BATCH: u32 = 256;
+
+/// Groups along one axis that every device takes.
+const GROUPS: u64 = 65_535;
+
+/// What has been recorded and not handed over.
+#[derive(Default)]
+pub(crate) struct Recorder {
+    /// The pass has to end before its encoder does: fields are dropped in this order.
+    open: Option<(wgpu::ComputePass<'static>, wgpu::CommandEncoder)>,
+    kernels: u32,
+}
+
+/// A part of a buffer that a kernel sees.
+#[derive(Clone, Copy)]
+pub(crate) struct Bind<'a> {
+    pub(crate) buffer: &'a wgpu::Buffer,
+    /// In bytes.
+    pub(crate) offset: u64,
+    /// In bytes.
+    pub(crate) size: u64,
+}
+
+/// Groups for `n` groups in a row, folded where they are more than fit an axis; kernels skip those beyond the end.
+pub(crate) fn in_a_row(n: usize) -> [u32; 3] {
+    let n = n as u64;
+    if n <= GROUPS {
+        [n as u32, 1, 1]
+    } else {
+        let y = n.div_ceil(GROUPS);
+        [n.div_ceil(y) as u32, y as u32, 1]
+    }
+}
+
+/// Groups of 256 for `n` threads.
+pub(crate) fn threads(n: usize) -> [u32; 3] {
+    in_a_row(n.div_ceil(256))
+}
+
+impl Gpu {
+    /// Records a kernel: `binds` are those it reads, then those it writes; `params` is its block of parameters.
+    pub(crate) fn run<P: bytemuck::NoUninit>(
+        &self,
+        kernel: &Kernel,
+        binds: &[Bind<'_>],
+        params: &P,
+        groups: [u32; 3],
+    ) -> Result<()> {
+        if groups.contains(&0) {
+            return Ok(());
+        }
+        if let Some(large) = binds.iter().find(|b| b.size > self.max_binding) {
+            return fail(format!(
+                "{}: `{}` on a tensor of {} bytes; a kernel of this device sees at most {}",
+                self.name, kernel.entry, large.size, self.max_binding
+            ));
+        }
+        if groups.iter().any(|&n| u64::from(n) > GROUPS) {
+            return fail(format!(
+                "{}: `{}` would take {groups:?} groups; at most {GROUPS} go along an axis",
+                self.name, kernel.entry
+            ));
+        }
+        let made = self.pipeline(kernel)?;
+        let entries: Vec<_> = (0..)
+            .zip(binds)
+            .map(|(binding, bind)| wgpu::BindGroupEntry {
+                binding,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: bind.buffer,
+                    offset: bind.offset,
+                    size: std::num::NonZeroU64::new(bind.size),
+                }),
+            })
+            .collect();
+        let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &made.layout,
+            entries: &entries,
+        });
+        let mut recorder = locked(&self.recorder);
+        let (pass, _) = recorder.open.get_or_insert_with(|| {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            let pass = encoder
+                .begin_compute_pass(&Default::default())
+                .forget_lifetime();
+            (pass, encoder)
+        });
+        pass.set_pipeline(&made.pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        pass.set_immediates(0, bytemuck::bytes_of(params));
+        pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
+        recorder.kernels += 1;
+        if recorder.kernels >= BATCH {
+            self.submit(&mut recorder)?;
+        }
+        Ok(())
+    }
+
+    /// Hands over what is recorded.
+    pub(crate) fn flush(&self) -> Result<()> {
+        self.submit(&mut locked(&self.recorder))
+    }
+
+    fn submit(&self, recorder: &mut Recorder) -> Result<()> {
+        recorder.kernels = 0;
+        if let Some((pass, encoder)) = recorder.open.take() {
+            drop(pass);
+            self.queue.submit([encoder.finish()]);
+            self.pool.submits.fetch_add(1, Ordering::AcqRel);
+            self.pool.trim();
+        }
+        self.check()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_a_row;
+
+    #[test]
+    fn groups_are_folded() {
+        assert_eq!(in_a_row(0), [0, 1, 1]);
+        assert_eq!(in_a_row(65_535), [65_535, 1, 1]);
+        for n in [65_536usize, 65_537, 131_071, 10_000_019] {
+            let [x, y, _] = in_a_row(n);
+            let all = u64::from(x) * u64::from(y);
+            assert!(x <= 65_535 && y <= 65_535 && all >= n as u64 && all < n as u64 + u64::from(y));
+        }
+    }
+}
