@@ -37,15 +37,16 @@ PROMPT = "Explain what a neural network is."
 
 def training(model, rows, seq=0, precision="f32", **more):
     """A training task: `rows` of a batch, of `seq` random tokens or (0) from the movie reviews."""
-    task = dict(kind="train", model=str(model), rows=rows, seq=seq, precision=precision, quantize=None, checkpointing=False,
+    task = dict(kind="train", model=str(model), rows=rows, seq=seq, precision=precision, quantize=None, activations=None, checkpointing=False,
                 classify=False, targets=ALL, busy=False, learning_rate=1e-4)
     return task | more
 
 
 TASKS = {
     "lora-f32": training(F32, 4, 256),
+    "lora-f32-small": training(F32, 4, 256, activations="bf16"),
     "lora-bf16": training(BF16, 4, 256, "bf16"),
-    "lora-nf4": training(BF16, 4, 256, "bf16", quantize="nf4"),
+    "lora-nf4": training(BF16, 4, 256, "bf16", quantize="nf4", activations="int8"),
     "sft-f32": training(F32, 8),
     "sft-bf16": training(BF16, 8, precision="bf16"),
     "long-bf16": training(BF16, 1, 2048, "bf16", checkpointing=True),
@@ -53,14 +54,16 @@ TASKS = {
     "merge": dict(kind="merge", model=str(BF16), precision="bf16", busy=False),
     "generate-f32": dict(kind="generate", model=str(F32), precision="f32", busy=False),
     "generate-bf16": dict(kind="generate", model=str(BF16), precision="bf16", busy=False),
+    "generate-nf4": dict(kind="generate", model=str(BF16), precision="bf16", quantize="nf4", busy=False),
     "lora-f32-busy": training(F32, 4, 256, busy=True),
     "lora-bf16-busy": training(BF16, 4, 256, "bf16", busy=True),
 }
 
 WHAT = {
     "lora-f32": "f32, LoRA r 8 on all linear layers, 4 x 256 tokens",
+    "lora-f32-small": "the same, peft with activations kept in bf16",
     "lora-bf16": "bf16, the same",
-    "lora-nf4": "NF4 base (bitsandbytes, double quantisation), the same",
+    "lora-nf4": "NF4 base (bitsandbytes, double quantisation), the same, peft with activations kept in int8",
     "sft-f32": "instruction tuning on movie reviews, loss on the completion, batch 8, f32",
     "sft-bf16": "the same in bf16",
     "long-bf16": "1 x 2048 tokens, gradient checkpointing, bf16",
@@ -68,6 +71,7 @@ WHAT = {
     "merge": "merge an adapter (r 16) and save, SmolLM2 bf16",
     "generate-f32": "generation, greedy, 128 tokens, f32",
     "generate-bf16": "the same in bf16",
+    "generate-nf4": "the same from NF4",
     "lora-f32-busy": "f32 4 x 256 with another process on one core",
     "lora-bf16-busy": "bf16 4 x 256 with another process on one core",
 }
@@ -112,7 +116,7 @@ def config(task, inputs, steps):
         "train": {
             "steps": steps, "batch_size": task["rows"], "learning_rate": task["learning_rate"], "schedule": "constant",
             "max_grad_norm": 0.0, "gradient_checkpointing": task["checkpointing"], "seed": 0,
-        },
+        } | ({"activations": task["activations"]} if task["activations"] else {}),
         "output": {"dir": str(WORK / "trained"), "overwrite": True},
     }
 
@@ -128,6 +132,8 @@ def ours(command, name, task, inputs, steps):
         arguments = ["merge", "--model", task["model"], "--adapter", str(inputs / "adapter"), "--output", str(WORK / "merged"), "--json"]
     else:
         arguments = ["generate", "--model", task["model"], "--prompt", PROMPT, "--max-new-tokens", "128", "--json"]
+        if task.get("quantize"):
+            arguments += ["--quantize", task["quantize"]]
     code, out, err, result = run([command, *arguments, "--quiet"])
     if code != 0:
         refused = [line for line in err.splitlines() if "not in this build" in line or "no such key" in line or "not one of" in line]
@@ -200,14 +206,14 @@ def measure(command, name, task, repeats, steps):
 
 def table(lines):
     """The lines as markdown."""
-    out = ["| work | unit | HF PEFT | peft | ratio | HF MB | peft MB | ratio | |", "|---|---|---|---|---|---|---|---|---|"]
+    out = ["| work | unit | HF PEFT | peft | ratio | HF MB | peft MB | ratio | runs | |", "|---|---|---|---|---|---|---|---|---|---|"]
     for line in lines:
         start = f"| {line['what']} | {line['unit']} | {line['hf']:.3g} |"
         if "rate" in line:
             out.append(f"{start} {line['rate']:.3g} | **{line['rate'] / line['hf']:.2f}** | {line['hf_mb']:.0f} | {line['mb']:.0f} | "
-                       f"1/{line['hf_mb'] / line['mb']:.1f} | {line['note']} |")
+                       f"1/{line['hf_mb'] / line['mb']:.1f} | {line['repeats']} | {line['note']} |")
         else:
-            out.append(f"{start} | | {line['hf_mb']:.0f} | | | {line['note']} |")
+            out.append(f"{start} | | {line['hf_mb']:.0f} | | | {line['repeats']} | {line['note']} |")
     return "\n".join(out)
 
 
@@ -243,11 +249,18 @@ def main():
     if code != 0:
         sys.exit(f"the models could not be made:\n{err[-3000:]}")
     command = str(pathlib.Path(arguments.peft).resolve())
-    lines = [measure(command, name, TASKS[name], arguments.repeats, min(arguments.steps, 32)) for name in arguments.only or TASKS]
-    text = (f"Medians of {arguments.repeats} runs of each engine, taking turns. Higher is faster; memory is the peak of resident pages.\n\n"
+    # What `--only` leaves out keeps its line of an earlier run.
+    results = WORK / "results.json"
+    known = {line["name"]: line for line in json.loads(results.read_text())["lines"]} if results.exists() else {}
+    for name in arguments.only or TASKS:
+        line = measure(command, name, TASKS[name], arguments.repeats, min(arguments.steps, 32))
+        known[name] = line | dict(repeats=arguments.repeats, load=os.getloadavg()[0])
+        lines = [known[name] for name in TASKS if name in known]
+        results.write_text(json.dumps(dict(machine=about, lines=lines), indent=2))
+    lines = [known[name] for name in TASKS if name in known]
+    text = (f"Medians of as many runs of each engine as the table says, taking turns. Higher is faster; memory is the peak of resident pages.\n\n"
             f"Machine: {about}\n\n{table(lines)}\n")
     print(text)
-    (WORK / "results.json").write_text(json.dumps(dict(machine=about, lines=lines), indent=2))
     if arguments.write:
         head = "# Performance\n\nWritten by `python benches/vs_hf_peft/run.py --write`, which says what is measured and how.\n\n"
         (ROOT / "docs" / "performance.md").write_text(head + text)
