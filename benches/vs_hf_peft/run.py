@@ -11,7 +11,7 @@ memory is what the system says of the finished process (`ru_maxrss`). Hugging Fa
 batches, both engines start from these, and their losses have to agree: 1e-3 relative in f32, 2e-2 in bf16 and 4-bit. The
 first step of a run warms up and does not count. A task that this build of the command refuses is reported as such.
 
-`hf.py` is the other side: one task a process. Inputs are made once, in out/bench.
+`notes.md` is what there is to say about the table, and goes below it. `hf.py` is the other side: one task a process. Inputs are made once, in out/bench.
 """
 
 import argparse
@@ -233,7 +233,7 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description="peft against Hugging Face PEFT")
-    parser.add_argument("--only", nargs="+", choices=TASKS, metavar="TASK", help="only these tasks")
+    parser.add_argument("--only", nargs="*", choices=TASKS, metavar="TASK", help="only these tasks; none: what was measured before")
     parser.add_argument("--list", action="store_true", help="name the tasks")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each engine")
     parser.add_argument("--steps", type=int, default=6, help="steps of a training run, at most 32; the first does not count")
@@ -252,7 +252,7 @@ def main():
     # What `--only` leaves out keeps its line of an earlier run.
     results = WORK / "results.json"
     known = {line["name"]: line for line in json.loads(results.read_text())["lines"]} if results.exists() else {}
-    for name in arguments.only or TASKS:
+    for name in TASKS if arguments.only is None else arguments.only:
         line = measure(command, name, TASKS[name], arguments.repeats, min(arguments.steps, 32))
         known[name] = line | dict(repeats=arguments.repeats, load=os.getloadavg()[0])
         lines = [known[name] for name in TASKS if name in known]
@@ -263,7 +263,7 @@ def main():
     print(text)
     if arguments.write:
         head = "# Performance\n\nWritten by `python benches/vs_hf_peft/run.py --write`, which says what is measured and how.\n\n"
-        (ROOT / "docs" / "performance.md").write_text(head + text)
+        (ROOT / "docs" / "performance.md").write_text(head + text + "\n" + (HERE / "notes.md").read_text())
     return 0 if all(line.get("agrees", True) for line in lines) else 1
 
 
