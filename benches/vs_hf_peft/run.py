@@ -228,7 +228,7 @@ def machine():
     total = int(memory.read_text().split()[1]) / 1e6 if memory.exists() else 0
     versions = [line for line in (HERE / "requirements.txt").read_text().split() if line.split("==")[0] in ("torch", "transformers", "peft", "bitsandbytes")]
     return (f"{field('model name') or platform.processor()}, {os.cpu_count()} cores, {' '.join(f for f in known if f in features)}, "
-            f"{total:.0f} GB of memory, {platform.system()} {platform.release()}; load average at the start {os.getloadavg()[0]:.1f}; {', '.join(versions)}.")
+            f"{total:.0f} GB of memory, {platform.system()} {platform.release()}; {', '.join(versions)}.")
 
 
 def main():
@@ -258,8 +258,10 @@ def main():
         lines = [known[name] for name in TASKS if name in known]
         results.write_text(json.dumps(dict(machine=about, lines=lines), indent=2))
     lines = [known[name] for name in TASKS if name in known]
+    loads = [line["load"] for line in lines]
     text = (f"Medians of as many runs of each engine as the table says, taking turns. Higher is faster; memory is the peak of resident pages.\n\n"
-            f"Machine: {about}\n\n{table(lines)}\n")
+            f"Machine: {about} Load average after each task, the engines' own included: {min(loads, default=0):.1f} to {max(loads, default=0):.1f}.\n\n"
+            f"{table(lines)}\n")
     print(text)
     if arguments.write:
         head = "# Performance\n\nWritten by `python benches/vs_hf_peft/run.py --write`, which says what is measured and how.\n\n"
