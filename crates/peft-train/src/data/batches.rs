@@ -67,10 +67,10 @@ pub fn join(examples: &[&Example], pad: u32) -> Collated {
 pub(crate) fn joins(examples: &[&Example]) -> bool {
     let lengths = || examples.iter().map(|e| e.ids.len());
     let differ = lengths().min() != lengths().max();
-    differ
-        && examples
-            .iter()
-            .all(|e| e.task.is_none() && !e.ids.is_empty())
+    // A text of which nothing is looked at would be taken for padding.
+    let seen = |e: &Example| e.mask.as_ref().is_none_or(|mask| mask.contains(&true));
+    let plain = |e: &&Example| e.task.is_none() && !e.ids.is_empty() && seen(e);
+    differ && examples.iter().all(plain)
 }
 
 fn collected(examples: &[&Example], pad: u32, joined: bool) -> Collated {

@@ -587,4 +587,7 @@ fn rows_of_different_lengths_become_one() {
     let mut task = b.clone();
     task.task = Some(1);
     assert_eq!(join(&[&a, &task], 0).batch.batch, 2);
+    let mut unseen = b.clone();
+    unseen.mask = Some(vec![false; 2]);
+    assert_eq!(join(&[&a, &unseen], 0).batch.batch, 2);
 }
