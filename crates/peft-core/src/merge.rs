@@ -33,10 +33,10 @@ impl Network {
     }
 
     /// The merged parameters of one module, from the base parameters given: the streaming merge hands them in one
-    /// module at a time.
+    /// module at a time. Values are not looked at: whoever keeps or writes them checks that they are finite.
     ///
     /// # Errors
-    /// If an adapter cannot be merged there, or the result is not finite.
+    /// If an adapter cannot be merged there.
     pub fn merged(
         &self,
         id: ModuleId,
@@ -78,7 +78,6 @@ impl Network {
                 if info.offset != 0.0 {
                     merged = merged.affine(1.0, -info.offset)?;
                 }
-                finite(&info.path, &merged)?;
                 out.weight = Some(if weight.is_transposed() {
                     merged.t()?
                 } else {
@@ -102,9 +101,6 @@ impl Network {
         let had = merged_bias.is_some();
         for stacked in stack {
             merged_bias = stacked.adapter.bias(merged_bias)?;
-        }
-        if let Some(b) = &merged_bias {
-            finite(&info.path, b)?;
         }
         // An adapter that leaves the bias alone hands back what it got; comparing values tells, without a method's help.
         let moved = match (&merged_bias, bias) {
@@ -143,6 +139,9 @@ impl Network {
                 .map(stored_values)
                 .transpose()?;
             let change = self.merged(id, weight.as_ref(), bias.as_ref())?;
+            for values in [&change.weight, &change.bias].into_iter().flatten() {
+                finite(&info.path, values)?;
+            }
             let Some(weight) = weight else { continue };
             let weight = match change.weight {
                 Some(values) => BaseWeight::dense(values, weight.is_transposed()),

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 
 use safetensors::Dtype;
 use serde_json::json;
@@ -142,6 +143,42 @@ struct Open {
     file: Option<Arc<NamedTempFile>>,
     /// Tensors not complete yet.
     tensors: usize,
+    /// Bytes written since the disk was last told to take them.
+    waiting: u64,
+    syncing: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+/// Written bytes from which on the disk is told to take them while more are being made: otherwise it idles until the end,
+/// and closing the file takes as long as writing all of it.
+const AHEAD: u64 = 32 << 20;
+
+impl Open {
+    /// Counts `bytes` written to `file` and has them synced by a thread of its own once there are many. What that said
+    /// is heard before the next time, and in [`settle`](Self::settle): a system tells of a failed write only once.
+    fn wrote(&mut self, file: &NamedTempFile, bytes: u64) -> std::io::Result<()> {
+        self.waiting += bytes;
+        let busy = self.syncing.as_ref().is_some_and(|s| !s.is_finished());
+        if self.waiting < AHEAD || busy {
+            return Ok(());
+        }
+        self.settle()?;
+        let file = file.as_file().try_clone()?;
+        // Without a thread the bytes wait for the end.
+        self.syncing = std::thread::Builder::new()
+            .spawn(move || file.sync_data())
+            .ok();
+        self.waiting = 0;
+        Ok(())
+    }
+
+    /// Waits for the thread that syncs.
+    fn settle(&mut self) -> std::io::Result<()> {
+        match self.syncing.take().map(JoinHandle::join) {
+            Some(Ok(synced)) => synced,
+            Some(Err(_)) => Err(std::io::Error::other("the thread that syncs panicked")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A panic elsewhere leaves nothing half-done in what these locks guard.
@@ -217,6 +254,8 @@ impl StreamWriter {
                 state: Mutex::new(Open {
                     file: None,
                     tensors: entries.len(),
+                    waiting: 0,
+                    syncing: None,
                 }),
             });
         }
@@ -285,17 +324,19 @@ impl StreamWriter {
         let io = |e| Error::io("write", &path, e);
         let file = self.file(shard, &path)?;
         write_all_at(file.as_file(), slot.start + state.bytes, bytes).map_err(io)?;
-        drop(file);
         state.bytes += bytes.len() as u64;
         state.touched = true;
+        let mut open = lock(&shard.state);
+        open.wrote(&file, bytes.len() as u64).map_err(io)?;
+        drop(file);
         if state.bytes < slot.len {
             return Ok(());
         }
-        let mut open = lock(&shard.state);
         open.tensors -= 1;
         if open.tensors > 0 {
             return Ok(());
         }
+        open.settle().map_err(|e| Error::io("sync", &path, e))?;
         // Whoever completes the last tensor closes the file: nobody else has it then.
         if let Some(file) = open.file.take()
             && let Some(file) = Arc::into_inner(file)

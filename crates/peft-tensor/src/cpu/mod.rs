@@ -3,6 +3,7 @@
 //! A result never depends on the number of threads: work is cut by shapes alone, and sums over cuts are taken
 //! in their order.
 
+mod arena;
 mod attention;
 mod codes;
 mod dropout;

@@ -1,11 +1,12 @@
 //! Memory that is used again: a training step asks for the same sizes as the step before, and mapping, clearing and
 //! unmapping them anew would cost more than the elementwise arithmetic does.
 //!
-//! What is free never makes the process larger than its busiest moment was: before memory is asked of the system,
-//! idle blocks are given back until busy and idle together fit under the largest amount that was ever busy at once.
+//! Tensors of middle size share the mappings of an [`Arena`], large ones have mappings of their own. What is free never
+//! makes the process larger than its busiest moment was: before memory is asked of the system, idle blocks and holes are
+//! given back until busy and idle together fit under the largest amount that was ever busy at once.
 //!
-//! Blocks are mappings of their own and not the allocator's: glibc raises the size from which it maps up to 32 MB once such
-//! a block is freed, and from then on holes between blocks stay resident.
+//! Neither is the allocator's: glibc raises the size from which it maps up to 32 MB once such a block is freed, and from
+//! then on holes between blocks stay resident.
 
 use std::collections::BTreeMap;
 use std::mem::take;
@@ -14,12 +15,13 @@ use std::sync::{Mutex, PoisonError};
 
 use memmap2::MmapMut;
 
+use super::arena::{Arena, Place};
+
 /// Values from which on a block is mapped and kept; the allocator is good at smaller ones.
 const SMALLEST: usize = 4096;
 
-/// Bytes from which on huge pages are asked for: one fault instead of hundreds, and fewer address translations.
-#[cfg(target_os = "linux")]
-const HUGE: usize = 2 << 20;
+/// Values from which on a block has a mapping of its own: a hole of such a size in an arena would not be filled soon.
+const LARGE: usize = 16 << 20;
 
 /// Values of a tensor, in memory that goes back to the pool.
 #[derive(Default)]
@@ -32,7 +34,8 @@ pub(super) struct Floats {
 /// Where the values are.
 enum Block {
     Heap(Vec<f32>),
-    Mapped(MmapMut),
+    Shared(Place),
+    Own(MmapMut),
 }
 
 impl Default for Block {
@@ -42,19 +45,14 @@ impl Default for Block {
 }
 
 impl Block {
-    /// `len` zeros.
-    fn new(len: usize) -> Self {
-        if len < SMALLEST {
-            return Self::Heap(vec![0.0; len]);
-        }
+    /// `len` zeros in a mapping of their own.
+    fn own(len: usize) -> Self {
         match MmapMut::map_anon(len * size_of::<f32>()) {
             Ok(map) => {
                 #[cfg(target_os = "linux")]
-                if map.len() >= HUGE {
-                    // A kernel without huge pages says no, and nothing is lost.
-                    let _ = map.advise(memmap2::Advice::HugePage);
-                }
-                Self::Mapped(map)
+                // One fault instead of hundreds, and fewer address translations. A kernel without huge pages says no.
+                let _ = map.advise(memmap2::Advice::HugePage);
+                Self::Own(map)
             }
             // A limit on mappings; the allocator has its own way to say that there is no memory.
             Err(_) => Self::Heap(vec![0.0; len]),
@@ -64,38 +62,47 @@ impl Block {
     fn values(&self) -> &[f32] {
         match self {
             Self::Heap(values) => values,
-            Self::Mapped(map) => bytemuck::cast_slice(map),
+            Self::Shared(place) => place.values(),
+            Self::Own(map) => bytemuck::cast_slice(map),
         }
     }
 
     fn values_mut(&mut self) -> &mut [f32] {
         match self {
             Self::Heap(values) => values,
-            Self::Mapped(map) => bytemuck::cast_slice_mut(map),
+            Self::Shared(place) => place.values_mut(),
+            Self::Own(map) => bytemuck::cast_slice_mut(map),
         }
     }
 }
 
 /// Blocks nobody uses.
 struct Idle {
-    /// By their length.
+    arena: Arena,
+    /// Large ones by their length.
     blocks: BTreeMap<usize, Vec<Block>>,
-    /// Values in `blocks`, in use, and the most that were in use.
+    /// Values in `blocks`, in use, in use in the arena, and the most that were in use.
     idle: usize,
     busy: usize,
+    shared: usize,
     peak: usize,
 }
 
 static POOL: Mutex<Idle> = Mutex::new(Idle {
+    arena: Arena::new(),
     blocks: BTreeMap::new(),
     idle: 0,
     busy: 0,
+    shared: 0,
     peak: 0,
 });
 
 impl Idle {
-    /// A block of `size` values, or the smallest that is at most an eighth larger.
+    /// A block of `size` values, or the smallest large one that is at most an eighth larger.
     fn find(&mut self, size: usize) -> Option<Block> {
+        if size < LARGE {
+            return self.share(size);
+        }
         let (&len, blocks) = self.blocks.range_mut(size..=size + size / 8).next()?;
         let block = blocks.pop()?;
         if blocks.is_empty() {
@@ -103,6 +110,37 @@ impl Idle {
         }
         self.idle -= len;
         Some(block)
+    }
+
+    /// Makes room for `size` values where nothing was found, and a block if that is the arena's; what is returned beside
+    /// it goes back to the system.
+    fn make(&mut self, size: usize) -> (Option<Block>, Vec<Block>) {
+        let given_back = self.shrink(size);
+        if size >= LARGE {
+            self.shrink_arena(size, size);
+            return (None, given_back);
+        }
+        let grown = self.arena.grow(size);
+        let found = grown.ok().and_then(|()| self.share(size));
+        (found, given_back)
+    }
+
+    /// A place in the arena, for which holes elsewhere in it are given back: see above.
+    fn share(&mut self, size: usize) -> Option<Block> {
+        let (place, more) = self.arena.take(size)?;
+        if more {
+            self.shrink_arena(size, 0);
+        }
+        self.shared += place.values().len();
+        Some(Block::Shared(place))
+    }
+
+    /// Gives holes of the arena back that, with `size` more values in use and `large` of them beside it, would raise the
+    /// most there ever was.
+    fn shrink_arena(&mut self, size: usize, large: usize) {
+        let beside = self.busy - self.shared + self.idle + large;
+        let most = self.peak.max(self.busy + size);
+        self.arena.shrink_to(most.saturating_sub(beside));
     }
 
     /// Takes blocks out, largest first, until `size` more values would not raise the most there ever was.
@@ -139,13 +177,20 @@ fn pool<R>(f: impl FnOnce(&mut Idle) -> R) -> R {
 
 /// Gives idle blocks of so many bytes back to the system, or all there are.
 pub(super) fn make_room(bytes: usize) {
-    let _given_back = pool(|p| p.shrink_to(p.idle.saturating_sub(bytes / size_of::<f32>())));
+    let _given_back = pool(|p| {
+        p.arena.shrink_to(0);
+        p.shrink_to(p.idle.saturating_sub(bytes / size_of::<f32>()))
+    });
 }
 
-/// Lengths come in steps of a sixteenth, so that batches of nearly the same length share blocks.
+/// Values that a block for `len` of them has. Large ones come in steps of a sixteenth, so that batches of nearly the same
+/// length share blocks.
 pub(super) fn rounded(len: usize) -> usize {
     if len < SMALLEST {
         return len;
+    }
+    if len < LARGE {
+        return Arena::rounded(len);
     }
     let step = (len.next_power_of_two() / 32).max(1);
     len.next_multiple_of(step)
@@ -158,20 +203,18 @@ impl Floats {
             return Self::from(vec![0.0; len]);
         }
         let size = rounded(len);
-        let found = pool(|p| {
-            let found = p.find(size);
-            let got = found.as_ref().map_or(size, |block| block.values().len());
-            let given_back = match found {
-                Some(_) => Vec::new(),
-                None => p.shrink(size),
+        // What is given back is unmapped outside of the lock.
+        let (found, _given_back) = pool(|p| {
+            let (found, given_back) = match p.find(size) {
+                Some(found) => (Some(found), Vec::new()),
+                None => p.make(size),
             };
+            let got = found.as_ref().map_or(size, |block| block.values().len());
             p.count(got);
             (found, given_back)
         });
-        // What is given back is unmapped here, outside of the lock.
-        let (found, _given_back) = found;
         Self {
-            all: found.unwrap_or_else(|| Block::new(size)),
+            all: found.unwrap_or_else(|| Block::own(size)),
             len,
         }
     }
@@ -234,8 +277,16 @@ impl Drop for Floats {
         }
         pool(|p| {
             p.busy -= len;
-            p.idle += len;
-            p.blocks.entry(len).or_default().push(all);
+            match all {
+                Block::Shared(place) => {
+                    p.shared -= len;
+                    p.arena.give(place);
+                }
+                all => {
+                    p.idle += len;
+                    p.blocks.entry(len).or_default().push(all);
+                }
+            }
         });
     }
 }
@@ -260,8 +311,8 @@ mod tests {
 
     #[test]
     fn a_block_comes_back_and_zeros_are_zeros() {
-        // A size no other test of this process uses.
-        let n = 1_234_577;
+        // A size no other test of this process uses, and large: those of the arena come back to whoever is first.
+        let n = 5_234_577;
         let mut a = Floats::dirty(n);
         a.fill(3.0);
         let at = a.as_ptr();
@@ -288,19 +339,23 @@ mod tests {
 
     #[test]
     fn idle_memory_is_given_back_before_more_is_asked_for() {
+        let hundred = 100 << 20;
         let mut p = Idle {
+            arena: Arena::new(),
             blocks: BTreeMap::new(),
-            idle: 300,
-            busy: 500,
-            peak: 1000,
+            idle: 3 * hundred,
+            busy: 5 * hundred,
+            shared: 0,
+            peak: 10 * hundred,
         };
+        // Mapped, never touched.
         p.blocks
-            .insert(100, (0..3).map(|_| Block::new(100)).collect());
-        assert_eq!(p.shrink(200).len(), 0);
-        assert_eq!(p.shrink(350).len(), 2);
-        assert_eq!(p.idle, 100);
-        assert_eq!(p.shrink_to(100).len(), 0);
-        assert!(p.find(80).is_none() && p.find(90).is_some());
+            .insert(hundred, (0..3).map(|_| Block::own(hundred)).collect());
+        assert_eq!(p.shrink(2 * hundred).len(), 0);
+        assert_eq!(p.shrink(7 * hundred / 2).len(), 2);
+        assert_eq!(p.idle, hundred);
+        assert_eq!(p.shrink_to(hundred).len(), 0);
+        assert!(p.find(80 << 20).is_none() && p.find(90 << 20).is_some());
         assert_eq!(p.idle, 0);
     }
 }

@@ -169,7 +169,7 @@ fn frozen(
         let end = (start + rows).min(weight.rows());
         values.resize((end - start) * weight.cols(), 0.0);
         weight.decode_rows(start..end, values);
-        check_finite(name, values)?;
+        finite(name, start * weight.cols(), values)?;
         let bytes = weight.bytes().slice(start * row_bytes..end * row_bytes);
         match &bytes {
             Some(bytes) if same => writer.write_part(name, bytes)?,
@@ -197,7 +197,6 @@ fn float(
     pieces: &mut Pieces,
 ) -> Result<()> {
     let name = &output.entry.name;
-    check_finite(name, values)?;
     let expected: usize = output.entry.shape.iter().product();
     if values.len() != expected {
         let detail = format!(
@@ -207,12 +206,26 @@ fn float(
         );
         return Err(Error::other(detail));
     }
-    for piece in values.chunks(PIECE) {
+    for (i, piece) in values.chunks(PIECE).enumerate() {
+        // While the piece is in the cache anyhow.
+        finite(name, i * PIECE, piece)?;
         pieces.bytes.clear();
         encode_onto(wanted(output), piece, piece.len(), &mut pieces.bytes)?;
         writer.write_part(name, &pieces.bytes)?;
     }
     Ok(())
+}
+
+/// Checks values of a tensor from `first` on.
+fn finite(name: &str, first: usize, values: &[f32]) -> peft_io::Result<()> {
+    check_finite(name, values).map_err(|e| match e {
+        peft_io::Error::NonFinite { name, index, value } => peft_io::Error::NonFinite {
+            name,
+            index: first + index,
+            value,
+        },
+        e => e,
+    })
 }
 
 /// The element type of floats in the result.
