@@ -124,6 +124,8 @@ pub struct Injector<'a> {
     pub(crate) prefix: &'static str,
     /// Whether what is made is never trained: a member of a composition that only uses it.
     pub(crate) frozen: bool,
+    /// Whether values of a file follow for everything that is saved.
+    pub(crate) loading: bool,
 }
 
 impl<'a> Injector<'a> {
@@ -235,6 +237,7 @@ pub(crate) trait Injection {
     fn key(&self) -> RngKey;
     fn scope(&self) -> &str;
     fn frozen(&self) -> bool;
+    fn loading(&self) -> bool;
 }
 
 impl Injection for Injector<'_> {
@@ -259,6 +262,9 @@ impl Injection for Injector<'_> {
     fn frozen(&self) -> bool {
         self.frozen
     }
+    fn loading(&self) -> bool {
+        self.loading
+    }
 }
 
 impl Attach<'_> {
@@ -275,6 +281,11 @@ impl Attach<'_> {
     /// Where new parameters are to be.
     pub fn device(&self) -> Device {
         self.cx.base().device().clone()
+    }
+
+    /// Whether a file's values follow for every saved parameter: a start that is costly to find need not be.
+    pub fn loading(&self) -> bool {
+        self.cx.loading()
     }
 
     /// Randomness of one's own, the same for the same seed, key and label.

@@ -118,7 +118,7 @@ impl Network {
         tensors: Tensors,
         trainable: bool,
     ) -> Result<()> {
-        let mut attached = self.build(name, config, 0)?;
+        let mut attached = self.build(name, config, 0, true)?;
         let mut tensors = attached.method.load(tensors)?;
         self.take_base_layers(&mut attached, &mut tensors)?;
         self.fill(&attached, tensors, name)?;

@@ -120,6 +120,7 @@ impl<'a> Injector<'a> {
             scope: format!("{}{scope}", self.scope),
             prefix,
             frozen: self.frozen,
+            loading: self.loading,
         }
     }
 }

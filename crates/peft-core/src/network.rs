@@ -128,7 +128,7 @@ impl Network {
     /// # Errors
     /// If the name is taken, or the configuration is wrong or does not fit the model; nothing is attached then.
     pub fn attach(&mut self, name: &str, config: &Value, seed: u64) -> Result<()> {
-        let attached = self.build(name, config, seed)?;
+        let attached = self.build(name, config, seed, false)?;
         self.adapters.push(attached);
         self.active.push(name.to_owned());
         self.composition = Composition::Stack;
@@ -136,7 +136,14 @@ impl Network {
         Ok(())
     }
 
-    pub(crate) fn build(&self, name: &str, config: &Value, seed: u64) -> Result<Attached> {
+    /// An adapter of that configuration; `loading` where a file has its parameters.
+    pub(crate) fn build(
+        &self,
+        name: &str,
+        config: &Value,
+        seed: u64,
+        loading: bool,
+    ) -> Result<Attached> {
         if self.adapters.iter().any(|a| a.name == name) {
             return Err(Error::other(format!(
                 "there is an adapter {name:?} already"
@@ -157,6 +164,7 @@ impl Network {
             scope: String::new(),
             prefix: parsed.method.module_prefix(),
             frozen: false,
+            loading,
         };
         builtin::inject(&*parsed.method, &mut cx)?;
         if store.params.is_empty() {
