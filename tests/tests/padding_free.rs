@@ -100,6 +100,30 @@ fn outcome(model: &Model, batch: &(Batch, Labels)) -> peft::Result<(f64, Gradien
     Ok((out.sum, all))
 }
 
+/// Checks that two ways to the same loss and gradients differ by no more than sums of a few terms in another order do.
+fn agree(what: &str, want: (f64, &Gradients), got: (f64, &Gradients)) {
+    let ((want, want_grads), (got, grads)) = (want, got);
+    assert!(
+        (got - want).abs() <= 2e-5 * want.abs(),
+        "{what}: the loss was {want} and is {got}"
+    );
+    assert_eq!(want_grads.len(), grads.len(), "{what}");
+    let size = |values: &[f32]| values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    // Some gradients, as that of a key's bias, are sums of larger terms that cancel.
+    let least = 0.01 * want_grads.iter().map(|(_, g)| size(g)).fold(0.0, f32::max);
+    for ((key, want), (_, got)) in want_grads.iter().zip(grads) {
+        let size = size(want).max(least);
+        let gap = want
+            .iter()
+            .zip(got)
+            .fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(
+            gap <= 1e-4 * size + 2.0 * f32::EPSILON,
+            "{what}: {key} differs by {gap} of {size}"
+        );
+    }
+}
+
 /// Ids of the methods that gave the same, and of those that refused.
 fn compare(config: &Value, task: Task) -> [Vec<&'static str>; 2] {
     let [padded, joined] = batches(task);
@@ -124,26 +148,7 @@ fn compare(config: &Value, task: Task) -> [Vec<&'static str>; 2] {
                 continue;
             }
         };
-        // Sums of a few terms in another order.
-        assert!(
-            (got - want).abs() <= 2e-5 * want.abs(),
-            "{what}: the padded loss is {want}, the joined {got}"
-        );
-        assert_eq!(want_grads.len(), grads.len(), "{what}");
-        let size = |values: &[f32]| values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        // Some gradients, as that of a key's bias, are sums of larger terms that cancel.
-        let least = 0.01 * want_grads.iter().map(|(_, g)| size(g)).fold(0.0, f32::max);
-        for ((key, want), (_, got)) in want_grads.iter().zip(&grads) {
-            let size = size(want).max(least);
-            let gap = want
-                .iter()
-                .zip(got)
-                .fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-            assert!(
-                gap <= 1e-4 * size + 2.0 * f32::EPSILON,
-                "{what}: {key} differs by {gap} of {size}"
-            );
-        }
+        agree(&what, (want, &want_grads), (got, &grads));
         same.push(entry.id);
     }
     [same, refused]
@@ -165,4 +170,40 @@ fn every_method_gives_the_padded_loss_or_refuses() {
             same.len()
         );
     }
+}
+
+/// An encoder's last block ends for the rows alone that a label is read from, unless an adapter is at its end: one that
+/// does nothing there shows what the whole block gives.
+#[test]
+fn an_encoder_gives_the_same_from_all_rows_of_its_last_block() {
+    let classes = Task::SequenceClassification { num_labels: 3 };
+    let nothing = json!({"peft_type": "LORA", "r": 1, "target_modules": ["layer.1.output.dense"]});
+    let mut same = Vec::new();
+    for (entry, mut adapter) in peft_tests::subject::configs() {
+        adapter["task_type"] = json!("SEQ_CLS");
+        let Some(mut model) = model(&bert(), classes, &adapter) else {
+            continue;
+        };
+        for batch in &batches(classes) {
+            let Ok((few, few_grads)) = outcome(&model, batch) else {
+                continue;
+            };
+            let network = model.network_mut().expect("the only holder");
+            if network.attach("nothing", &nothing, 0).is_err() {
+                continue;
+            }
+            network
+                .set_trainable("nothing", false)
+                .expect("is attached");
+            let whole = outcome(&model, batch);
+            let network = model.network_mut().expect("the only holder");
+            network.delete("nothing").expect("is attached");
+            let Ok((all, all_grads)) = whole else {
+                continue;
+            };
+            agree(&adapter.to_string(), (all, &all_grads), (few, &few_grads));
+            same.push(entry.id);
+        }
+    }
+    assert!(same.len() >= 20, "only {same:?}");
 }

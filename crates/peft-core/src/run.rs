@@ -255,6 +255,11 @@ impl Network {
         }
     }
 
+    /// Whether no adapter is at a module: each row of its output then comes from that row of its input alone.
+    pub fn is_bare(&self, id: ModuleId) -> bool {
+        !self.stacks.contains_key(&id)
+    }
+
     fn needs_stack(&self, id: ModuleId, pass: &Pass) -> bool {
         pass.adapter_names.is_some() || (self.merged.is_none() && !self.stack(id).is_empty())
     }

@@ -38,6 +38,12 @@ pub(crate) trait Architecture: Send + Sync {
 
     /// For classification: the row of each text that its label is read from, `[texts, hidden]`.
     fn pool(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor>;
+
+    /// What [`pool`](Architecture::pool) picks of the batch's hidden states; other rows of the last layer need not be
+    /// computed.
+    fn texts(&self, network: &Arc<Network>, batch: &Batch, pass: &Pass) -> Result<Tensor> {
+        self.pool(&self.hidden(network, batch, None, pass)?, batch)
+    }
 }
 
 /// A tree under construction together with the ids a model keeps.

@@ -166,6 +166,12 @@ impl Block {
     }
 
     fn run(&self, network: &Network, x: &Tensor, rows: &Rows, pass: &Pass) -> Result<Tensor> {
+        let h = self.attended(network, x, rows, pass)?;
+        self.behind(network, x, &h, pass)
+    }
+
+    /// What the heads read, before the output projection.
+    fn attended(&self, network: &Network, x: &Tensor, rows: &Rows, pass: &Pass) -> Result<Tensor> {
         let c = &self.config;
         let q = network.linear(self.query, x, pass)?;
         let k = network.linear(self.key, x, pass)?;
@@ -192,8 +198,13 @@ impl Block {
             hidden: x,
             project: &project,
         };
-        let h = attend(network, sublayer, (&q, k, v), &spec, rows, None, pass)?;
-        let h = network.linear(self.output, &h, pass)?;
+        attend(network, sublayer, (&q, k, v), &spec, rows, None, pass)
+    }
+
+    /// The block's end from its input and from what the heads read.
+    fn behind(&self, network: &Network, x: &Tensor, h: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let c = &self.config;
+        let h = network.linear(self.output, h, pass)?;
         let norm = |x: &Tensor| network.layer_norm(self.first_norm, x, c.norm_eps, pass);
         let x = network.junction(self.first_junction, &h, x, Some(&norm), pass)?;
         let h = activate(&network.linear(self.up, &x, pass)?, c.activation)?;
@@ -202,21 +213,26 @@ impl Block {
         let x = network.junction(self.second_junction, &h, &x, Some(&norm), pass)?;
         network.stream(self.block_end, &x, pass)
     }
+
+    /// Whether each row of [`behind`](Self::behind) comes from that row of its inputs alone.
+    fn ends_by_rows(&self, network: &Network) -> bool {
+        let behind = [
+            self.output,
+            self.first_junction,
+            self.first_norm,
+            self.up,
+            self.down,
+            self.second_junction,
+            self.second_norm,
+            self.block_end,
+        ];
+        behind.into_iter().all(|id| network.is_bare(id))
+    }
 }
 
-impl Architecture for Bert {
-    fn hidden(
-        &self,
-        network: &Arc<Network>,
-        batch: &Batch,
-        cache: Option<&mut KvCache>,
-        pass: &Pass,
-    ) -> Result<Tensor> {
-        if cache.is_some() {
-            return Err(Error::other(
-                "BERT sees both sides of a token and cannot generate text",
-            ));
-        }
+impl Bert {
+    /// What goes into the first block.
+    fn start(&self, network: &Network, batch: &Batch, pass: &Pass) -> Result<(Tensor, Rows)> {
         let (x, rows) = embedded(network, self.words, None, batch, 0, pass)?;
         let pass = &rows.pass(pass);
         let first = network.prefix_len();
@@ -235,15 +251,49 @@ impl Architecture for Bert {
         let x = x.add(&segments)?.add(&places)?;
         let x = network.layer_norm(self.norm, &x, self.config.norm_eps, pass)?;
         let x = network.stream(self.start, &x, pass)?;
-        let (mut x, rows) = with_prompts(network, x, rows, pass)?;
-        let pass = &rows.pass(pass);
-        for (i, block) in self.layers.iter().enumerate() {
-            let (block, rows) = (block.clone(), rows.clone());
-            x = layer(i, network, &x, pass, move |network, x, pass| {
-                block.run(network, x, &rows, pass)
-            })?;
+        with_prompts(network, x, rows, pass)
+    }
+}
+
+/// Runs blocks one after the other.
+fn through(
+    blocks: &[Arc<Block>],
+    network: &Arc<Network>,
+    mut x: Tensor,
+    rows: &Rows,
+    pass: &Pass,
+) -> Result<Tensor> {
+    for (i, block) in blocks.iter().enumerate() {
+        let (block, rows) = (block.clone(), rows.clone());
+        x = layer(i, network, &x, pass, move |network, x, pass| {
+            block.run(network, x, &rows, pass)
+        })?;
+    }
+    Ok(x)
+}
+
+/// Where each text's label is read: its first row of hidden states, which are `len` long.
+fn first_rows(batch: &Batch, len: usize) -> Vec<u32> {
+    // Virtual tokens that are read out stand in front, so that a row's first is one of them.
+    let first = |text: Range<usize>| (text.start / batch.seq * len + text.start % batch.seq) as u32;
+    batch.texts().into_iter().map(first).collect()
+}
+
+impl Architecture for Bert {
+    fn hidden(
+        &self,
+        network: &Arc<Network>,
+        batch: &Batch,
+        cache: Option<&mut KvCache>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        if cache.is_some() {
+            return Err(Error::other(
+                "BERT sees both sides of a token and cannot generate text",
+            ));
         }
-        Ok(x)
+        let (x, rows) = self.start(network, batch, pass)?;
+        through(&self.layers, network, x, &rows, &rows.pass(pass))
     }
 
     fn block(
@@ -266,12 +316,30 @@ impl Architecture for Bert {
     }
 
     fn pool(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
-        // Virtual tokens that are read out stand in front, so that a row's first is one of them.
         let (_, len, _) = hidden.dims3()?;
-        let first =
-            |text: Range<usize>| (text.start / batch.seq * len + text.start % batch.seq) as u32;
-        let rows: Vec<u32> = batch.texts().into_iter().map(first).collect();
-        Ok(hidden.flatten_rows()?.gather_rows(&rows)?)
+        Ok(hidden
+            .flatten_rows()?
+            .gather_rows(&first_rows(batch, len))?)
+    }
+
+    fn texts(&self, network: &Arc<Network>, batch: &Batch, pass: &Pass) -> Result<Tensor> {
+        let Some((last, others)) = self.layers.split_last() else {
+            return self.pool(&self.hidden(network, batch, None, pass)?, batch);
+        };
+        if pass.adapter_names.is_some() || !last.ends_by_rows(network) {
+            return self.pool(&self.hidden(network, batch, None, pass)?, batch);
+        }
+        let (x, rows) = self.start(network, batch, pass)?;
+        let pass = &rows.pass(pass);
+        let x = through(others, network, x, &rows, pass)?;
+        // All rows are attended to; behind that, the last block works for those alone that are looked at.
+        let (_, len, _) = x.dims3()?;
+        let (last, first) = (last.clone(), first_rows(batch, len));
+        layer(others.len(), network, &x, pass, move |network, x, pass| {
+            let h = last.attended(network, x, &rows, pass)?;
+            let picked = |t: &Tensor| t.flatten_rows()?.gather_rows(&first);
+            last.behind(network, &picked(x)?, &picked(&h)?, pass)
+        })
     }
 }
 

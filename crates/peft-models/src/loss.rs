@@ -279,8 +279,7 @@ impl Model {
                         format!("class {bad} of a model of {num_labels} labels"),
                     ));
                 }
-                let hidden = self.architecture.hidden(&self.network, batch, None, pass)?;
-                let rows = self.architecture.pool(&hidden, batch)?;
+                let rows = self.architecture.texts(&self.network, batch, pass)?;
                 let targets = classes.iter().map(|&c| i64::from(c)).collect();
                 Ok(Some(Labelled {
                     rows,

@@ -412,15 +412,14 @@ impl Model {
     /// As [`Model::forward`].
     pub fn logits(&self, batch: &Batch, pass: &Pass) -> Result<Tensor> {
         let pass = self.pass(batch, pass)?;
-        let hidden = self
-            .architecture
-            .hidden(&self.network, batch, None, &pass)?;
+        let (architecture, network) = (&self.architecture, &self.network);
+        let hidden = || architecture.hidden(network, batch, None, &pass);
         match self.task {
-            Task::Features => Ok(hidden),
-            Task::CausalLm => self.architecture.head(&self.network, &hidden, &pass),
+            Task::Features => hidden(),
+            Task::CausalLm => architecture.head(network, &hidden()?, &pass),
             Task::SequenceClassification { .. } => {
-                let rows = self.architecture.pool(&hidden, batch)?;
-                self.architecture.head(&self.network, &rows, &pass)
+                let rows = architecture.texts(network, batch, &pass)?;
+                architecture.head(network, &rows, &pass)
             }
         }
     }
