@@ -55,9 +55,10 @@ macro_rules! floats {
     };
 }
 
-/// Blocks of 32 values in `$bytes` bytes, read by `$read` as a scale, the minimum if it is `$shifted`, and the values.
+/// Blocks of 32 values in `$bytes` bytes, read by `$read` as a scale, the minimum if it is `$shifted`, and the values, all of
+/// which are `$zero` too large.
 macro_rules! blocks {
-    ($name:ident, $read:ident, $bytes:literal, $shifted:literal $(, $feature:literal)?) => {
+    ($name:ident, $read:ident, $bytes:literal, $shifted:literal, $zero:literal $(, $feature:literal)?) => {
         $(#[target_feature(enable = $feature)])?
         pub(in super::super) fn $name(x: &[f32], w: &[u8], row: usize, out: &mut [f32]) {
             $(#[target_feature(enable = $feature)])?
@@ -68,10 +69,13 @@ macro_rules! blocks {
                 let mut acc = [splat(0.0); R];
                 for (i, [a, b]) in x.iter().enumerate() {
                     let (a, b) = (load(a), load(b));
+                    // What the values are too large by is the same for all rows.
+                    let excess = mul(splat(-$zero), add(a, b));
                     for r in 0..R {
                         ahead(&rows[r][i], R * row);
                         let (scale, least, [v, w]) = $read(&rows[r][i]);
-                        acc[r] = fma(splat(scale), fma(w, b, mul(v, a)), acc[r]);
+                        let part = if $zero == 0.0 { mul(v, a) } else { fma(v, a, excess) };
+                        acc[r] = fma(splat(scale), fma(w, b, part), acc[r]);
                         if $shifted {
                             acc[r] = fma(splat(least), add(a, b), acc[r]);
                         }
@@ -116,9 +120,9 @@ macro_rules! kernels {
             floats!(bf16_rows, bf16s, 32 $(, $feature)?);
             floats!(f16_rows, f16s, 32 $(, $feature)?);
             floats!(i8_rows, signed, 16 $(, $feature)?);
-            blocks!(q8_0_rows, q8_0, 34, false $(, $feature)?);
-            blocks!(q4_0_rows, q4_0, 18, true $(, $feature)?);
-            blocks!(q4_1_rows, q4_1, 20, true $(, $feature)?);
+            blocks!(q8_0_rows, q8_0, 34, false, 0.0 $(, $feature)?);
+            blocks!(q4_0_rows, q4_0, 18, false, 8.0 $(, $feature)?);
+            blocks!(q4_1_rows, q4_1, 20, true, 0.0 $(, $feature)?);
 
             $(#[target_feature(enable = $feature)])?
             #[inline]
@@ -131,8 +135,7 @@ macro_rules! kernels {
             $(#[target_feature(enable = $feature)])?
             #[inline]
             fn q4_0([d0, d1, q @ ..]: &[u8; 18]) -> (f32, f32, [F; 2]) {
-                let scale = f16([*d0, *d1]);
-                (scale, -8.0 * scale, nibbles(q))
+                (f16([*d0, *d1]), 0.0, nibbles(q))
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -254,4 +257,4 @@ kernels!(plain);
 #[cfg(target_arch = "x86_64")]
 kernels!(avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512, "avx512f,avx2,fma");
+kernels!(avx512, "avx512f,avx2,fma,f16c");
