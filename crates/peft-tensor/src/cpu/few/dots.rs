@@ -75,9 +75,9 @@ macro_rules! blocks {
                         ahead(&rows[r][i], R * row);
                         let (scale, least, [v, w]) = $read(&rows[r][i]);
                         let part = if $zero == 0.0 { mul(v, a) } else { fma(v, a, excess) };
-                        acc[r] = fma(splat(scale), fma(w, b, part), acc[r]);
+                        acc[r] = fma(scale, fma(w, b, part), acc[r]);
                         if $shifted {
-                            acc[r] = fma(splat(least), add(a, b), acc[r]);
+                            acc[r] = fma(least, add(a, b), acc[r]);
                         }
                     }
                 }
@@ -126,22 +126,22 @@ macro_rules! kernels {
 
             $(#[target_feature(enable = $feature)])?
             #[inline]
-            fn q8_0([d0, d1, q @ ..]: &[u8; 34]) -> (f32, f32, [F; 2]) {
+            fn q8_0([d0, d1, q @ ..]: &[u8; 34]) -> (F, F, [F; 2]) {
                 let q: &[u8; 32] = q;
                 let [low, high] = [&q.as_chunks().0[0], &q.as_chunks().0[1]];
-                (f16([*d0, *d1]), 0.0, [signed(low), signed(high)])
+                (half([*d0, *d1]), splat(0.0), [signed(low), signed(high)])
             }
 
             $(#[target_feature(enable = $feature)])?
             #[inline]
-            fn q4_0([d0, d1, q @ ..]: &[u8; 18]) -> (f32, f32, [F; 2]) {
-                (f16([*d0, *d1]), 0.0, nibbles(q))
+            fn q4_0([d0, d1, q @ ..]: &[u8; 18]) -> (F, F, [F; 2]) {
+                (half([*d0, *d1]), splat(0.0), nibbles(q))
             }
 
             $(#[target_feature(enable = $feature)])?
             #[inline]
-            fn q4_1([d0, d1, m0, m1, q @ ..]: &[u8; 20]) -> (f32, f32, [F; 2]) {
-                (f16([*d0, *d1]), f16([*m0, *m1]), nibbles(q))
+            fn q4_1([d0, d1, m0, m1, q @ ..]: &[u8; 20]) -> (F, F, [F; 2]) {
+                (half([*d0, *d1]), half([*m0, *m1]), nibbles(q))
             }
 
             /// Blocks of 64 codes of `table` with a scale; `x` as [`apart`](super::super::apart) puts it.

@@ -83,9 +83,10 @@ pub(super) mod plain {
         std::array::from_fn(|l| crate::frozen::f16(words[l]))
     }
 
+    /// A number in half precision, everywhere.
     #[inline(always)]
-    pub(in super::super) fn f16(bytes: [u8; 2]) -> f32 {
-        crate::frozen::f16(bytes)
+    pub(in super::super) fn half(bytes: [u8; 2]) -> F {
+        splat(crate::frozen::f16(bytes))
     }
 
     #[inline(always)]
@@ -218,7 +219,7 @@ pub(super) mod avx2 {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn halves(bytes: &[u8; 32]) -> (__m128i, __m128i) {
+    fn sixteens(bytes: &[u8; 32]) -> (__m128i, __m128i) {
         let halves = bytes.as_chunks::<16>().0;
         (sixteen(&halves[0]), sixteen(&halves[1]))
     }
@@ -238,7 +239,7 @@ pub(super) mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in super::super) fn bf16s(bytes: &[u8; 32]) -> F {
-        let (a, b) = halves(bytes);
+        let (a, b) = sixteens(bytes);
         F(
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(a))),
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(b))),
@@ -248,15 +249,17 @@ pub(super) mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in super::super) fn f16s(bytes: &[u8; 32]) -> F {
-        let (a, b) = halves(bytes);
+        let (a, b) = sixteens(bytes);
         F(_mm256_cvtph_ps(a), _mm256_cvtph_ps(b))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(in super::super) fn f16(bytes: [u8; 2]) -> f32 {
-        let half = _mm_cvtsi32_si128(i32::from(u16::from_le_bytes(bytes)));
-        _mm_cvtss_f32(_mm_cvtph_ps(half))
+    pub(in super::super) fn half(bytes: [u8; 2]) -> F {
+        // Spread before it is converted, which saves spreading it afterwards.
+        let halves = _mm_set1_epi16(i16::from_le_bytes(bytes));
+        let all = _mm256_cvtph_ps(halves);
+        F(all, all)
     }
 
     #[inline]
@@ -445,10 +448,10 @@ pub(super) mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-    pub(in super::super) fn f16(bytes: [u8; 2]) -> f32 {
-        // In the shortest register: the conversion of sixteen is several operations.
+    pub(in super::super) fn half(bytes: [u8; 2]) -> F {
+        // Converted before it is spread: the conversion of sixteen is several operations.
         let half = _mm_cvtsi32_si128(i32::from(u16::from_le_bytes(bytes)));
-        _mm_cvtss_f32(_mm_cvtph_ps(half))
+        splat(_mm_cvtss_f32(_mm_cvtph_ps(half)))
     }
 
     #[inline]
