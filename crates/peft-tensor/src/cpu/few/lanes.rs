@@ -450,7 +450,13 @@ pub(super) mod avx512 {
     #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn half(bytes: [u8; 2]) -> F {
         // Converted before it is spread: the conversion of sixteen is several operations.
-        let half = _mm_cvtsi32_si128(i32::from(u16::from_le_bytes(bytes)));
+        let mut half = _mm_cvtsi32_si128(i32::from(u16::from_le_bytes(bytes)));
+        // Hides that the other lanes are not needed: the compiler would put the half into any register, and have it wait for
+        // the sum that is there.
+        // SAFETY: there is no instruction.
+        unsafe {
+            std::arch::asm!("/* {} */", inout(xmm_reg) half, options(pure, nomem, nostack, preserves_flags));
+        }
         splat(_mm_cvtss_f32(_mm_cvtph_ps(half)))
     }
 
