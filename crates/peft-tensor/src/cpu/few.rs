@@ -20,7 +20,7 @@ macro_rules! at {
         match $level {
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code, reason = "calls into a copy for instructions that were detected")]
-            // SAFETY: level() says Avx512 only where avx512f, avx2 and fma were detected.
+            // SAFETY: level() says Avx512 only where avx512f, avx2, fma and f16c were detected.
             Level::Avx512 => unsafe { dots::avx512::$kernel($($arg),*) },
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code, reason = "calls into a copy for instructions that were detected")]
@@ -53,7 +53,7 @@ const DECODED: usize = 4096;
 fn level() -> Level {
     match simd::level() {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 if !is_x86_feature_detected!("f16c") => Level::Base,
+        Level::Avx2 | Level::Avx512 if !is_x86_feature_detected!("f16c") => Level::Base,
         level => level,
     }
 }

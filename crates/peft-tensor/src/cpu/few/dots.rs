@@ -55,9 +55,10 @@ macro_rules! floats {
     };
 }
 
-/// Blocks of 32 values in `$bytes` bytes, read by `$read` as a scale, the minimum if it is `$shifted`, and the values.
+/// Blocks of 32 values in `$bytes` bytes, read by `$read` as a scale, the minimum if it is `$shifted`, and the values, all of
+/// which are `$zero` too large.
 macro_rules! blocks {
-    ($name:ident, $read:ident, $bytes:literal, $shifted:literal $(, $feature:literal)?) => {
+    ($name:ident, $read:ident, $bytes:literal, $shifted:literal, $zero:literal $(, $feature:literal)?) => {
         $(#[target_feature(enable = $feature)])?
         pub(in super::super) fn $name(x: &[f32], w: &[u8], row: usize, out: &mut [f32]) {
             $(#[target_feature(enable = $feature)])?
@@ -68,12 +69,15 @@ macro_rules! blocks {
                 let mut acc = [splat(0.0); R];
                 for (i, [a, b]) in x.iter().enumerate() {
                     let (a, b) = (load(a), load(b));
+                    // What the values are too large by is the same for all rows.
+                    let excess = mul(splat(-$zero), add(a, b));
                     for r in 0..R {
                         ahead(&rows[r][i], R * row);
                         let (scale, least, [v, w]) = $read(&rows[r][i]);
-                        acc[r] = fma(splat(scale), fma(w, b, mul(v, a)), acc[r]);
+                        let part = if $zero == 0.0 { mul(v, a) } else { fma(v, a, excess) };
+                        acc[r] = fma(scale, fma(w, b, part), acc[r]);
                         if $shifted {
-                            acc[r] = fma(splat(least), add(a, b), acc[r]);
+                            acc[r] = fma(least, add(a, b), acc[r]);
                         }
                     }
                 }
@@ -116,29 +120,28 @@ macro_rules! kernels {
             floats!(bf16_rows, bf16s, 32 $(, $feature)?);
             floats!(f16_rows, f16s, 32 $(, $feature)?);
             floats!(i8_rows, signed, 16 $(, $feature)?);
-            blocks!(q8_0_rows, q8_0, 34, false $(, $feature)?);
-            blocks!(q4_0_rows, q4_0, 18, true $(, $feature)?);
-            blocks!(q4_1_rows, q4_1, 20, true $(, $feature)?);
+            blocks!(q8_0_rows, q8_0, 34, false, 0.0 $(, $feature)?);
+            blocks!(q4_0_rows, q4_0, 18, false, 8.0 $(, $feature)?);
+            blocks!(q4_1_rows, q4_1, 20, true, 0.0 $(, $feature)?);
 
             $(#[target_feature(enable = $feature)])?
             #[inline]
-            fn q8_0([d0, d1, q @ ..]: &[u8; 34]) -> (f32, f32, [F; 2]) {
+            fn q8_0([d0, d1, q @ ..]: &[u8; 34]) -> (F, F, [F; 2]) {
                 let q: &[u8; 32] = q;
                 let [low, high] = [&q.as_chunks().0[0], &q.as_chunks().0[1]];
-                (f16([*d0, *d1]), 0.0, [signed(low), signed(high)])
+                (half([*d0, *d1]), splat(0.0), [signed(low), signed(high)])
             }
 
             $(#[target_feature(enable = $feature)])?
             #[inline]
-            fn q4_0([d0, d1, q @ ..]: &[u8; 18]) -> (f32, f32, [F; 2]) {
-                let scale = f16([*d0, *d1]);
-                (scale, -8.0 * scale, nibbles(q))
+            fn q4_0([d0, d1, q @ ..]: &[u8; 18]) -> (F, F, [F; 2]) {
+                (half([*d0, *d1]), splat(0.0), nibbles(q))
             }
 
             $(#[target_feature(enable = $feature)])?
             #[inline]
-            fn q4_1([d0, d1, m0, m1, q @ ..]: &[u8; 20]) -> (f32, f32, [F; 2]) {
-                (f16([*d0, *d1]), f16([*m0, *m1]), nibbles(q))
+            fn q4_1([d0, d1, m0, m1, q @ ..]: &[u8; 20]) -> (F, F, [F; 2]) {
+                (half([*d0, *d1]), half([*m0, *m1]), nibbles(q))
             }
 
             /// Blocks of 64 codes of `table` with a scale; `x` as [`apart`](super::super::apart) puts it.
@@ -254,4 +257,4 @@ kernels!(plain);
 #[cfg(target_arch = "x86_64")]
 kernels!(avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512, "avx512f,avx2,fma");
+kernels!(avx512, "avx512f,avx2,fma,f16c");

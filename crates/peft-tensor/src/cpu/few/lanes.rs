@@ -83,9 +83,10 @@ pub(super) mod plain {
         std::array::from_fn(|l| crate::frozen::f16(words[l]))
     }
 
+    /// A number in half precision, everywhere.
     #[inline(always)]
-    pub(in super::super) fn f16(bytes: [u8; 2]) -> f32 {
-        crate::frozen::f16(bytes)
+    pub(in super::super) fn half(bytes: [u8; 2]) -> F {
+        splat(crate::frozen::f16(bytes))
     }
 
     #[inline(always)]
@@ -218,7 +219,7 @@ pub(super) mod avx2 {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn halves(bytes: &[u8; 32]) -> (__m128i, __m128i) {
+    fn sixteens(bytes: &[u8; 32]) -> (__m128i, __m128i) {
         let halves = bytes.as_chunks::<16>().0;
         (sixteen(&halves[0]), sixteen(&halves[1]))
     }
@@ -238,7 +239,7 @@ pub(super) mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in super::super) fn bf16s(bytes: &[u8; 32]) -> F {
-        let (a, b) = halves(bytes);
+        let (a, b) = sixteens(bytes);
         F(
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(a))),
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(b))),
@@ -248,15 +249,17 @@ pub(super) mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in super::super) fn f16s(bytes: &[u8; 32]) -> F {
-        let (a, b) = halves(bytes);
+        let (a, b) = sixteens(bytes);
         F(_mm256_cvtph_ps(a), _mm256_cvtph_ps(b))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(in super::super) fn f16(bytes: [u8; 2]) -> f32 {
-        let half = _mm_cvtsi32_si128(i32::from(u16::from_le_bytes(bytes)));
-        _mm_cvtss_f32(_mm_cvtph_ps(half))
+    pub(in super::super) fn half(bytes: [u8; 2]) -> F {
+        // Spread before it is converted, which saves spreading it afterwards.
+        let halves = _mm_set1_epi16(i16::from_le_bytes(bytes));
+        let all = _mm256_cvtph_ps(halves);
+        F(all, all)
     }
 
     #[inline]
@@ -352,52 +355,52 @@ pub(super) mod avx512 {
     pub(in super::super) type Table = __m512;
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn ahead<const N: usize>(at: &[u8; N], bytes: usize) {
         // Nothing is read: an address that is none is passed over.
         _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().wrapping_add(bytes).cast());
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn splat(v: f32) -> F {
         _mm512_set1_ps(v)
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn load(x: &[f32; 16]) -> F {
         // SAFETY: sixteen floats of sixteen.
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn fma(a: F, b: F, c: F) -> F {
         _mm512_fmadd_ps(a, b, c)
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn mul(a: F, b: F) -> F {
         _mm512_mul_ps(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn add(a: F, b: F) -> F {
         _mm512_add_ps(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn store(a: F, out: &mut [f32; 16]) {
         // SAFETY: sixteen floats of sixteen.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), a) }
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn sum(a: F) -> f32 {
         let swapped = _mm512_shuffle_f32x4::<0b01_00_11_10>(a, a);
         let eight = _mm512_castps512_ps256(_mm512_add_ps(a, swapped));
@@ -410,54 +413,61 @@ pub(super) mod avx512 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     fn sixteen(bytes: &[u8; 16]) -> __m128i {
         // SAFETY: sixteen bytes of sixteen.
         unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     fn thirty_two(bytes: &[u8; 32]) -> __m256i {
         // SAFETY: 32 bytes of 32.
         unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn f32s(bytes: &[u8; 64]) -> F {
         // SAFETY: 64 bytes of 64; the load asks for no alignment.
         unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) }
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn bf16s(bytes: &[u8; 32]) -> F {
         let words = _mm512_cvtepu16_epi32(thirty_two(bytes));
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn f16s(bytes: &[u8; 32]) -> F {
         _mm512_cvtph_ps(thirty_two(bytes))
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
-    pub(in super::super) fn f16(bytes: [u8; 2]) -> f32 {
-        let half = _mm256_set1_epi16(i16::from_le_bytes(bytes));
-        _mm512_cvtss_f32(_mm512_cvtph_ps(half))
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    pub(in super::super) fn half(bytes: [u8; 2]) -> F {
+        // Converted before it is spread: the conversion of sixteen is several operations.
+        let mut half = _mm_cvtsi32_si128(i32::from(u16::from_le_bytes(bytes)));
+        // Hides that the other lanes are not needed: the compiler would put the half into any register, and have it wait for
+        // the sum that is there.
+        // SAFETY: there is no instruction.
+        unsafe {
+            std::arch::asm!("/* {} */", inout(xmm_reg) half, options(pure, nomem, nostack, preserves_flags));
+        }
+        splat(_mm_cvtss_f32(_mm_cvtph_ps(half)))
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn signed(bytes: &[u8; 16]) -> F {
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen(bytes)))
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn nibbles(bytes: &[u8; 16]) -> [F; 2] {
         let words = _mm512_cvtepu8_epi32(sixteen(bytes));
         let low = _mm512_and_si512(words, _mm512_set1_epi32(15));
@@ -468,13 +478,13 @@ pub(super) mod avx512 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn table(codes: &Codes) -> Table {
         load(codes)
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(in super::super) fn look(table: &Table, bytes: &[u8; 32]) -> [F; 4] {
         let halves = bytes.as_chunks::<16>().0;
         let a = _mm512_cvtepu8_epi32(sixteen(&halves[0]));

@@ -16,6 +16,24 @@ fn levels() -> Vec<Level> {
     all
 }
 
+/// What runs and what is tested is the best that the processor has, not something below it.
+#[test]
+fn the_levels_are_the_processors() {
+    let names = ["plain", "AVX2", "AVX-512"];
+    eprintln!("levels: {}", names[..levels().len()].join(", "));
+    assert!(levels().last() == Some(&level()));
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+        let wide = has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq");
+        assert_eq!(
+            levels().len(),
+            1 + usize::from(avx2) + usize::from(avx2 && wide)
+        );
+    }
+}
+
 fn normal(seed: u64, n: usize) -> Vec<f32> {
     let mut values = vec![0.0; n];
     RngKey::new(seed).fill_normal(0.0, 1.0, &mut values);

@@ -108,8 +108,10 @@ impl Lanes for Plain {
     }
 }
 
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(super) use x86::microcode;
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::Avx512Bf16;
+pub(super) use x86::{Avx512Bf16, products_in_microcode};
 
 #[cfg(target_arch = "x86_64")]
 #[allow(
@@ -131,6 +133,21 @@ mod x86 {
             (has!("avx512f") && has!("avx2") && has!("fma") && has!("avx512bf16"))
                 .then_some(Self(()))
         }
+    }
+
+    /// Whether products of bfloat16 are microcode, at half the rate of products of f32: so it is on Intel's processors since
+    /// Alder Lake and Sapphire Rapids, which leave bfloat16 to AMX and are the ones that have AVX512-FP16. Four operations and
+    /// two cycles for each in LLVM's model of Sapphire Rapids; "ucoded" and twice as slow as f32 in
+    /// <https://github.com/libxsmm/tpp-mlir/pull/1078> and /1025. AMD's since Zen 4 have twice the rate of f32
+    /// (<https://github.com/iree-org/iree/pull/15089>).
+    pub(in super::super) fn products_in_microcode() -> bool {
+        const FP16: u32 = 1 << 23;
+        microcode(__cpuid(0).ebx, __cpuid_count(7, 0).edx & FP16 != 0)
+    }
+
+    /// Of a vendor, as CPUID begins its name.
+    pub(in super::super) fn microcode(vendor: u32, fp16: bool) -> bool {
+        vendor == u32::from_le_bytes(*b"Genu") && fp16
     }
 
     /// Where 16 values begin.

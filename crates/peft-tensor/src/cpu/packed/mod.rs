@@ -28,7 +28,9 @@ pub(super) fn kernel(precision: Precision) -> Option<Kernel> {
     static FOUND: OnceLock<Option<Kernel>> = OnceLock::new();
     match precision {
         Precision::F32 => None,
-        Precision::Bf16 => *FOUND.get_or_init(|| Kernel::detect().filter(|k| k.is_right())),
+        Precision::Bf16 => *FOUND.get_or_init(|| {
+            Kernel::detect().filter(|kernel| kernel.is_fast() && kernel.is_right())
+        }),
     }
 }
 
@@ -46,6 +48,14 @@ impl Kernel {
             return Some(Self::Avx512Bf16(l));
         }
         None
+    }
+
+    /// Whether the processor has more multiply-adds of bfloat16 than of f32 in a cycle.
+    fn is_fast(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => !lanes::products_in_microcode(),
+        }
     }
 
     /// `out = x Wt`, or `x W` unless `transposed`; added to `out` if `add`. x `[m, inside]`, out `[m, outside]`.

@@ -1,6 +1,6 @@
 //! Every kind of lanes, simulated or of this processor, against sums in double precision.
 
-use super::lanes::{Lanes, Plain};
+use super::lanes::{Lanes, Plain, WIDTH, Work};
 use super::*;
 use crate::WeightFormat;
 
@@ -108,10 +108,65 @@ fn all_shapes<L: Lanes>(l: L) {
 
 #[test]
 fn simulated_lanes() {
+    every_function(Plain);
     all_shapes(Plain);
     // Weights of several slabs and several blocks.
     check(Plain, (15, 1030, 1100), WeightFormat::BF16, true, false);
     check(Plain, (15, 1030, 1100), WeightFormat::NF4, false, true);
+}
+
+/// Each function of lanes against that of the simulated ones, to the bit but for the order of a dot product.
+fn every_function<L: Lanes>(l: L) {
+    struct Each<'a> {
+        a: &'a [f32],
+        b: &'a [f32],
+        out: &'a mut [Vec<u32>],
+    }
+    impl<L: Lanes> Work<L> for Each<'_> {
+        #[inline(always)]
+        fn on(self, l: L) {
+            let (a, b) = (l.units(self.a), l.units(self.b));
+            let (low, high) = l.zip(a, b);
+            let sum = l.load(bytemuck::cast_slice(&self.b[WIDTH..]));
+            let all = [
+                l.zero(),
+                l.splat(self.a[3].to_bits()),
+                sum,
+                a,
+                low,
+                high,
+                l.add(l.load(bytemuck::cast_slice(self.a)), sum),
+                l.dot(sum, a, b),
+            ];
+            for (v, out) in all.into_iter().zip(self.out) {
+                l.store(v, out);
+            }
+        }
+    }
+    let (a, b) = (values(11, 2 * WIDTH), values(12, 2 * WIDTH));
+    let names = ["zero", "splat", "load", "units", "zip", "zip", "add", "dot"];
+    let (mut got, mut want) = (vec![vec![1; WIDTH]; 8], vec![vec![2; WIDTH]; 8]);
+    l.run(Each {
+        a: &a,
+        b: &b,
+        out: &mut got,
+    });
+    Plain.run(Each {
+        a: &a,
+        b: &b,
+        out: &mut want,
+    });
+    for ((name, got), want) in names.into_iter().zip(&got).zip(&want) {
+        if name == "dot" {
+            for (got, want) in got.iter().zip(want) {
+                let (got, want) = (f32::from_bits(*got), f32::from_bits(*want));
+                // At most three terms below 4, each rounded.
+                assert!((got - want).abs() < 4e-6, "dot: {got}, not {want}");
+            }
+        } else {
+            assert_eq!(got, want, "{name}");
+        }
+    }
 }
 
 #[test]
@@ -119,6 +174,7 @@ fn lanes_of_this_processor() {
     match Kernel::detect() {
         #[cfg(target_arch = "x86_64")]
         Some(Kernel::Avx512Bf16(l)) => {
+            every_function(l);
             all_shapes(l);
             check(l, (15, 1030, 1100), WeightFormat::BF16, true, false);
             check(l, (15, 1030, 1100), WeightFormat::NF4, false, true);
@@ -127,5 +183,19 @@ fn lanes_of_this_processor() {
         _ => {
             eprintln!("no product of bfloat16 on this processor: only the simulated one was tested")
         }
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn products_in_microcode_are_left_to_single_precision() {
+    let [intel, amd] = [*b"Genu", *b"Auth"].map(u32::from_le_bytes);
+    // Sapphire Rapids and what came after it; Cooper Lake, which has the product but no FP16; Zen.
+    for (vendor, fp16, microcode) in [
+        (intel, true, true),
+        (intel, false, false),
+        (amd, true, false),
+    ] {
+        assert_eq!(super::lanes::microcode(vendor, fp16), microcode);
     }
 }
