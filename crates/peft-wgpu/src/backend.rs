@@ -213,6 +213,7 @@ impl Backend for WgpuBackend {
             ta,
             tb,
             scale,
+            half: self.precision == Precision::Bf16,
         };
         self.gpu.matmul(get(a)?, get(b)?, product, into)
     }

@@ -6,7 +6,10 @@
 
 mod attention;
 mod backend;
+mod coop;
 mod elementwise;
+mod features;
+mod few;
 mod frozen;
 mod gpu;
 mod layers;

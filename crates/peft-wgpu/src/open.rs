@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use peft_tensor::{Device, DeviceFacts, Keep, Precision, Result, TensorError};
 
 use crate::WgpuBackend;
+use crate::features::Abilities;
 use crate::gpu::Gpu;
 
 /// The variable that chooses among several adapters, by a part of the name.
@@ -27,7 +28,7 @@ pub struct AdapterFacts {
     pub max_binding: u64,
     /// Whether kernels may use 16-bit floats.
     pub f16: bool,
-    /// Whether it has units for products of small matrices that `wgpu` can reach.
+    /// Whether it has units for products of small matrices, f16 added up in f32, that `wgpu` can reach.
     pub matrix_units: bool,
 }
 
@@ -38,6 +39,9 @@ pub struct Options {
     pub name: Option<String>,
     /// A binding limit below the adapter's, in bytes: how tests reach the paths of large tensors.
     pub max_binding: Option<u64>,
+    /// Only kernels that every adapter takes: no subgroups, no matrix units, no forms for software drivers. How tests reach
+    /// what a driver that has more would not use.
+    pub plain: bool,
     /// What it keeps large values in.
     pub precision: Precision,
     /// The form in which activations wait for the backward pass, f32 or bfloat16.
@@ -52,7 +56,7 @@ impl AdapterFacts {
             self.max_binding >> 20
         )];
         if self.matrix_units {
-            notes.push("matrix units, not used yet".to_owned());
+            notes.push("matrix units, used with precision = \"bf16\"".to_owned());
         }
         DeviceFacts {
             device: "wgpu",
@@ -105,7 +109,7 @@ fn facts(adapter: &wgpu::Adapter) -> AdapterFacts {
         max_buffer: limits.max_buffer_size,
         max_binding: limits.max_storage_buffer_binding_size,
         f16: adapter.features().contains(wgpu::Features::SHADER_F16),
-        matrix_units: !adapter.cooperative_matrix_properties().is_empty(),
+        matrix_units: Abilities::of(adapter).block.is_some(),
     }
 }
 
@@ -172,7 +176,7 @@ pub fn open_with(options: &Options) -> Result<Device> {
             "device \"wgpu\" keeps activations as f32 or bf16, not as int8".to_owned(),
         ));
     }
-    let gpu = Gpu::open(&adapter, options.max_binding)?;
+    let gpu = Gpu::open(&adapter, options.max_binding, options.plain)?;
     Ok(Device::new(WgpuBackend::new(
         Arc::new(gpu),
         options.precision,
