@@ -97,7 +97,6 @@ impl Gpu {
         c: Bind<'_>,
     ) -> Result<()> {
         let side = self.has.block.unwrap_or(8);
-        let subgroup = self.has.subgroup_sizes.1;
         let large = self.unit_tiles(&shape, batch, 128) >= self.large_tiles
             && self.device.limits().max_compute_workgroup_storage_size >= 24 << 10;
         let tile = match large && shape.m.min(shape.n) > 64 {
@@ -107,14 +106,9 @@ impl Gpu {
             false => 64,
         };
         let header = format!(
-            "enable f16;\nenable wgpu_cooperative_matrix;\n\
-             alias Left = coop_mat{side}x{side}<f16, A>;\n\
-             alias Right = coop_mat{side}x{side}<f16, B>;\n\
-             alias Sum = coop_mat{side}x{side}<f32, C>;\n\
-             const SIDE = {side}u;\nconst SUBGROUP = {subgroup}u;\nconst THREADS = {threads}u;\n\
-             const BM = {tile}u;\nconst BN = {tile}u;\nconst TA = {ta};\nconst TB = {tb};\n{right}",
-            threads = 4 * subgroup,
-            right = right.header,
+            "{}const BM = {tile}u;\nconst BN = {tile}u;\nconst TA = {ta};\nconst TB = {tb};\n{}",
+            self.unit_types(),
+            right.header,
         );
         let blocks = (tile / 2 / side) as usize;
         let reads = 3 + right.binds.len() as u32;
@@ -131,6 +125,20 @@ impl Gpu {
         binds.push(c);
         let groups = [shape.n.div_ceil(tile), shape.m.div_ceil(tile), batch as u32];
         self.run(&kernel, &binds, &shape, groups)
+    }
+
+    /// What kernels for matrix units have in front.
+    pub(crate) fn unit_types(&self) -> String {
+        let side = self.has.block.unwrap_or(8);
+        let subgroup = self.has.subgroup_sizes.1;
+        format!(
+            "enable f16;\nenable wgpu_cooperative_matrix;\n\
+             alias Left = coop_mat{side}x{side}<f16, A>;\n\
+             alias Right = coop_mat{side}x{side}<f16, B>;\n\
+             alias Sum = coop_mat{side}x{side}<f32, C>;\n\
+             const SIDE = {side}u;\nconst SUBGROUP = {subgroup}u;\nconst THREADS = {threads}u;\n",
+            threads = 4 * subgroup,
+        )
     }
 
     fn unit_tiles(&self, shape: &Shape, batch: usize, tile: u32) -> usize {

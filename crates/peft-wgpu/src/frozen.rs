@@ -184,7 +184,7 @@ fn four(w: &FrozenWeight, first: usize, n: usize) -> Result<(Vec<u8>, Vec<u8>)> 
 
 impl Gpu {
     /// The weight on this device, uploaded at the first call.
-    fn packed(&self, w: &FrozenWeight, precision: Precision) -> Result<Buffer> {
+    pub(crate) fn packed(&self, w: &FrozenWeight, precision: Precision) -> Result<Buffer> {
         let key = self.id << 1 | u64::from(precision == Precision::Bf16);
         w.resident(key, || Ok(Buffer::new(self.pack(w, precision)?)))
     }
@@ -281,7 +281,7 @@ impl Gpu {
                     sources: &PRODUCT,
                 };
                 let turned = (false, transpose);
-                if transpose && few::suits(&shape) {
+                if transpose && !self.is_wide() && few::suits(&shape) {
                     self.few(shape, a, &right, c)?;
                 } else if precision == Precision::Bf16 && self.suits_units(&shape, 1)? {
                     let most_a = self.most(a, a_at, rows * k)?;
@@ -376,7 +376,15 @@ impl Gpu {
     }
 }
 
-fn packed_of(buffer: &Buffer) -> Result<&Packed> {
+impl Packed {
+    /// Bytes that a product reads of it.
+    pub(crate) fn bytes(&self) -> usize {
+        let words = |c: &Chunk| c.codes.len + c.scales.len;
+        4 * self.chunks.iter().map(words).sum::<usize>()
+    }
+}
+
+pub(crate) fn packed_of(buffer: &Buffer) -> Result<&Packed> {
     buffer
         .get::<Packed>()
         .ok_or_else(|| TensorError::Device("a weight's copy is not this backend's".into()))

@@ -6,6 +6,7 @@
 
 mod attention;
 mod backend;
+mod bench;
 mod coop;
 mod elementwise;
 mod features;

@@ -22,8 +22,8 @@ const DENSE_SOURCES: Sources = Sources {
 };
 
 /// Groups below which k is split to have more of them, and the least of k that a split is worth.
-const FEW_GROUPS: usize = 64;
-const SPLIT: usize = 256;
+const FEW_GROUPS: usize = 256;
+const SPLIT: usize = 128;
 
 /// The right operand of a product.
 pub(crate) struct Right<'a> {
@@ -71,6 +71,15 @@ struct JoinParams {
     parts: u32,
     scale: f32,
     add: u32,
+}
+
+/// A kernel for any product, and its variant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// 256 threads with so many rows and columns each.
+    Tiles(usize, usize),
+    /// A subgroup of eight with so many rows, and columns of each lane.
+    Wide(usize, usize),
 }
 
 /// A product of dense matrices, as [`peft_tensor::Backend::matmul`] describes it.
@@ -259,33 +268,64 @@ impl Gpu {
         right: &Right<'_>,
         c: Bind<'_>,
     ) -> Result<()> {
-        let (m, n) = (shape.m as usize, shape.n as usize);
-        let reads = 1 + right.binds.len() as u32;
-        let header = format!("const TA = {ta};\nconst TB = {tb};\n{}", right.header);
-        let (kernel, high, broad) = if self.is_wide() {
-            let (rows, cols) = (if m <= 8 { 8 } else { 32 }, if n <= 8 { 1 } else { 4 });
-            let kernel = Kernel::new("wide", right.sources.wide, reads, 1)
-                .with(format!(
-                    "const ROWS = {rows}u;\nconst COLS = {cols}u;\n{header}"
-                ))
-                .rounds(&[("ROWS", rows), ("COLS", cols)]);
-            (kernel, rows, 8 * cols)
+        let form = self.form([shape.m, shape.n, shape.k].map(|n| n as usize), batch);
+        self.product_as(form, shape, batch, (ta, tb), a, right, c)
+    }
+
+    /// The form that suits a product.
+    pub(crate) fn form(&self, [m, n, k]: [usize; 3], batch: usize) -> Form {
+        if self.is_wide() {
+            // The larger ones take a second to compile.
+            let small = m * n * k <= 1 << 16;
+            let rows = if small || m <= 8 { 8 } else { 32 };
+            Form::Wide(rows, if small || n <= 8 { 1 } else { 4 })
         } else {
             let (tm, tn) = per_thread(m, n, batch, self.large_tiles);
-            let kernel = Kernel::new("matmul", right.sources.tiles, reads, 1)
-                .with(format!("const TM = {tm}u;\nconst TN = {tn}u;\n{header}"))
-                .rounds(&[
-                    ("TM", tm),
-                    ("TN", tn),
-                    ("FM", tm.div_ceil(4)),
-                    ("FN", tn.div_ceil(4)),
-                ]);
-            (kernel, 16 * tm, 16 * tn)
+            Form::Tiles(tm, tn)
+        }
+    }
+
+    /// The kernel of a form.
+    pub(crate) fn product_as(
+        &self,
+        form: Form,
+        shape: Shape,
+        batch: usize,
+        (ta, tb): (bool, bool),
+        a: Bind<'_>,
+        right: &Right<'_>,
+        c: Bind<'_>,
+    ) -> Result<()> {
+        let reads = 1 + right.binds.len() as u32;
+        let header = format!("const TA = {ta};\nconst TB = {tb};\n{}", right.header);
+        let (kernel, high, broad) = match form {
+            Form::Wide(rows, cols) => {
+                let kernel = Kernel::new("wide", right.sources.wide, reads, 1)
+                    .with(format!(
+                        "const ROWS = {rows}u;\nconst COLS = {cols}u;\n{header}"
+                    ))
+                    .rounds(&[("ROWS", rows), ("COLS", cols)]);
+                (kernel, rows, 8 * cols)
+            }
+            Form::Tiles(tm, tn) => {
+                let kernel = Kernel::new("matmul", right.sources.tiles, reads, 1)
+                    .with(format!("const TM = {tm}u;\nconst TN = {tn}u;\n{header}"))
+                    .rounds(&[
+                        ("TM", tm),
+                        ("TN", tn),
+                        ("FM", tm.div_ceil(4)),
+                        ("FN", tn.div_ceil(4)),
+                    ]);
+                (kernel, 16 * tm, 16 * tn)
+            }
         };
         let mut binds = vec![a];
         binds.extend(right.binds);
         binds.push(c);
-        let groups = [n.div_ceil(broad) as u32, m.div_ceil(high) as u32];
+        let groups = [
+            (shape.n as usize).div_ceil(broad) as u32,
+            (shape.m as usize).div_ceil(high) as u32,
+        ];
         // Axis z has at most 65535 groups.
         let most = 65_535 / shape.splits as usize;
         for first in (0..batch).step_by(most) {

@@ -11,6 +11,9 @@ use crate::gpu::Gpu;
 /// The variable that chooses among several adapters, by a part of the name.
 const CHOICE: &str = "PEFT_WGPU_ADAPTER";
 
+/// Set to 1, it opens every device with the plain kernels alone: a way out where a driver breaks on the others.
+const PLAIN: &str = "PEFT_WGPU_PLAIN";
+
 /// What is known of an adapter without opening it.
 #[derive(Clone, Debug)]
 pub struct AdapterFacts {
@@ -40,7 +43,7 @@ pub struct Options {
     /// A binding limit below the adapter's, in bytes: how tests reach the paths of large tensors.
     pub max_binding: Option<u64>,
     /// Only kernels that every adapter takes: no subgroups, no matrix units, no forms for software drivers. How tests reach
-    /// what a driver that has more would not use.
+    /// what a driver that has more would not use. `PEFT_WGPU_PLAIN=1` in the environment does the same.
     pub plain: bool,
     /// What it keeps large values in.
     pub precision: Precision,
@@ -176,7 +179,8 @@ pub fn open_with(options: &Options) -> Result<Device> {
             "device \"wgpu\" keeps activations as f32 or bf16, not as int8".to_owned(),
         ));
     }
-    let gpu = Gpu::open(&adapter, options.max_binding, options.plain)?;
+    let plain = options.plain || std::env::var(PLAIN).is_ok_and(|v| v == "1");
+    let gpu = Gpu::open(&adapter, options.max_binding, plain)?;
     Ok(Device::new(WgpuBackend::new(
         Arc::new(gpu),
         options.precision,

@@ -288,3 +288,18 @@ fn matrix_units() {
         }
     }
 }
+
+#[test]
+fn speeds_of_kernels() {
+    let Some(device) = device(&Options::default()) else {
+        return;
+    };
+    let all = device.backend().kernel_speeds(64).unwrap();
+    assert!(all.len() >= 13, "{all:?}");
+    for k in &all {
+        assert!(
+            k.speed > 0.0 && k.speed.is_finite() && k.peak > 0.0,
+            "{k:?}"
+        );
+    }
+}
