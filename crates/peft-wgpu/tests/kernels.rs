@@ -237,28 +237,27 @@ fn matrix_units() {
     }
     for format in FORMATS {
         let weight = frozen(96, 192, format);
-        for m in [70] {
-            let base = |d: &Device| BaseWeight::frozen(weight.clone(), false, d);
-            // Weights are rounded to 11 bits, by 1.4e-4 of them in the mean, in each of 192 products of a third: 6.5e-4,
-            // of which six times is allowed.
-            let forward = |d: &Device| {
-                base(d)
-                    .linear(&short(4, &[m, 192], -30, d))?
-                    .affine(2f32.powi(30), 0.0)
-            };
-            close(&format!("{} {m}", format.name()), forward, &devices, 4e-3);
-            let backward = |d: &Device| {
-                base(d)
-                    .linear_t(&short(5, &[m, 96], -30, d))?
-                    .affine(2f32.powi(30), 0.0)
-            };
-            close(
-                &format!("{} {m} back", format.name()),
-                backward,
-                &devices,
-                2e-3,
-            );
-        }
+        let m = 70;
+        let base = |d: &Device| BaseWeight::frozen(weight.clone(), false, d);
+        // Weights are rounded to 11 bits, by 1.4e-4 of them in the mean, in each of 192 products of a third: 6.5e-4,
+        // of which six times is allowed.
+        let forward = |d: &Device| {
+            base(d)
+                .linear(&short(4, &[m, 192], -30, d))?
+                .affine(2f32.powi(30), 0.0)
+        };
+        close(&format!("{} {m}", format.name()), forward, &devices, 4e-3);
+        let backward = |d: &Device| {
+            base(d)
+                .linear_t(&short(5, &[m, 96], -30, d))?
+                .affine(2f32.powi(30), 0.0)
+        };
+        close(
+            &format!("{} {m} back", format.name()),
+            backward,
+            &devices,
+            2e-3,
+        );
     }
     // What goes to them is rounded; without 16 bits in the configuration nothing is.
     let f = |d: &Device| {
