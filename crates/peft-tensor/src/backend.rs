@@ -186,6 +186,19 @@ pub struct Rope {
     pub positions: Arc<Vec<u32>>,
 }
 
+/// A measured kernel.
+#[derive(Clone, Debug)]
+pub struct KernelSpeed {
+    /// Which, and of what.
+    pub kernel: String,
+    /// How fast, in `unit`.
+    pub speed: f64,
+    /// `GFLOP/s`, multiplications and additions, or `GB/s`, bytes read.
+    pub unit: &'static str,
+    /// What the device did at most in the same run, in `unit`.
+    pub peak: f64,
+}
+
 /// What a device can do. Shapes are in elements; `rows` and `cols` describe a buffer as `[rows, cols]`.
 pub trait Backend: Send + Sync {
     /// The name users give with `--device`.
@@ -214,6 +227,15 @@ pub trait Backend: Send + Sync {
     /// What it keeps large values in.
     fn precision(&self) -> Precision {
         Precision::F32
+    }
+
+    /// How fast the kernels are that products have to choose from, at `size x size`, beside what the device can do; none
+    /// where there is nothing to choose.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    fn kernel_speeds(&self, _size: usize) -> Result<Vec<KernelSpeed>> {
+        Ok(Vec::new())
     }
     /// A smaller form of `x` to keep until the backward pass; None = as it is.
     fn pack(&self, _x: &Buffer) -> Option<Buffer> {

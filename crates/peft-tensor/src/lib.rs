@@ -26,7 +26,7 @@ mod tape;
 mod tensor;
 pub mod torch_rng;
 
-pub use backend::{Attention, Backend, Binary, Buffer, Glu, Mask, Rope, Unary};
+pub use backend::{Attention, Backend, Binary, Buffer, Glu, KernelSpeed, Mask, Rope, Unary};
 pub use base_weight::BaseWeight;
 pub use bytes::{Bytes, release_heap};
 pub use cpu::simd::all_finite;

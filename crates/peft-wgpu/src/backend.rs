@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use peft_tensor::{
-    Attention, Backend, Binary, Buffer, FrozenWeight, Glu, Keep, Precision, Result, RngKey, Rope,
-    Unary,
+    Attention, Backend, Binary, Buffer, FrozenWeight, Glu, Keep, KernelSpeed, Precision, Result,
+    RngKey, Rope, Unary,
 };
 
 use crate::attention::Sizes;
@@ -42,6 +42,10 @@ impl Backend for WgpuBackend {
 
     fn precision(&self) -> Precision {
         self.precision
+    }
+
+    fn kernel_speeds(&self, size: usize) -> Result<Vec<KernelSpeed>> {
+        self.gpu.kernel_speeds(size)
     }
 
     fn pack(&self, x: &Buffer) -> Option<Buffer> {
@@ -213,6 +217,7 @@ impl Backend for WgpuBackend {
             ta,
             tb,
             scale,
+            half: self.precision == Precision::Bf16,
         };
         self.gpu.matmul(get(a)?, get(b)?, product, into)
     }

@@ -3,18 +3,25 @@
 //! A weight is uploaded at its first use and stays with it (`FrozenWeight::resident`). Formats the kernels do not know are
 //! decoded on the way. A matrix larger than a binding is cut into chunks of whole rows.
 
+use std::sync::OnceLock;
+
 use bytemuck::NoUninit;
 use peft_tensor::{Buffer, FrozenWeight, Precision, Result, TensorError, WeightFormat, bnb};
 
+use crate::few;
 use crate::gpu::{Gpu, Kernel};
-use crate::matmul::{Right, Shape, window};
+use crate::matmul::{OPERANDS, Right, Shape, Sources, TILES, UNITS, WIDE, window};
 use crate::memory::{Data, get};
 use crate::record::{Bind, threads};
 
 const FORMATS: &str = include_str!("wgsl/formats.wgsl");
 const PACKED: &str = include_str!("wgsl/packed.wgsl");
-const MATMUL: &str = include_str!("wgsl/matmul.wgsl");
-const PRODUCT: &[&str] = &[FORMATS, PACKED, MATMUL];
+const PRODUCT: Sources = Sources {
+    tiles: &[OPERANDS, FORMATS, PACKED, TILES],
+    wide: &[OPERANDS, FORMATS, PACKED, WIDE],
+    units: &[FORMATS, include_str!("wgsl/packed_half.wgsl"), UNITS],
+    few: &[FORMATS, PACKED, include_str!("wgsl/few.wgsl")],
+};
 const ROWS: &[&str] = &[FORMATS, include_str!("wgsl/rows.wgsl")];
 
 /// A weight on the device.
@@ -29,6 +36,8 @@ struct Chunk {
     rows: usize,
     codes: Data,
     scales: Data,
+    /// The size of its largest value, where matrix units asked for it; see `wgsl/coop.wgsl`.
+    most: OnceLock<Data>,
 }
 
 /// How a chunk is stored for the kernels.
@@ -175,7 +184,7 @@ fn four(w: &FrozenWeight, first: usize, n: usize) -> Result<(Vec<u8>, Vec<u8>)> 
 
 impl Gpu {
     /// The weight on this device, uploaded at the first call.
-    fn packed(&self, w: &FrozenWeight, precision: Precision) -> Result<Buffer> {
+    pub(crate) fn packed(&self, w: &FrozenWeight, precision: Precision) -> Result<Buffer> {
         let key = self.id << 1 | u64::from(precision == Precision::Bf16);
         w.resident(key, || Ok(Buffer::new(self.pack(w, precision)?)))
     }
@@ -205,6 +214,7 @@ impl Gpu {
                 rows,
                 codes: self.upload(&codes)?,
                 scales: self.upload(&scales)?,
+                most: OnceLock::new(),
             });
         }
         // A mapped file's pages are not needed in memory any more.
@@ -268,12 +278,31 @@ impl Gpu {
                 let right = Right {
                     header: packed.header,
                     binds: &binds,
-                    sources: PRODUCT,
+                    sources: &PRODUCT,
                 };
-                self.product(shape, 1, (false, transpose), a, &right, c)?;
+                let turned = (false, transpose);
+                if transpose && !self.is_wide() && few::suits(&shape) {
+                    self.few(shape, a, &right, c)?;
+                } else if precision == Precision::Bf16 && self.suits_units(&shape, 1)? {
+                    let most_a = self.most(a, a_at, rows * k)?;
+                    let most = [most_a.bind(), self.most_of(chunk, packed, w.cols())?.bind()];
+                    self.by_units(shape, 1, turned, a, &right, most, c)?;
+                } else {
+                    self.product(shape, 1, turned, a, &right, c)?;
+                }
             }
         }
         Ok(out)
+    }
+
+    /// The size of a chunk's largest value, found at the first call.
+    fn most_of<'a>(&self, chunk: &'a Chunk, packed: &Packed, cols: usize) -> Result<&'a Data> {
+        if let Some(known) = chunk.most.get() {
+            return Ok(known);
+        }
+        let binds = [chunk.codes.bind(), chunk.scales.bind()];
+        let found = self.most_packed(binds, packed.header, chunk.rows * cols, cols)?;
+        Ok(chunk.most.get_or_init(|| found))
     }
 
     pub(crate) fn frozen_gather(
@@ -347,7 +376,15 @@ impl Gpu {
     }
 }
 
-fn packed_of(buffer: &Buffer) -> Result<&Packed> {
+impl Packed {
+    /// Bytes that a product reads of it.
+    pub(crate) fn bytes(&self) -> usize {
+        let words = |c: &Chunk| c.codes.len + c.scales.len;
+        4 * self.chunks.iter().map(words).sum::<usize>()
+    }
+}
+
+pub(crate) fn packed_of(buffer: &Buffer) -> Result<&Packed> {
     buffer
         .get::<Packed>()
         .ok_or_else(|| TensorError::Device("a weight's copy is not this backend's".into()))

@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use peft_tensor::{Result, TensorError};
 
+use crate::features::Abilities;
 use crate::memory::Pool;
 use crate::record::Recorder;
 
@@ -32,6 +33,9 @@ pub(crate) struct Gpu {
     pub(crate) max_buffer: u64,
     /// From how many of them on products are made of large tiles.
     pub(crate) large_tiles: usize,
+    pub(crate) has: Abilities,
+    /// Whether the matrix units were tried, and whether they multiply right.
+    pub(crate) units: OnceLock<bool>,
     pub(crate) pool: Arc<Pool>,
     pub(crate) recorder: Mutex<Recorder>,
     pipelines: Mutex<HashMap<(&'static str, String), Arc<Pipeline>>>,
@@ -104,9 +108,14 @@ impl Gpu {
     pub(crate) const ALIGN: u64 = 256;
 
     /// Opens an adapter with everything it has.
-    pub(crate) fn open(adapter: &wgpu::Adapter, max_binding: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(
+        adapter: &wgpu::Adapter,
+        max_binding: Option<u64>,
+        plain: bool,
+    ) -> Result<Self> {
         static IDS: AtomicU64 = AtomicU64::new(1);
-        let (name, has) = (adapter.get_info().name, adapter.limits());
+        let (info, has) = (adapter.get_info(), adapter.limits());
+        let name = info.name;
         if !adapter.features().contains(wgpu::Features::IMMEDIATES)
             || has.max_immediate_size < IMMEDIATE_BYTES
             || has.max_compute_invocations_per_workgroup < GROUP
@@ -117,15 +126,29 @@ impl Gpu {
             ));
         }
         // A device gets the limits it asks for; the defaults are those of the weakest.
-        let descriptor = wgpu::DeviceDescriptor {
-            label: Some("peft"),
-            required_features: wgpu::Features::IMMEDIATES,
-            required_limits: has.clone(),
-            memory_hints: wgpu::MemoryHints::Performance,
-            ..Default::default()
+        let open = |abilities: Abilities| {
+            pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+                label: Some("peft"),
+                required_features: abilities.features(),
+                required_limits: has.clone(),
+                memory_hints: wgpu::MemoryHints::Performance,
+                experimental_features: abilities.leave(),
+                ..Default::default()
+            }))
         };
-        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
-            .map_err(|e| TensorError::Device(format!("{name} does not open: {e}")))?;
+        let mut abilities = if plain {
+            Abilities::default()
+        } else {
+            Abilities::of(adapter)
+        };
+        let mut opened = open(abilities);
+        if opened.is_err() {
+            // What is only faster must not keep a device from opening.
+            abilities.block = None;
+            opened = open(abilities);
+        }
+        let (device, queue) =
+            opened.map_err(|e| TensorError::Device(format!("{name} does not open: {e}")))?;
         let faults = Arc::new(Mutex::new(None));
         let note = faults.clone();
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
@@ -147,10 +170,13 @@ impl Gpu {
             max_binding: (max_binding / Self::ALIGN * Self::ALIGN).max(Self::ALIGN),
             max_buffer: has.max_buffer_size,
             // A software driver has as many threads as the processor, and reads shared memory slowly.
-            large_tiles: match adapter.get_info().device_type {
-                wgpu::DeviceType::Cpu => 1,
-                _ => 128,
+            large_tiles: if info.device_type == wgpu::DeviceType::Cpu {
+                1
+            } else {
+                128
             },
+            has: abilities,
+            units: OnceLock::new(),
             pool: Arc::default(),
             recorder: Mutex::default(),
             pipelines: Mutex::default(),

@@ -8,11 +8,6 @@ use crate::gpu::{Gpu, Kernel};
 use crate::memory::Data;
 use crate::record::{in_a_row, threads};
 
-const ROWS: &[&str] = &[
-    include_str!("wgsl/math.wgsl"),
-    include_str!("wgsl/group.wgsl"),
-    include_str!("wgsl/rows_of.wgsl"),
-];
 const LOOKUP: &[&str] = &[include_str!("wgsl/lookup.wgsl")];
 
 /// Parameters of the kernels that work on rows.
@@ -36,12 +31,6 @@ struct LookupParams {
     heads: u32,
     half: u32,
     sign: f32,
-}
-
-/// A kernel over rows of `cols`, with as many threads a row as it is worth: a barrier costs each of them.
-pub(crate) fn of_rows(entry: &'static str, cols: usize, reads: u32, writes: u32) -> Kernel {
-    let width = (cols / 4).next_power_of_two().clamp(32, 256);
-    Kernel::new(entry, ROWS, reads, writes).with(format!("const WIDTH = {width}u;\n"))
 }
 
 /// A norm over the last axis: its size, whether the mean is taken out, and what is added under the root.
@@ -79,7 +68,7 @@ impl Gpu {
             return self.fill(rows, f32::NEG_INFINITY);
         }
         let y = self.room(rows)?;
-        let kernel = of_rows("max_rows", cols, 1, 1);
+        let kernel = self.of_rows("max_rows", cols, 1, 1);
         self.run(
             &kernel,
             &[x.bind(), y.bind()],
@@ -91,7 +80,7 @@ impl Gpu {
 
     pub(crate) fn softmax(&self, x: &Data, rows: usize, cols: usize) -> Result<Data> {
         let y = self.room(x.len)?;
-        let kernel = of_rows("softmax", cols, 1, 1);
+        let kernel = self.of_rows("softmax", cols, 1, 1);
         self.run(
             &kernel,
             &[x.bind(), y.bind()],
@@ -109,7 +98,7 @@ impl Gpu {
         cols: usize,
     ) -> Result<Data> {
         let dx = self.room(y.len)?;
-        let kernel = of_rows("softmax_grad", cols, 2, 1);
+        let kernel = self.of_rows("softmax_grad", cols, 2, 1);
         let binds = [y.bind(), dy.bind(), dx.bind()];
         self.run(&kernel, &binds, &sized(rows, cols), in_a_row(rows))?;
         Ok(dx)
@@ -123,7 +112,7 @@ impl Gpu {
         };
         // A binding has to be there; without a bias nothing reads it.
         let binds = [x.bind(), w.bind(), b.unwrap_or(w).bind(), y.bind()];
-        let kernel = of_rows("norm", norm.cols, 3, 1);
+        let kernel = self.of_rows("norm", norm.cols, 3, 1);
         self.run(&kernel, &binds, &params, in_a_row(norm.rows))?;
         Ok(y)
     }
@@ -139,7 +128,7 @@ impl Gpu {
     ) -> Result<(Data, Option<(Data, Data)>)> {
         let (dx, moments) = (self.room(x.len)?, self.room(2 * norm.rows)?);
         let binds = [x.bind(), w.bind(), dy.bind(), dx.bind(), moments.bind()];
-        let kernel = of_rows("norm_grad", norm.cols, 3, 2);
+        let kernel = self.of_rows("norm_grad", norm.cols, 3, 2);
         self.run(&kernel, &binds, &norm.params(), in_a_row(norm.rows))?;
         if !want {
             return Ok((dx, None));
@@ -152,7 +141,7 @@ impl Gpu {
             ..norm.params()
         };
         let binds = [x.bind(), dy.bind(), moments.bind(), dw.bind(), db.bind()];
-        let kernel = of_rows("norm_grad_weight", norm.cols, 3, 2);
+        let kernel = self.of_rows("norm_grad_weight", norm.cols, 3, 2);
         self.run(&kernel, &binds, &params, threads(runs * norm.cols))?;
         let (from, to) = ([runs, norm.cols], [1, norm.cols]);
         let sums = (self.sum_to(&dw, &from, &to)?, self.sum_to(&db, &from, &to)?);

@@ -6,7 +6,11 @@
 
 mod attention;
 mod backend;
+mod bench;
+mod coop;
 mod elementwise;
+mod features;
+mod few;
 mod frozen;
 mod gpu;
 mod layers;

@@ -3,7 +3,7 @@
 use peft_tensor::Result;
 
 use crate::gpu::Gpu;
-use crate::layers::{RowParams, of_rows};
+use crate::layers::RowParams;
 use crate::memory::Data;
 use crate::record::in_a_row;
 
@@ -29,7 +29,7 @@ impl Gpu {
             ..RowParams::default()
         };
         let binds = [x.bind(), targets.bind(), losses.bind(), dx.bind()];
-        let kernel = of_rows("cross_entropy", cols, 2, 2);
+        let kernel = self.of_rows("cross_entropy", cols, 2, 2);
         self.run(&kernel, &binds, &params, in_a_row(rows))?;
         Ok((self.sum_to(&losses, &[rows], &[1])?, dx))
     }

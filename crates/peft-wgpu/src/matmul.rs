@@ -7,20 +7,39 @@ use crate::gpu::{Gpu, Kernel};
 use crate::memory::{Data, get};
 use crate::record::{Bind, threads};
 
-const MATMUL: &str = include_str!("wgsl/matmul.wgsl");
+pub(crate) const OPERANDS: &str = include_str!("wgsl/operands.wgsl");
+pub(crate) const TILES: &str = include_str!("wgsl/matmul.wgsl");
+pub(crate) const WIDE: &str = include_str!("wgsl/wide.wgsl");
+pub(crate) const UNITS: &str = include_str!("wgsl/coop.wgsl");
 const DENSE: &str = include_str!("wgsl/dense.wgsl");
 
+/// The kernels for a dense right operand.
+const DENSE_SOURCES: Sources = Sources {
+    tiles: &[OPERANDS, DENSE, TILES],
+    wide: &[OPERANDS, DENSE, WIDE],
+    units: &[include_str!("wgsl/dense_half.wgsl"), UNITS],
+    few: &[],
+};
+
 /// Groups below which k is split to have more of them, and the least of k that a split is worth.
-const FEW_GROUPS: usize = 64;
-const SPLIT: usize = 256;
+const FEW_GROUPS: usize = 256;
+const SPLIT: usize = 128;
 
 /// The right operand of a product.
 pub(crate) struct Right<'a> {
     /// Constants that the sources want in front.
     pub(crate) header: &'static str,
     pub(crate) binds: &'a [Bind<'a>],
-    /// The kernel with what declares this operand and `c`, and how to read it.
-    pub(crate) sources: &'static [&'static str],
+    pub(crate) sources: &'static Sources,
+}
+
+/// Each kernel with what declares the right operand and `c`, and how to read it.
+pub(crate) struct Sources {
+    pub(crate) tiles: &'static [&'static str],
+    pub(crate) wide: &'static [&'static str],
+    pub(crate) units: &'static [&'static str],
+    /// None for dense operands.
+    pub(crate) few: &'static [&'static str],
 }
 
 /// `c [m, n] = add c + scale op(a) op(b)`, with where each begins, in elements, and how long its rows are.
@@ -54,6 +73,15 @@ struct JoinParams {
     add: u32,
 }
 
+/// A kernel for any product, and its variant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// 256 threads with so many rows and columns each.
+    Tiles(usize, usize),
+    /// A subgroup of eight with so many rows, and columns of each lane.
+    Wide(usize, usize),
+}
+
 /// A product of dense matrices, as [`peft_tensor::Backend::matmul`] describes it.
 #[derive(Clone, Copy)]
 pub(crate) struct Product {
@@ -66,6 +94,8 @@ pub(crate) struct Product {
     pub(crate) ta: bool,
     pub(crate) tb: bool,
     pub(crate) scale: f32,
+    /// Whether its operands may be rounded to 16 bits.
+    pub(crate) half: bool,
 }
 
 /// Elements `at..at + len` of an array: a binding that begins at a multiple of [`Gpu::ALIGN`] bytes, and where in it
@@ -180,10 +210,18 @@ impl Gpu {
         (a, b, c): (Bind<'_>, Bind<'_>, &Data),
     ) -> Result<()> {
         let right = dense_right(std::slice::from_ref(&b));
+        if p.half && self.suits_units(&shape, batch)? {
+            let (most_a, most_b) = (
+                self.most(a, 0, a.size as usize / 4)?,
+                self.most(b, 0, b.size as usize / 4)?,
+            );
+            let most = [most_a.bind(), most_b.bind()];
+            return self.by_units(shape, batch, (p.ta, p.tb), a, &right, most, c.bind());
+        }
         let (tm, tn) = per_thread(p.m, p.n, batch, self.large_tiles);
         let groups = batch * p.m.div_ceil(16 * tm) * p.n.div_ceil(16 * tn);
         let splits = (FEW_GROUPS / groups.max(1)).min(p.k / SPLIT);
-        if splits < 2 {
+        if splits < 2 || self.is_wide() {
             return self.product(shape, batch, (p.ta, p.tb), a, &right, c.bind());
         }
         let chunk = p.k.div_ceil(splits).next_multiple_of(16);
@@ -215,6 +253,11 @@ impl Gpu {
         Ok(())
     }
 
+    /// Whether products are for a software driver; see `wgsl/wide.wgsl`.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.has.software && self.has.subgroups && self.has.subgroup_sizes == (8, 8)
+    }
+
     /// Records the kernel.
     pub(crate) fn product(
         &self,
@@ -225,26 +268,63 @@ impl Gpu {
         right: &Right<'_>,
         c: Bind<'_>,
     ) -> Result<()> {
-        let (tm, tn) = per_thread(shape.m as usize, shape.n as usize, batch, self.large_tiles);
-        let header = format!(
-            "const TM = {tm}u;\nconst TN = {tn}u;\nconst TA = {ta};\nconst TB = {tb};\n{}",
-            right.header
-        );
+        let form = self.form([shape.m, shape.n, shape.k].map(|n| n as usize), batch);
+        self.product_as(form, shape, batch, (ta, tb), a, right, c)
+    }
+
+    /// The form that suits a product.
+    pub(crate) fn form(&self, [m, n, k]: [usize; 3], batch: usize) -> Form {
+        if self.is_wide() {
+            // The larger ones take a second to compile.
+            let small = m * n * k <= 1 << 16;
+            let rows = if small || m <= 8 { 8 } else { 32 };
+            Form::Wide(rows, if small || n <= 8 { 1 } else { 4 })
+        } else {
+            let (tm, tn) = per_thread(m, n, batch, self.large_tiles);
+            Form::Tiles(tm, tn)
+        }
+    }
+
+    /// The kernel of a form.
+    pub(crate) fn product_as(
+        &self,
+        form: Form,
+        shape: Shape,
+        batch: usize,
+        (ta, tb): (bool, bool),
+        a: Bind<'_>,
+        right: &Right<'_>,
+        c: Bind<'_>,
+    ) -> Result<()> {
         let reads = 1 + right.binds.len() as u32;
-        let kernel = Kernel::new("matmul", right.sources, reads, 1)
-            .with(header)
-            .rounds(&[
-                ("TM", tm),
-                ("TN", tn),
-                ("FM", tm.div_ceil(4)),
-                ("FN", tn.div_ceil(4)),
-            ]);
+        let header = format!("const TA = {ta};\nconst TB = {tb};\n{}", right.header);
+        let (kernel, high, broad) = match form {
+            Form::Wide(rows, cols) => {
+                let kernel = Kernel::new("wide", right.sources.wide, reads, 1)
+                    .with(format!(
+                        "const ROWS = {rows}u;\nconst COLS = {cols}u;\n{header}"
+                    ))
+                    .rounds(&[("ROWS", rows), ("COLS", cols)]);
+                (kernel, rows, 8 * cols)
+            }
+            Form::Tiles(tm, tn) => {
+                let kernel = Kernel::new("matmul", right.sources.tiles, reads, 1)
+                    .with(format!("const TM = {tm}u;\nconst TN = {tn}u;\n{header}"))
+                    .rounds(&[
+                        ("TM", tm),
+                        ("TN", tn),
+                        ("FM", tm.div_ceil(4)),
+                        ("FN", tn.div_ceil(4)),
+                    ]);
+                (kernel, 16 * tm, 16 * tn)
+            }
+        };
         let mut binds = vec![a];
         binds.extend(right.binds);
         binds.push(c);
         let groups = [
-            (shape.n as usize).div_ceil(16 * tn) as u32,
-            (shape.m as usize).div_ceil(16 * tm) as u32,
+            (shape.n as usize).div_ceil(broad) as u32,
+            (shape.m as usize).div_ceil(high) as u32,
         ];
         // Axis z has at most 65535 groups.
         let most = 65_535 / shape.splits as usize;
@@ -263,11 +343,18 @@ impl Gpu {
     }
 }
 
-fn dense_right<'a>(b: &'a [Bind<'a>]) -> Right<'a> {
+pub(crate) fn dense_right<'a>(b: &'a [Bind<'a>]) -> Right<'a> {
     Right {
         header: "",
         binds: b,
-        sources: &[MATMUL, DENSE],
+        sources: &DENSE_SOURCES,
+    }
+}
+
+impl Shape {
+    /// The whole product of one entry.
+    pub(crate) fn whole(p: &Product) -> Self {
+        shape(p, false)
     }
 }
 

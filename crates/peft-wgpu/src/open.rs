@@ -5,10 +5,14 @@ use std::sync::{Arc, Mutex, OnceLock};
 use peft_tensor::{Device, DeviceFacts, Keep, Precision, Result, TensorError};
 
 use crate::WgpuBackend;
+use crate::features::Abilities;
 use crate::gpu::Gpu;
 
 /// The variable that chooses among several adapters, by a part of the name.
 const CHOICE: &str = "PEFT_WGPU_ADAPTER";
+
+/// Set to 1, it opens every device with the plain kernels alone: a way out where a driver breaks on the others.
+const PLAIN: &str = "PEFT_WGPU_PLAIN";
 
 /// What is known of an adapter without opening it.
 #[derive(Clone, Debug)]
@@ -27,7 +31,7 @@ pub struct AdapterFacts {
     pub max_binding: u64,
     /// Whether kernels may use 16-bit floats.
     pub f16: bool,
-    /// Whether it has units for products of small matrices that `wgpu` can reach.
+    /// Whether it has units for products of small matrices, f16 added up in f32, that `wgpu` can reach.
     pub matrix_units: bool,
 }
 
@@ -38,6 +42,9 @@ pub struct Options {
     pub name: Option<String>,
     /// A binding limit below the adapter's, in bytes: how tests reach the paths of large tensors.
     pub max_binding: Option<u64>,
+    /// Only kernels that every adapter takes: no subgroups, no matrix units, no forms for software drivers. How tests reach
+    /// what a driver that has more would not use. `PEFT_WGPU_PLAIN=1` in the environment does the same.
+    pub plain: bool,
     /// What it keeps large values in.
     pub precision: Precision,
     /// The form in which activations wait for the backward pass, f32 or bfloat16.
@@ -52,7 +59,7 @@ impl AdapterFacts {
             self.max_binding >> 20
         )];
         if self.matrix_units {
-            notes.push("matrix units, not used yet".to_owned());
+            notes.push("matrix units, used with precision = \"bf16\"".to_owned());
         }
         DeviceFacts {
             device: "wgpu",
@@ -105,7 +112,7 @@ fn facts(adapter: &wgpu::Adapter) -> AdapterFacts {
         max_buffer: limits.max_buffer_size,
         max_binding: limits.max_storage_buffer_binding_size,
         f16: adapter.features().contains(wgpu::Features::SHADER_F16),
-        matrix_units: !adapter.cooperative_matrix_properties().is_empty(),
+        matrix_units: Abilities::of(adapter).block.is_some(),
     }
 }
 
@@ -172,7 +179,8 @@ pub fn open_with(options: &Options) -> Result<Device> {
             "device \"wgpu\" keeps activations as f32 or bf16, not as int8".to_owned(),
         ));
     }
-    let gpu = Gpu::open(&adapter, options.max_binding)?;
+    let plain = options.plain || std::env::var(PLAIN).is_ok_and(|v| v == "1");
+    let gpu = Gpu::open(&adapter, options.max_binding, plain)?;
     Ok(Device::new(WgpuBackend::new(
         Arc::new(gpu),
         options.precision,

@@ -7,7 +7,12 @@ use crate::gpu::{Gpu, Kernel};
 use crate::memory::Data;
 use crate::record::{in_a_row, threads};
 
-const SOURCES: &[&str] = &[include_str!("wgsl/reduce.wgsl")];
+const NAN: &str = include_str!("wgsl/nan.wgsl");
+const BY_TREE: &str = include_str!("wgsl/group.wgsl");
+const BY_SUBGROUP: &str = include_str!("wgsl/group_by_subgroup.wgsl");
+const REDUCE: &str = include_str!("wgsl/reduce.wgsl");
+const ROWS: &str = include_str!("wgsl/rows_of.wgsl");
+const MATH: &str = include_str!("wgsl/math.wgsl");
 
 /// Axes of either kind that the kernels know, after neighbours of one kind are joined.
 const AXES: usize = 4;
@@ -73,6 +78,30 @@ fn padded(axes: &Axes) -> Result<([u32; AXES], [u32; AXES])> {
 }
 
 impl Gpu {
+    /// A kernel over rows of `cols`, with as many threads a row as it is worth: a barrier costs each of them.
+    pub(crate) fn of_rows(
+        &self,
+        entry: &'static str,
+        cols: usize,
+        reads: u32,
+        writes: u32,
+    ) -> Kernel {
+        let width = (cols / 4).next_power_of_two().clamp(32, 256);
+        let sources: &[&str] = match self.has.subgroups {
+            true => &[MATH, NAN, BY_SUBGROUP, ROWS],
+            false => &[MATH, NAN, BY_TREE, ROWS],
+        };
+        Kernel::new(entry, sources, reads, writes).with(format!("const WIDTH = {width}u;\n"))
+    }
+
+    fn sums(&self, entry: &'static str) -> Kernel {
+        let sources: &[&str] = match self.has.subgroups {
+            true => &[NAN, BY_SUBGROUP, REDUCE],
+            false => &[NAN, BY_TREE, REDUCE],
+        };
+        Kernel::new(entry, sources, 1, 1).with("const WIDTH = 256u;\n".to_owned())
+    }
+
     pub(crate) fn sum_to(&self, x: &Data, from: &[usize], to: &[usize]) -> Result<Data> {
         let (kept, summed, inner) = split(from, to);
         let outputs: usize = to.iter().product();
@@ -100,10 +129,10 @@ impl Gpu {
         let y = self.room(outputs * splits)?;
         let binds = [x.bind(), y.bind()];
         if by_group {
-            let kernel = Kernel::new("sum_by_group", SOURCES, 1, 1);
+            let kernel = self.sums("sum_by_group");
             self.run(&kernel, &binds, &params, in_a_row(outputs * splits))?;
         } else {
-            let kernel = Kernel::new("sum_by_thread", SOURCES, 1, 1);
+            let kernel = self.sums("sum_by_thread");
             self.run(&kernel, &binds, &params, threads(outputs * splits))?;
         }
         if splits == 1 {

@@ -60,18 +60,40 @@ fn measured(name: &str, size: usize, out: &Out) -> Result<(), Failure> {
         "{size} x {size} on {called}, GFLOP/s, the best of several rounds"
     ));
     let all = ops::bench(&device, size)?;
+    let kernels = ops::kernels(&device, size)?;
     if out.json {
         let speeds: Vec<Value> = all
             .iter()
             .map(|s| json!({"product": s.product, "gflops": s.gflops}))
             .collect();
-        return out.value(&json!({"device": called, "size": size, "products": speeds}));
+        let kernels: Vec<Value> = kernels
+            .iter()
+            .map(|k| json!({"kernel": k.kernel, "speed": k.speed, "unit": k.unit, "peak": k.peak}))
+            .collect();
+        return out.value(&json!({
+            "device": called, "size": size, "products": speeds, "kernels": kernels,
+        }));
     }
     let mut rows = vec![row(["product", "GFLOP/s"])];
     rows.extend(
         all.iter()
             .map(|s| vec![s.product.clone(), format!("{:.2}", s.gflops)]),
     );
+    out.table(&rows)?;
+    if kernels.is_empty() {
+        return Ok(());
+    }
+    out.note("kernels beside the most that the device did in this run, in registers or reading");
+    let mut rows = vec![row(["kernel", "speed", "unit", "most", "share"])];
+    rows.extend(kernels.iter().map(|k| {
+        vec![
+            k.kernel.clone(),
+            format!("{:.2}", k.speed),
+            k.unit.to_owned(),
+            format!("{:.2}", k.peak),
+            format!("{:.0} %", 100.0 * k.speed / k.peak),
+        ]
+    }));
     out.table(&rows)
 }
 

@@ -54,13 +54,21 @@ fn sees(entry: u32, i: u32, j: u32) -> bool {
     return !late && !far;
 }
 
+// The run of the text that key j is in; runs count up along a row.
+fn run_of(entry: u32, j: u32) -> u32 { return marks[entry * p.t + j] >> 1u; }
+
 // Whether some query from i0 on may see some key from j0 on.
-fn meet(i0: u32, j0: u32) -> bool {
+fn meet(entry: u32, i0: u32, j0: u32) -> bool {
+    let first_query = own(i0);
     let last_query = own(min(i0 + TILE, p.s) - 1u);
     let last_key = min(j0 + TILE, p.t) - 1u;
+    if j0 < p.prefix { return true; }
     let late = p.causal == 1u && j0 > last_query;
-    let far = p.window > 0u && last_key + p.window <= own(i0);
-    return j0 < p.prefix || (!late && !far);
+    let far = p.window > 0u && last_key + p.window <= first_query;
+    if late || far { return false; }
+    if p.marked == 0u { return true; }
+    // Of texts one after another in a row, most tiles are of two texts that do not see each other.
+    return run_of(entry, j0) <= run_of(entry, last_query) && run_of(entry, last_key) >= run_of(entry, first_query);
 }
 
 fn q_at(entry: u32, i: u32, h: u32) -> u32 { return ((entry * p.s + i) * p.heads + h) * p.width; }

@@ -42,7 +42,7 @@ fn attention_dq(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocati
     var sums_$n = vec4<f32>(0.0);
     //:end
     for (var j0 = 0u; j0 < p.t; j0 += TILE) {
-        if !meet(i0, j0) { continue; }
+        if !meet(entry, i0, j0) { continue; }
         weights(t, entry, h, i0, j0, false);
         //:for n in STEPS
         fill_y(t, K, entry, h, j0, $nu * 32u);
@@ -82,7 +82,7 @@ fn attention_dkv(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocat
     //:end
     for (var h = kv * shared_by; h < (kv + 1u) * shared_by; h++) {
         for (var i0 = 0u; i0 < p.s; i0 += TILE) {
-            if !meet(i0, j0) { continue; }
+            if !meet(entry, i0, j0) { continue; }
             weights(t, entry, h, i0, j0, true);
             //:for n in STEPS
             fill_x(t, Q, entry, h, i0, $nu * 32u);

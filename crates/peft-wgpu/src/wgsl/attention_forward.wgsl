@@ -35,7 +35,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         row_sum[t] = 0.0;
     }
     for (var j0 = 0u; j0 < p.t; j0 += TILE) {
-        if !meet(i0, j0) { continue; }
+        if !meet(entry, i0, j0) { continue; }
         let raw = products(t, entry, h, Q, i0, K, j0);
         //:for n in 4
         {

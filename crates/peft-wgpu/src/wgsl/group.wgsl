@@ -1,8 +1,17 @@
-// Sums and maxima over the WIDTH threads of a group, a power of two. Every thread has to come here.
+// Sums and maxima over the WIDTH threads of a group, a power of two, by a tree in shared memory. Every thread has to come
+// here. The same functions over subgroups are in `group_by_subgroup.wgsl`.
+
+// Where a thread is.
+struct At {
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) t: u32,
+}
 
 var<workgroup> group_values: array<f32, WIDTH>;
 
-fn group_sum(t: u32, mine: f32) -> f32 {
+fn group_sum(at: At, mine: f32) -> f32 {
+    let t = at.t;
     group_values[t] = mine;
     workgroupBarrier();
     for (var half = WIDTH / 2u; half > 0u; half /= 2u) {
@@ -14,16 +23,8 @@ fn group_sum(t: u32, mine: f32) -> f32 {
     return sum;
 }
 
-// Whether the bits are those of a NaN: a compiler may take x != x for false.
-fn is_nan(x: f32) -> bool {
-    return (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u;
-}
-
-fn larger(a: f32, b: f32) -> f32 {
-    return select(a, b, b > a || is_nan(b));
-}
-
-fn group_max(t: u32, mine: f32) -> f32 {
+fn group_max(at: At, mine: f32) -> f32 {
+    let t = at.t;
     group_values[t] = mine;
     workgroupBarrier();
     for (var half = WIDTH / 2u; half > 0u; half /= 2u) {

@@ -1,18 +1,9 @@
 // c = add c + scale op(a) op(b), row-major, in tiles of 16 TM x 16 TN values: 256 threads, TM x TN values each, both
 // operands brought to shared memory 16 deep, four values a word of it: reading shared memory is what bounds the speed.
-// In front of this file: TM and TN (1, 4 or 8), TA, TB and `fetch`, which reads b's row and column as stored, whatever it is
-// stored in.
+// In front of this file: TM and TN (1, 4 or 8), and `operands.wgsl`.
 //
 // Axis z of the groups is the batch, and within it the splits of k; where there are several splits, each writes its own
 // part of c, to be summed up by `join`.
-
-struct P {
-    m: u32, n: u32, k: u32, lda: u32, ldb: u32, ldc: u32, a_at: u32, b_at: u32, c_at: u32,
-    a_step: u32, b_step: u32, c_step: u32, splits: u32, chunk: u32, scale: f32, add: u32,
-}
-var<immediate> p: P;
-
-@group(0) @binding(0) var<storage, read> a: array<f32>;
 
 const BK = 16u;
 const BM = 16u * TM;
@@ -20,20 +11,6 @@ const BN = 16u * TN;
 // Word w of step l has the rows (columns) 4 w to 4 w + 3.
 var<workgroup> tile_a: array<vec4<f32>, BK * BM / 4u>;
 var<workgroup> tile_b: array<vec4<f32>, BK * BN / 4u>;
-
-// op(a) at (row, at); 0 outside.
-fn left(base: u32, row: u32, at: u32, last: u32) -> f32 {
-    if row >= p.m || at >= last { return 0.0; }
-    if TA { return a[base + at * p.lda + row]; }
-    return a[base + row * p.lda + at];
-}
-
-// op(b) at (at, col); 0 outside.
-fn right(base: u32, at: u32, col: u32, last: u32) -> f32 {
-    if col >= p.n || at >= last { return 0.0; }
-    if TB { return fetch(base, col, at); }
-    return fetch(base, at, col);
-}
 
 // Four of this thread's rows of step l. Of eight, the second four are half a tile further, so that neighbours read
 // neighbouring words.

@@ -45,27 +45,16 @@ fn sum_by_thread(@builtin(global_invocation_id) g: vec3<u32>, @builtin(num_workg
     y[i] = sum;
 }
 
-var<workgroup> shared_values: array<f32, 256>;
-
-// A group for each part: neighbouring threads have neighbouring elements of it.
-@compute @workgroup_size(256)
-fn sum_by_group(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) w: vec3<u32>,
-    @builtin(local_invocation_index) t: u32,
-) {
-    let i = group.x + group.y * w.x;
+// A group of WIDTH threads for each part: neighbouring threads have neighbouring elements of it.
+@compute @workgroup_size(WIDTH)
+fn sum_by_group(at: At) {
+    let i = at.group.x + at.group.y * at.groups.x;
     let inside = i < p.outputs * p.splits;
     let base = kept_place(i % p.outputs);
     let first = i / p.outputs * p.chunk;
     let last = select(0u, min(p.length, first + p.chunk), inside);
-    var sum = 0.0;
-    for (var r = first + t; r < last; r += 256u) { sum += x[base + summed_place(r)]; }
-    shared_values[t] = sum;
-    workgroupBarrier();
-    for (var half = 128u; half > 0u; half /= 2u) {
-        if t < half { shared_values[t] += shared_values[t + half]; }
-        workgroupBarrier();
-    }
-    if t == 0u && inside { y[i] = shared_values[0]; }
+    var mine = 0.0;
+    for (var r = first + at.t; r < last; r += WIDTH) { mine += x[base + summed_place(r)]; }
+    let sum = group_sum(at, mine);
+    if at.t == 0u && inside { y[i] = sum; }
 }

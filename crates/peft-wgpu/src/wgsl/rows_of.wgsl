@@ -16,31 +16,33 @@ var<immediate> p: P;
 // Less than any number that is a value; WGSL has no infinities.
 const LEAST = -3.4e38;
 
-fn row_of(group: vec3<u32>, groups: vec3<u32>) -> u32 {
-    return group.x + group.y * groups.x;
+fn row_of(at: At) -> u32 {
+    return at.group.x + at.group.y * at.groups.x;
 }
 
 @compute @workgroup_size(WIDTH)
-fn max_rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let row = row_of(group, w);
+fn max_rows(at: At) {
+    let t = at.t;
+    let row = row_of(at);
     // Groups beyond the last row do its work again, without a result: all have to meet at the barriers.
     let base = min(row, p.rows - 1u) * p.cols;
     var most = x[base + min(t, p.cols - 1u)];
     for (var c = t; c < p.cols; c += WIDTH) { most = larger(most, x[base + c]); }
-    most = group_max(t, most);
+    most = group_max(at, most);
     if t == 0u && row < p.rows { y1[row] = most; }
 }
 
 @compute @workgroup_size(WIDTH)
-fn softmax(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let row = row_of(group, w);
+fn softmax(at: At) {
+    let t = at.t;
+    let row = row_of(at);
     let base = min(row, p.rows - 1u) * p.cols;
     var most = LEAST;
     for (var c = t; c < p.cols; c += WIDTH) { most = max(most, x[base + c]); }
-    most = group_max(t, most);
+    most = group_max(at, most);
     var sum = 0.0;
     for (var c = t; c < p.cols; c += WIDTH) { sum += exp_f(x[base + c] - most); }
-    sum = group_sum(t, sum);
+    sum = group_sum(at, sum);
     if row < p.rows {
         for (var c = t; c < p.cols; c += WIDTH) { y1[base + c] = exp_f(x[base + c] - most) / sum; }
     }
@@ -48,39 +50,42 @@ fn softmax(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: 
 
 // y, dy
 @compute @workgroup_size(WIDTH)
-fn softmax_grad(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let row = row_of(group, w);
+fn softmax_grad(at: At) {
+    let t = at.t;
+    let row = row_of(at);
     let base = min(row, p.rows - 1u) * p.cols;
     var mean = 0.0;
     for (var c = t; c < p.cols; c += WIDTH) { mean += x[base + c] * x1[base + c]; }
-    mean = group_sum(t, mean);
+    mean = group_sum(at, mean);
     if row < p.rows {
         for (var c = t; c < p.cols; c += WIDTH) { y2[base + c] = x[base + c] * (x1[base + c] - mean); }
     }
 }
 
 // (mean, 1 / deviation) of a row; an RMS norm has mean 0.
-fn moments(t: u32, base: u32) -> vec2<f32> {
+fn moments(at: At, base: u32) -> vec2<f32> {
+    let t = at.t;
     var mean = 0.0;
     if p.centre == 1u {
         for (var c = t; c < p.cols; c += WIDTH) { mean += x[base + c]; }
-        mean = group_sum(t, mean) / f32(p.cols);
+        mean = group_sum(at, mean) / f32(p.cols);
     }
     var variance = 0.0;
     for (var c = t; c < p.cols; c += WIDTH) {
         let d = x[base + c] - mean;
         variance = fma(d, d, variance);
     }
-    variance = group_sum(t, variance) / f32(p.cols);
+    variance = group_sum(at, variance) / f32(p.cols);
     return vec2<f32>(mean, 1.0 / sqrt(variance + p.eps));
 }
 
 // x, w, b
 @compute @workgroup_size(WIDTH)
-fn norm(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let row = row_of(group, w);
+fn norm(at: At) {
+    let t = at.t;
+    let row = row_of(at);
     let base = min(row, p.rows - 1u) * p.cols;
-    let m = moments(t, base);
+    let m = moments(at, base);
     if row >= p.rows { return; }
     for (var c = t; c < p.cols; c += WIDTH) {
         var v = (x[base + c] - m.x) * m.y * x1[c];
@@ -92,10 +97,11 @@ fn norm(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec
 // x, w, dy -> dx, (mean, 1 / deviation) of each row. Through h = (x - mean) inv, whose derivative by x is
 // inv (1 - [centre] / n - h h' / n).
 @compute @workgroup_size(WIDTH)
-fn norm_grad(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let row = row_of(group, w);
+fn norm_grad(at: At) {
+    let t = at.t;
+    let row = row_of(at);
     let base = min(row, p.rows - 1u) * p.cols;
-    let m = moments(t, base);
+    let m = moments(at, base);
     var mean_dh = 0.0;
     var along = 0.0;
     for (var c = t; c < p.cols; c += WIDTH) {
@@ -103,8 +109,8 @@ fn norm_grad(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w
         mean_dh += dh;
         along = fma(dh, (x[base + c] - m.x) * m.y, along);
     }
-    mean_dh = group_sum(t, mean_dh) / f32(p.cols);
-    along = group_sum(t, along) / f32(p.cols);
+    mean_dh = group_sum(at, mean_dh) / f32(p.cols);
+    along = group_sum(at, along) / f32(p.cols);
     if p.centre == 0u { mean_dh = 0.0; }
     if row >= p.rows { return; }
     for (var c = t; c < p.cols; c += WIDTH) {
@@ -138,16 +144,17 @@ fn norm_grad_weight(@builtin(global_invocation_id) g: vec3<u32>, @builtin(num_wo
 
 // x, targets -> loss of each row, dx
 @compute @workgroup_size(WIDTH)
-fn cross_entropy(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) w: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let row = row_of(group, w);
+fn cross_entropy(at: At) {
+    let t = at.t;
+    let row = row_of(at);
     let base = min(row, p.rows - 1u) * p.cols;
     let goal = targets[min(row, p.rows - 1u)];
     var most = LEAST;
     for (var c = t; c < p.cols; c += WIDTH) { most = max(most, x[base + c]); }
-    most = group_max(t, most);
+    most = group_max(at, most);
     var sum = 0.0;
     for (var c = t; c < p.cols; c += WIDTH) { sum += exp_f(x[base + c] - most); }
-    sum = group_sum(t, sum);
+    sum = group_sum(at, sum);
     if row >= p.rows { return; }
     if t == 0u {
         var loss = 0.0;

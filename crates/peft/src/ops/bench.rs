@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use peft_core::Result;
-use peft_tensor::{BaseWeight, Device, FrozenWeight, RngKey, Tensor, WeightFormat, no_grad};
+use peft_tensor::{
+    BaseWeight, Device, FrozenWeight, KernelSpeed, RngKey, Tensor, WeightFormat, no_grad,
+};
 
 /// One measured product.
 #[derive(Clone, Debug)]
@@ -67,6 +69,15 @@ pub fn bench(device: &Device, size: usize) -> Result<Vec<Speed>> {
     .map(|()| all)
 }
 
+/// Speeds of the kernels that a device's products have to choose from, beside the most it did in the same run; none where
+/// there is nothing to choose.
+///
+/// # Errors
+/// Whatever the device says.
+pub fn kernels(device: &Device, size: usize) -> Result<Vec<KernelSpeed>> {
+    Ok(device.backend().kernel_speeds(size)?)
+}
+
 type Product = fn(&Tensor, &Tensor) -> peft_tensor::Result<Tensor>;
 
 /// Seconds of one call, of the best round.
@@ -93,6 +104,11 @@ fn best(device: &Device, f: impl Fn() -> Result<Tensor>) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_processor_has_no_kernels_to_choose_from() {
+        assert!(kernels(&Device::cpu(), 64).unwrap().is_empty());
+    }
 
     #[test]
     fn every_product_is_measured() {

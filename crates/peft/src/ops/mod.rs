@@ -16,7 +16,7 @@ mod open;
 
 pub use adapterhub::export_adapterhub;
 pub use adapters::{named_tensors, read_adapter, tensors_of, write_adapter};
-pub use bench::{Speed, bench};
+pub use bench::{Speed, bench, kernels};
 pub use compose::Compose;
 pub use count::count_parameters;
 pub use evaluate::{EvaluateOptions, evaluate, vote};
