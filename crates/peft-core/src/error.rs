@@ -127,6 +127,15 @@ impl Error {
         Self::Other(detail.into())
     }
 
+    /// Whether it is what a device ran into, rather than what was asked for: on another device it may not come up.
+    pub fn is_device(&self) -> bool {
+        match self {
+            Self::Tensor(e) => matches!(e, TensorError::Device(_)),
+            Self::Context { source, .. } => source.is_device(),
+            _ => false,
+        }
+    }
+
     /// The same error with the circumstances in front.
     #[must_use]
     pub fn context(self, what: impl Into<String>) -> Self {

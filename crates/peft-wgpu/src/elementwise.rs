@@ -163,7 +163,8 @@ impl Gpu {
 
     /// The buffer for writing: itself where nobody else holds it, else a copy.
     pub(crate) fn owned(&self, mut a: Buffer) -> Result<Buffer> {
-        if a.get_mut::<Data>().is_some() {
+        // What shares its buffer with others may not be written while they are read.
+        if a.get_mut::<Data>().is_some_and(|data| data.is_alone()) {
             return Ok(a);
         }
         Ok(Buffer::new(self.affine(get(&a)?, 1.0, 0.0)?))
