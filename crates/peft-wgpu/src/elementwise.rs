@@ -115,7 +115,8 @@ impl Gpu {
     }
 
     pub(crate) fn fill(&self, len: usize, value: f32) -> Result<Data> {
-        let y = self.room(len)?;
+        let mut y = self.room(len)?;
+        y.number = (len == 1).then_some(value);
         let params = Params {
             add: value,
             ..Params::of(0)
@@ -142,6 +143,9 @@ impl Gpu {
     }
 
     pub(crate) fn affine(&self, x: &Data, mul: f32, add: f32) -> Result<Data> {
+        if let Some(number) = x.number {
+            return self.fill(1, mul * number + add);
+        }
         let y = self.room(x.len)?;
         let params = Params {
             mul,
@@ -164,10 +168,13 @@ impl Gpu {
     /// The buffer for writing: itself where nobody else holds it, else a copy.
     pub(crate) fn owned(&self, mut a: Buffer) -> Result<Buffer> {
         // What shares its buffer with others may not be written while they are read.
-        if a.get_mut::<Data>().is_some_and(|data| data.is_alone()) {
+        if let Some(data) = a.get_mut::<Data>().filter(|data| data.is_alone()) {
+            data.number = None;
             return Ok(a);
         }
-        Ok(Buffer::new(self.affine(get(&a)?, 1.0, 0.0)?))
+        let mut copy = self.affine(get(&a)?, 1.0, 0.0)?;
+        copy.number = None;
+        Ok(Buffer::new(copy))
     }
 
     /// The values in bfloat16.

@@ -177,9 +177,14 @@ impl Gpu {
         if let Some(why) = self.lost.get() {
             return fail(format!("{}: {LOST} ({})", self.name, why.trim()));
         }
-        match locked(&self.faults).take() {
-            None => Ok(()),
-            Some(fault) => fail(format!("{}: {fault}", self.name)),
+        let Some(fault) = locked(&self.faults).take() else {
+            return Ok(());
+        };
+        // A device that is gone says so only when it is asked; until then what one does with it is called invalid.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        match self.is_lost() {
+            true => self.check(),
+            false => fail(format!("{}: {fault}", self.name)),
         }
     }
 

@@ -41,6 +41,9 @@ pub(crate) struct Data {
     offset: u64,
     /// In words of four bytes.
     pub(crate) len: usize,
+    /// The value of a single number that was made of numbers the processor has: what a backward pass begins with. Whoever
+    /// asks for it need not wait.
+    pub(crate) number: Option<f32>,
 }
 
 impl Data {
@@ -64,6 +67,7 @@ impl Data {
             block: self.block.clone(),
             offset: self.offset + first as u64 * 4,
             len,
+            number: None,
         }
     }
 
@@ -272,6 +276,7 @@ impl Gpu {
             block: Arc::new(block),
             offset: 0,
             len,
+            number: None,
         })
     }
 
@@ -374,12 +379,14 @@ impl Gpu {
 
     /// Words back; waits for everything recorded so far.
     pub(crate) fn download(&self, data: &Data) -> Result<Vec<f32>> {
+        if let Some(number) = data.number {
+            return Ok(vec![number]);
+        }
         Ok(self.download_all(&[data])?.pop().unwrap_or_default())
     }
 
     /// As [`Gpu::download`] for many, in groups that one buffer of staging holds.
     pub(crate) fn download_all(&self, all: &[&Data]) -> Result<Vec<Vec<f32>>> {
-        self.flush()?;
         let mut out = Vec::with_capacity(all.len());
         let mut rest = all;
         while !rest.is_empty() {
@@ -412,15 +419,14 @@ impl Gpu {
             usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        let mut at = 0;
-        for data in group.iter().filter(|data| data.len > 0) {
-            let bytes = data.len as u64 * 4;
-            let from = data.bind();
-            encoder.copy_buffer_to_buffer(from.buffer, from.offset, &staging, at, bytes);
-            at += bytes;
-        }
-        self.queue.submit([encoder.finish()]);
+        self.flush_with(&|encoder| {
+            let mut at = 0;
+            for data in group.iter().filter(|data| data.len > 0) {
+                let (from, bytes) = (data.bind(), data.len as u64 * 4);
+                encoder.copy_buffer_to_buffer(from.buffer, from.offset, &staging, at, bytes);
+                at += bytes;
+            }
+        })?;
         let (tell, told) = std::sync::mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, .., move |result| {
             // The other side waits below; if it has given up, nobody needs the answer.

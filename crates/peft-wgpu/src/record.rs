@@ -159,20 +159,41 @@ impl Gpu {
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         recorder.kernels += 1;
         if recorder.kernels >= recorder.full {
-            self.submit(&mut recorder)?;
+            self.submit(&mut recorder, None)?;
         }
         Ok(())
     }
 
     /// Hands over what is recorded.
     pub(crate) fn flush(&self) -> Result<()> {
-        self.submit(&mut locked(&self.recorder))
+        self.submit(&mut locked(&self.recorder), None)
     }
 
-    fn submit(&self, recorder: &mut Recorder) -> Result<()> {
+    /// Hands over what is recorded, with copies behind it.
+    pub(crate) fn flush_with(&self, copy: &dyn Fn(&mut wgpu::CommandEncoder)) -> Result<()> {
+        self.submit(&mut locked(&self.recorder), Some(copy))
+    }
+
+    fn submit(
+        &self,
+        recorder: &mut Recorder,
+        copy: Option<&dyn Fn(&mut wgpu::CommandEncoder)>,
+    ) -> Result<()> {
         recorder.kernels = 0;
-        if let Some((pass, encoder)) = recorder.open.take() {
+        let open = recorder.open.take().map(|(pass, encoder)| {
             drop(pass);
+            encoder
+        });
+        let new = || self.device.create_command_encoder(&Default::default());
+        let encoder = match copy {
+            Some(copy) => {
+                let mut encoder = open.unwrap_or_else(new);
+                copy(&mut encoder);
+                Some(encoder)
+            }
+            None => open,
+        };
+        if let Some(encoder) = encoder {
             self.queue.submit([encoder.finish()]);
             self.pool.submits.fetch_add(1, Ordering::AcqRel);
             recorder.handed += 1;

@@ -81,27 +81,28 @@ fn buffers_are_used_again_and_given_back() {
 #[test]
 fn a_device_that_goes_away_says_so_from_then_on() {
     let _alone = alone();
-    let Some(device) = open(&Options::default()) else {
-        return;
-    };
-    let x = random(1, &[100, 30], &device);
-    let y = random(2, &[30, 20], &device);
-    x.matmul(&y).unwrap();
-    destroy_all();
-    for _ in 0..2 {
-        let errors = [
-            x.to_vec().map(drop),
-            x.matmul(&y).and_then(|z| z.to_vec()).map(drop),
-            Tensor::zeros(&[5_000_000], &device)
-                .and_then(|z| z.to_vec())
-                .map(drop),
-            Tensor::from_vec(vec![1.0; 100], &[100], &device)
-                .and_then(|z| z.to_vec())
-                .map(drop),
-        ];
-        for error in errors {
+    for first in 0..4 {
+        let Some(device) = open(&Options::default()) else {
+            return;
+        };
+        let x = random(1, &[100, 30], &device);
+        let y = random(2, &[30, 20], &device);
+        x.matmul(&y).unwrap();
+        destroy_all();
+        // Whatever is done first, and afterwards everything else.
+        for what in first..first + 4 {
+            let error = match what % 4 {
+                0 => x.to_vec().map(drop),
+                1 => x.matmul(&y).and_then(|z| z.to_vec()).map(drop),
+                2 => Tensor::zeros(&[5_000_000], &device)
+                    .and_then(|z| z.to_vec())
+                    .map(drop),
+                _ => Tensor::from_vec(vec![1.0; 100], &[100], &device)
+                    .and_then(|z| z.to_vec())
+                    .map(drop),
+            };
             let error = error.unwrap_err().to_string();
-            assert!(error.contains("the device was lost"), "{error}");
+            assert!(error.contains("the device was lost"), "{what}: {error}");
         }
     }
     // Another one can be had.
@@ -112,6 +113,36 @@ fn a_device_that_goes_away_says_so_from_then_on() {
         Tensor::full(3.0, &[4], &again).unwrap().to_vec().unwrap(),
         [3.0; 4]
     );
+}
+
+#[test]
+fn a_number_that_the_processor_knows_is_not_waited_for() {
+    let _alone = alone();
+    let Some(device) = open(&Options::default()) else {
+        return;
+    };
+    let waits = || device.backend().waits().unwrap();
+    let x = random(1, &[40], &device);
+    let begun = waits();
+    let number = Tensor::full(3.0, &[], &device)
+        .unwrap()
+        .affine(0.5, 1.0)
+        .unwrap();
+    assert_eq!(number.item().unwrap(), 2.5);
+    assert_eq!(waits(), begun);
+    let sum = x.sum_all().unwrap();
+    assert!(sum.item().unwrap().is_finite() && waits() == begun + 1);
+    // It is the device's number, too, and one that is added to is no longer known.
+    let twice = x.mul(&number).unwrap().to_vec().unwrap();
+    assert_eq!(twice[7], x.to_vec().unwrap()[7] * 2.5);
+    let mut buffer = device.backend().fill(1, 3.0).unwrap();
+    let more = device.backend().fill(1, 4.0).unwrap();
+    buffer = device.backend().accumulate(buffer, &more).unwrap();
+    assert_eq!(device.backend().download(&buffer).unwrap(), [7.0]);
+    let shared = buffer.clone();
+    let both = device.backend().accumulate(more.clone(), &shared).unwrap();
+    assert_eq!(device.backend().download(&both).unwrap(), [11.0]);
+    assert_eq!(device.backend().download(&more).unwrap(), [4.0]);
 }
 
 /// What a store of this test holds, and how often it was asked and given something.
