@@ -105,6 +105,14 @@ impl Error {
         }
     }
 
+    /// What a tensor operation of a module ran into. A device's fault stays one ([`Error::is_device`]).
+    pub(crate) fn of_module(module: &str, error: TensorError) -> Self {
+        match error {
+            TensorError::Device(_) => Self::Tensor(error).context(format!("module `{module}`")),
+            other => Self::module(module, other.to_string()),
+        }
+    }
+
     /// A file or folder.
     pub fn file(path: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
         Self::File {

@@ -19,7 +19,7 @@ use crate::{Observer, io};
 /// Steps that are shown together at most.
 const MOST: usize = 8;
 /// As many steps are shown together as take this long.
-const EVERY: Duration = Duration::from_secs(1);
+const EVERY: Duration = Duration::from_secs(4);
 
 /// One forward pass of a step.
 pub(super) struct Batch {
