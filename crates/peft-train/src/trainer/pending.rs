@@ -184,7 +184,7 @@ fn here(waiting: &mut [Pending]) -> Result<()> {
     };
     let values = Tensor::into_vecs(places.iter().map(|place| place.detach()).collect())?;
     for (place, values) in places.into_iter().zip(values) {
-        *place = Tensor::from_vec(values, &place.shape().to_vec(), &device)?;
+        *place = Tensor::from_vec(values, place.shape(), &device)?;
     }
     Ok(())
 }
