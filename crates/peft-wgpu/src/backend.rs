@@ -84,7 +84,10 @@ impl Backend for WgpuBackend {
     }
 
     fn fill(&self, len: usize, value: f32) -> Result<Buffer> {
-        self.gpu.fill(len, value).map(put)
+        match len {
+            1 => self.gpu.number(value).map(put),
+            _ => self.gpu.fill(len, value).map(put),
+        }
     }
 
     fn hand_over(&self) -> Result<()> {

@@ -114,9 +114,15 @@ impl Gpu {
         Ok(())
     }
 
+    /// A single number that the processor goes on knowing. No kernel writes into it but through [`Gpu::owned`].
+    pub(crate) fn number(&self, value: f32) -> Result<Data> {
+        let mut y = self.fill(1, value)?;
+        y.number = Some(value);
+        Ok(y)
+    }
+
     pub(crate) fn fill(&self, len: usize, value: f32) -> Result<Data> {
-        let mut y = self.room(len)?;
-        y.number = (len == 1).then_some(value);
+        let y = self.room(len)?;
         let params = Params {
             add: value,
             ..Params::of(0)
@@ -144,7 +150,7 @@ impl Gpu {
 
     pub(crate) fn affine(&self, x: &Data, mul: f32, add: f32) -> Result<Data> {
         if let Some(number) = x.number {
-            return self.fill(1, mul * number + add);
+            return self.number(mul * number + add);
         }
         let y = self.room(x.len)?;
         let params = Params {

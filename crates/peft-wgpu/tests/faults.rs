@@ -139,6 +139,13 @@ fn a_number_that_the_processor_knows_is_not_waited_for() {
     let more = device.backend().fill(1, 4.0).unwrap();
     buffer = device.backend().accumulate(buffer, &more).unwrap();
     assert_eq!(device.backend().download(&buffer).unwrap(), [7.0]);
+    // Kernels that fill and then write.
+    let two = device.backend().upload(vec![1.5, 2.0]).unwrap();
+    let sum = device.backend().scatter_add(&two, 1, 1, &[0, 0]).unwrap();
+    assert_eq!(device.backend().download(&sum).unwrap(), [3.5]);
+    let one = device.backend().upload(vec![4.5]).unwrap();
+    let wide = device.backend().narrow_grad(&one, 1, 1, 1, 0, 1).unwrap();
+    assert_eq!(device.backend().download(&wide).unwrap(), [4.5]);
     let shared = buffer.clone();
     let both = device.backend().accumulate(more.clone(), &shared).unwrap();
     assert_eq!(device.backend().download(&both).unwrap(), [11.0]);
