@@ -105,6 +105,14 @@ impl Error {
         }
     }
 
+    /// What a tensor operation of a module ran into. A device's fault stays one ([`Error::is_device`]).
+    pub(crate) fn of_module(module: &str, error: TensorError) -> Self {
+        match error {
+            TensorError::Device(_) => Self::Tensor(error).context(format!("module `{module}`")),
+            other => Self::module(module, other.to_string()),
+        }
+    }
+
     /// A file or folder.
     pub fn file(path: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
         Self::File {
@@ -125,6 +133,15 @@ impl Error {
     /// Anything else.
     pub fn other(detail: impl Into<String>) -> Self {
         Self::Other(detail.into())
+    }
+
+    /// Whether it is what a device ran into, rather than what was asked for: on another device it may not come up.
+    pub fn is_device(&self) -> bool {
+        match self {
+            Self::Tensor(e) => matches!(e, TensorError::Device(_)),
+            Self::Context { source, .. } => source.is_device(),
+            _ => false,
+        }
     }
 
     /// The same error with the circumstances in front.

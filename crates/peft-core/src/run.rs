@@ -296,7 +296,7 @@ impl Network {
 
     pub(crate) fn named(&self, id: ModuleId, e: Error) -> Error {
         match e {
-            Error::Tensor(e) => Error::module(&self.tree().info(id).path, e.to_string()),
+            Error::Tensor(e) => Error::of_module(&self.tree().info(id).path, e),
             e => e,
         }
     }
@@ -319,7 +319,7 @@ impl Network {
         };
         let weight = self.norm_weight(id)?;
         x.layer_norm(&weight, bias.as_ref(), eps)
-            .map_err(|e| Error::module(&self.tree().info(id).path, e.to_string()))
+            .map_err(|e| Error::of_module(&self.tree().info(id).path, e))
     }
 
     /// Any module by its path, for programs without a model: `x [.., in] -> [.., out]`.

@@ -29,6 +29,7 @@
 
 mod adapter;
 mod adapterhub;
+mod cache;
 mod checkpoint;
 mod error;
 mod files;

@@ -187,6 +187,7 @@ pub(crate) fn layer(
 pub(crate) fn into_tensor_error(error: Error) -> TensorError {
     match error {
         Error::Tensor(e) => e,
+        other if other.is_device() => TensorError::Device(other.to_string()),
         other => TensorError::Unsupported(other.to_string()),
     }
 }

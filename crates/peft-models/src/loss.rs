@@ -33,12 +33,24 @@ pub enum Labels {
 pub struct LossOutput {
     /// Mean over what is labelled, shape `[]`; zero where nothing is.
     pub loss: Tensor,
-    /// Sum over what is labelled.
-    pub sum: f64,
+    /// Numbers whose sum is that over what is labelled. They are where the model is: whoever does not ask for their values
+    /// does not wait for the device.
+    pub parts: Vec<Tensor>,
     /// How many labels there are.
     pub count: usize,
-    /// How many of them the model would have answered; not counted (0) in a training pass of a language model.
+    /// How many of them the model would have answered; not counted (0) in a training pass.
     pub correct: usize,
+}
+
+impl LossOutput {
+    /// Sum over what is labelled.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn sum(&self) -> Result<f64> {
+        let each = self.parts.iter().map(|part| Ok(f64::from(part.item()?)));
+        each.sum()
+    }
 }
 
 /// The model's answer at one labelled place.
@@ -103,14 +115,14 @@ impl Model {
             let loss = Tensor::zeros(&[], self.device())?;
             return Ok(LossOutput {
                 loss,
-                sum: 0.0,
+                parts: Vec::new(),
                 count: 0,
                 correct: 0,
             });
         };
         let count = labelled.targets.len();
-        let counted = !pass.train || matches!(labels, Labels::Classes(_));
-        let (mut total, mut sum, mut correct) = (None::<Tensor>, 0.0, 0);
+        let counted = !pass.train;
+        let (mut total, mut parts, mut correct) = (None::<Tensor>, Vec::new(), 0);
         let mut pieces = Eager::default();
         for chunk in labelled.chunks(self.answers()) {
             let weight = labelled.weight(chunk.start);
@@ -137,7 +149,7 @@ impl Model {
             } else {
                 part.scale(weight)?
             };
-            sum += f64::from(part.item()?);
+            parts.push(part.detach());
             total = Some(match total {
                 Some(total) => total.add(&part)?,
                 None => part,
@@ -149,7 +161,7 @@ impl Model {
         };
         Ok(LossOutput {
             loss,
-            sum,
+            parts,
             count,
             correct,
         })

@@ -9,6 +9,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use crate::adamw::AdamWState;
 use crate::{FrozenWeight, Precision, Result, RngKey};
 
 /// Device memory: whatever the backend put in, shared and immutable.
@@ -249,6 +250,21 @@ pub trait Backend: Send + Sync {
     /// Gives about so many bytes of memory that it holds but does not use back to the system, where there are: the caller is
     /// about to take them.
     fn make_room(&self, _bytes: usize) {}
+
+    // --- work that goes on by itself ---
+    /// Has the device begin with whatever is recorded, without waiting for it: a training step is complete.
+    fn hand_over(&self) -> Result<()> {
+        Ok(())
+    }
+    /// How often somebody has waited for the device so far; None if its values are there when an operation returns, so that
+    /// asking for them costs nothing.
+    fn waits(&self) -> Option<u64> {
+        None
+    }
+    /// Moments of AdamW for parameters of these numbers of values; None = the processor moves the parameters.
+    fn adamw(&self, _sizes: &[usize]) -> Result<Option<Box<dyn AdamWState>>> {
+        Ok(None)
+    }
 
     // --- elementwise ---
     /// f(x)

@@ -6,8 +6,9 @@
 //! - [`FrozenWeight`] is a matrix in its stored format; [`BaseWeight`] is what methods see of it.
 //! - [`checkpoint`] recomputes a block in the backward pass; [`eager`] and [`Eager`] differentiate at once.
 //!
-//! Every `unsafe` of the workspace is in this crate, beside its reason.
+//! Every `unsafe` of the workspace is in this crate, beside its reason, but for calls that `wgpu` asks it for.
 
+mod adamw;
 mod backend;
 mod base_weight;
 mod bytes;
@@ -16,6 +17,7 @@ mod device;
 mod error;
 mod frozen;
 mod kept;
+mod kernels;
 pub mod linalg;
 mod ops;
 mod precision;
@@ -26,6 +28,7 @@ mod tape;
 mod tensor;
 pub mod torch_rng;
 
+pub use adamw::{AdamWMove, AdamWMoved, AdamWRule, AdamWState, DeviceAdamW};
 pub use backend::{Attention, Backend, Binary, Buffer, Glu, KernelSpeed, Mask, Rope, Unary};
 pub use base_weight::BaseWeight;
 pub use bytes::{Bytes, release_heap};
@@ -33,6 +36,7 @@ pub use cpu::simd::all_finite;
 pub use device::{AUTO, BackendEntry, Chosen, Device, DeviceFacts};
 pub use error::{Result, TensorError};
 pub use frozen::{FrozenWeight, WeightFormat, bnb, encode, encode_onto};
+pub use kernels::KernelStore;
 pub use ops::{CustomOp, IGNORE, concat, custom};
 pub use precision::{Keep, Precision};
 pub use rng::RngKey;

@@ -1,12 +1,14 @@
 //! The [`Backend`] over [`Gpu`]: buffers unpacked, results wrapped.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use peft_tensor::{
-    Attention, Backend, Binary, Buffer, FrozenWeight, Glu, Keep, KernelSpeed, Precision, Result,
-    RngKey, Rope, Unary,
+    AdamWState, Attention, Backend, Binary, Buffer, FrozenWeight, Glu, Keep, KernelSpeed,
+    Precision, Result, RngKey, Rope, Unary,
 };
 
+use crate::adamw::Flat;
 use crate::attention::Sizes;
 use crate::elementwise::Halves;
 use crate::gpu::Gpu;
@@ -86,7 +88,23 @@ impl Backend for WgpuBackend {
     }
 
     fn fill(&self, len: usize, value: f32) -> Result<Buffer> {
-        self.gpu.fill(len, value).map(put)
+        match len {
+            1 => self.gpu.number(value).map(put),
+            _ => self.gpu.fill(len, value).map(put),
+        }
+    }
+
+    fn hand_over(&self) -> Result<()> {
+        self.gpu.flush()
+    }
+
+    fn waits(&self) -> Option<u64> {
+        Some(self.gpu.pool.waits.load(Ordering::Relaxed))
+    }
+
+    fn adamw(&self, sizes: &[usize]) -> Result<Option<Box<dyn AdamWState>>> {
+        let flat = Flat::new(self.gpu.clone(), sizes)?;
+        Ok(Some(Box::new(flat)))
     }
 
     fn unary(&self, op: Unary, x: &Buffer) -> Result<Buffer> {

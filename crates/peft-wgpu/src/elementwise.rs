@@ -114,6 +114,13 @@ impl Gpu {
         Ok(())
     }
 
+    /// A single number that the processor goes on knowing. No kernel writes into it but through [`Gpu::owned`].
+    pub(crate) fn number(&self, value: f32) -> Result<Data> {
+        let mut y = self.fill(1, value)?;
+        y.number = Some(value);
+        Ok(y)
+    }
+
     pub(crate) fn fill(&self, len: usize, value: f32) -> Result<Data> {
         let y = self.room(len)?;
         let params = Params {
@@ -142,6 +149,9 @@ impl Gpu {
     }
 
     pub(crate) fn affine(&self, x: &Data, mul: f32, add: f32) -> Result<Data> {
+        if let Some(number) = x.number {
+            return self.number(mul * number + add);
+        }
         let y = self.room(x.len)?;
         let params = Params {
             mul,
@@ -163,10 +173,14 @@ impl Gpu {
 
     /// The buffer for writing: itself where nobody else holds it, else a copy.
     pub(crate) fn owned(&self, mut a: Buffer) -> Result<Buffer> {
-        if a.get_mut::<Data>().is_some() {
+        // What shares its buffer with others may not be written while they are read.
+        if let Some(data) = a.get_mut::<Data>().filter(|data| data.is_alone()) {
+            data.number = None;
             return Ok(a);
         }
-        Ok(Buffer::new(self.affine(get(&a)?, 1.0, 0.0)?))
+        let mut copy = self.affine(get(&a)?, 1.0, 0.0)?;
+        copy.number = None;
+        Ok(Buffer::new(copy))
     }
 
     /// The values in bfloat16.

@@ -191,6 +191,7 @@ impl Gpu {
 
     fn pack(&self, w: &FrozenWeight, precision: Precision) -> Result<Packed> {
         let form = Form::of(w.format(), precision);
+        crate::notes::decoded(w.format(), form.bits());
         // Chunks begin at whole words of codes and, in formats of blocks through the matrix, at whole blocks.
         let unit = if form == Form::Four {
             bnb::BLOCK

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use peft_tensor::{Result, TensorError};
 
 use crate::features::Abilities;
+use crate::kept::Kept;
 use crate::memory::Pool;
+use crate::open::Options;
 use crate::record::Recorder;
 
 /// Bytes of parameters a kernel may take: what every Vulkan driver has.
@@ -31,6 +33,8 @@ pub(crate) struct Gpu {
     pub(crate) max_binding: u64,
     /// Bytes of the largest buffer.
     pub(crate) max_buffer: u64,
+    /// Bytes of all buffers together; None = as many as the driver gives.
+    pub(crate) max_memory: Option<u64>,
     /// From how many of them on products are made of large tiles.
     pub(crate) large_tiles: usize,
     pub(crate) has: Abilities,
@@ -39,7 +43,10 @@ pub(crate) struct Gpu {
     pub(crate) pool: Arc<Pool>,
     pub(crate) recorder: Mutex<Recorder>,
     pipelines: Mutex<HashMap<(&'static str, String), Arc<Pipeline>>>,
+    pub(crate) kept: Option<Kept>,
     faults: Arc<Mutex<Option<String>>>,
+    /// Why the device is gone, once it is.
+    lost: Arc<OnceLock<String>>,
     pub(crate) shared: crate::memory::Shared,
 }
 
@@ -108,11 +115,7 @@ impl Gpu {
     pub(crate) const ALIGN: u64 = 256;
 
     /// Opens an adapter with everything it has.
-    pub(crate) fn open(
-        adapter: &wgpu::Adapter,
-        max_binding: Option<u64>,
-        plain: bool,
-    ) -> Result<Self> {
+    pub(crate) fn open(adapter: &wgpu::Adapter, options: &Options) -> Result<Self> {
         static IDS: AtomicU64 = AtomicU64::new(1);
         let (info, has) = (adapter.get_info(), adapter.limits());
         let name = info.name;
@@ -129,14 +132,15 @@ impl Gpu {
         let open = |abilities: Abilities| {
             pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
                 label: Some("peft"),
-                required_features: abilities.features(),
+                required_features: abilities.features()
+                    | (adapter.features() & wgpu::Features::PIPELINE_CACHE),
                 required_limits: has.clone(),
                 memory_hints: wgpu::MemoryHints::Performance,
                 experimental_features: abilities.leave(),
                 ..Default::default()
             }))
         };
-        let mut abilities = if plain {
+        let mut abilities = if options.plain {
             Abilities::default()
         } else {
             Abilities::of(adapter)
@@ -154,14 +158,14 @@ impl Gpu {
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             locked(&note).get_or_insert(explained(&error));
         }));
-        let note = faults.clone();
-        device.set_device_lost_callback(move |reason, detail| {
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                *locked(&note) = Some(format!("the device was lost: {detail}"));
-            }
+        let kept = Kept::open(&device, &adapter.get_info(), options.store());
+        let lost = Arc::new(OnceLock::new());
+        let note = lost.clone();
+        device.set_device_lost_callback(move |_, detail| {
+            note.get_or_init(|| detail);
         });
         let largest = has.max_storage_buffer_binding_size;
-        let max_binding = max_binding.map_or(largest, |n| n.min(largest));
+        let max_binding = options.max_binding.map_or(largest, |n| n.min(largest));
         Ok(Self {
             device,
             queue,
@@ -169,6 +173,7 @@ impl Gpu {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             max_binding: (max_binding / Self::ALIGN * Self::ALIGN).max(Self::ALIGN),
             max_buffer: has.max_buffer_size,
+            max_memory: options.max_memory,
             // A software driver has as many threads as the processor, and reads shared memory slowly.
             large_tiles: if info.device_type == wgpu::DeviceType::Cpu {
                 1
@@ -178,19 +183,36 @@ impl Gpu {
             has: abilities,
             units: OnceLock::new(),
             pool: Arc::default(),
-            recorder: Mutex::default(),
+            recorder: Mutex::new(Recorder::new(
+                adapter.get_info().device_type != wgpu::DeviceType::Cpu,
+            )),
             pipelines: Mutex::default(),
+            kept,
             faults,
+            lost,
             shared: crate::memory::Shared::default(),
         })
     }
 
-    /// What went wrong on the device since the last look.
+    /// What went wrong on the device since the last look; for ever, if it is gone.
     pub(crate) fn check(&self) -> Result<()> {
-        match locked(&self.faults).take() {
-            None => Ok(()),
-            Some(fault) => fail(format!("{}: {fault}", self.name)),
+        if let Some(why) = self.lost.get() {
+            return fail(format!("{}: {LOST} ({})", self.name, why.trim()));
         }
+        let Some(fault) = locked(&self.faults).take() else {
+            return Ok(());
+        };
+        // A device that is gone says so only when it is asked; until then what one does with it is called invalid.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        match self.is_lost() {
+            true => self.check(),
+            false => fail(format!("{}: {fault}", self.name)),
+        }
+    }
+
+    /// Whether the device is gone.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.get().is_some()
     }
 
     /// The compiled form of a kernel, made at its first use.
@@ -260,9 +282,12 @@ impl Gpu {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: self.kept.as_ref().map(|kept| &kept.cache),
             });
         self.check()?;
+        if let Some(kept) = &self.kept {
+            kept.changed.store(true, Ordering::Release);
+        }
         Ok(Pipeline { pipeline, layout })
     }
 }
@@ -273,6 +298,10 @@ fn explained(error: &wgpu::Error) -> String {
         other => other.to_string(),
     }
 }
+
+/// What has happened when a driver gives up on a device.
+const LOST: &str = "the device was lost: its driver was reset or updated, it was unplugged, or one batch of work took too \
+     long; whatever was on it is gone";
 
 /// What a user can do about it.
 pub(crate) const OUT_OF_MEMORY: &str = "out of memory on the device; smaller batches (train.batch_size), shorter texts (data.max_length) or \

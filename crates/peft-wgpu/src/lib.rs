@@ -4,6 +4,7 @@
 //! recorded and handed over in batches; nothing is read back before somebody asks for values. Frozen weights stay packed
 //! in the card's memory.
 
+mod adamw;
 mod attention;
 mod backend;
 mod bench;
@@ -13,10 +14,12 @@ mod features;
 mod few;
 mod frozen;
 mod gpu;
+mod kept;
 mod layers;
 mod loss;
 mod matmul;
 mod memory;
+mod notes;
 mod open;
 mod record;
 mod reduce;
@@ -24,7 +27,8 @@ mod shape;
 mod unroll;
 
 pub use backend::WgpuBackend;
-pub use open::{AdapterFacts, Options, adapters, open, open_with};
+pub use memory::MemoryUse;
+pub use open::{AdapterFacts, Options, Usage, adapters, destroy_all, open, open_with, usage};
 
 peft_tensor::inventory::submit!(peft_tensor::BackendEntry {
     name: "wgpu",

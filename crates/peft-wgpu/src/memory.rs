@@ -9,8 +9,8 @@ use peft_tensor::{Buffer, Result, TensorError};
 use crate::gpu::{Gpu, OUT_OF_MEMORY, fail, locked};
 use crate::record::Bind;
 
-/// Idle bytes that are kept at least.
-const IDLE: u64 = 256 << 20;
+/// Batches of work that tell what memory the next will need.
+const RECENT: usize = 8;
 
 /// Bytes that one upload stages at a time.
 const STAGED: usize = 64 << 20;
@@ -19,18 +19,31 @@ const USAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
     .union(wgpu::BufferUsages::COPY_DST)
     .union(wgpu::BufferUsages::COPY_SRC);
 
-/// Words on the device: the values of a tensor, or ids and packed codes.
-pub(crate) struct Data {
-    pub(crate) buffer: wgpu::Buffer,
-    /// In words of four bytes.
-    pub(crate) len: usize,
+/// A buffer of the device; with its last holder it goes back to the pool.
+struct Block {
+    buffer: wgpu::Buffer,
+    /// Bytes that were asked for; the buffer may be larger.
+    asked: u64,
     pool: Arc<Pool>,
 }
 
-impl Drop for Data {
+impl Drop for Block {
     fn drop(&mut self) {
-        self.pool.give(self.buffer.clone());
+        self.pool.give(self.buffer.clone(), self.asked);
     }
+}
+
+/// Words on the device: the values of a tensor, or ids and packed codes. All of a buffer, or a window into one that
+/// several tensors share.
+pub(crate) struct Data {
+    block: Arc<Block>,
+    /// Where it begins in the buffer, in bytes; a multiple of [`Gpu::ALIGN`].
+    offset: u64,
+    /// In words of four bytes.
+    pub(crate) len: usize,
+    /// The value of a single number that was made of numbers the processor has: what a backward pass begins with. Whoever
+    /// asks for it need not wait.
+    pub(crate) number: Option<f32>,
 }
 
 impl Data {
@@ -42,77 +55,184 @@ impl Data {
     /// `len` words from `first` on, which is a multiple of [`Gpu::ALIGN`] bytes. Not empty: a binding may not be.
     pub(crate) fn part(&self, first: usize, len: usize) -> Bind<'_> {
         Bind {
-            buffer: &self.buffer,
-            offset: first as u64 * 4,
+            buffer: &self.block.buffer,
+            offset: self.offset + first as u64 * 4,
             size: len.max(1) as u64 * 4,
         }
     }
+
+    /// The `len` words from `first` on, which is a multiple of [`Gpu::ALIGN`] bytes, as data of their own.
+    pub(crate) fn window(&self, first: usize, len: usize) -> Self {
+        Self {
+            block: self.block.clone(),
+            offset: self.offset + first as u64 * 4,
+            len,
+            number: None,
+        }
+    }
+
+    /// Whether this is what [`Data::window`] of `whole` gives.
+    pub(crate) fn is_window_of(&self, whole: &Self, first: usize) -> bool {
+        Arc::ptr_eq(&self.block, &whole.block) && self.offset == whole.offset + first as u64 * 4
+    }
+
+    /// Whether no other data is in its buffer: a kernel may write into it and read any other.
+    pub(crate) fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.block) == 1
+    }
+}
+
+/// How memory was used, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Of all buffers there are, idle ones included.
+    pub held: u64,
+    /// That tensors ask for now.
+    pub live: u64,
+    /// The most they asked for at once during the last few batches of work.
+    pub peak: u64,
 }
 
 /// Buffers nobody holds any more.
+///
+/// Values live as long as the tape or a parameter holds them, and what is given up is used again at once, by the next
+/// kernel of the same step if it fits: the allocation by liveness that a planner would do ahead of time, done as it goes.
+/// Tensors do not share one large buffer: a dispatch may not read and write the same buffer in `wgpu`, and barriers are
+/// between uses of a buffer, so that kernels that have nothing to do with each other would wait for each other.
 #[derive(Default)]
 pub(crate) struct Pool {
     idle: Mutex<Idle>,
     /// Batches of work handed over so far.
     pub(crate) submits: AtomicU64,
-    /// Bytes of all buffers there are, idle ones included.
-    pub(crate) bytes: AtomicU64,
+    /// Times somebody waited for the device.
+    pub(crate) waits: AtomicU64,
 }
 
 #[derive(Default)]
 struct Idle {
-    by_size: BTreeMap<u64, Vec<(wgpu::Buffer, u64)>>,
+    by_size: BTreeMap<u64, Vec<Rest>>,
+    /// Bytes of `by_size`.
     bytes: u64,
+    used: MemoryUse,
+    /// The most bytes that were live during each of the last batches of work, the present one first.
+    peaks: [u64; RECENT],
+}
+
+impl Idle {
+    fn peak(&self) -> u64 {
+        self.peaks.iter().copied().fold(0, u64::max)
+    }
+}
+
+/// An idle buffer.
+struct Rest {
+    buffer: wgpu::Buffer,
+    /// Batches handed over when it was given back.
+    since: u64,
 }
 
 impl Pool {
-    fn give(&self, buffer: wgpu::Buffer) {
+    fn give(&self, buffer: wgpu::Buffer, asked: u64) {
         let size = buffer.size();
         let mut idle = locked(&self.idle);
         idle.bytes += size;
-        let now = self.submits.load(Ordering::Acquire);
-        idle.by_size.entry(size).or_default().push((buffer, now));
+        idle.used.live -= asked;
+        let rest = Rest {
+            buffer,
+            since: self.submits.load(Ordering::Acquire),
+        };
+        idle.by_size.entry(size).or_default().push(rest);
     }
 
-    /// A buffer of that size; `cold` if no work that is still being recorded may touch it.
+    /// The smallest buffer that holds `size` bytes and is not much larger; `cold` if no work that is still being recorded
+    /// may touch it.
     fn take(&self, size: u64, cold: bool) -> Option<wgpu::Buffer> {
         let mut idle = locked(&self.idle);
         let now = self.submits.load(Ordering::Acquire);
+        let found = idle
+            .by_size
+            .range(size..=most(size))
+            .find_map(|(&size, list)| {
+                let at = match cold {
+                    true => list.iter().position(|rest| rest.since < now)?,
+                    false => list.len().checked_sub(1)?,
+                };
+                Some((size, at))
+            });
+        let (size, at) = found?;
         let list = idle.by_size.get_mut(&size)?;
-        let at = if cold {
-            list.iter().position(|(_, since)| *since < now)?
-        } else {
-            list.len().checked_sub(1)?
-        };
-        let (buffer, _) = list.swap_remove(at);
+        let rest = list.swap_remove(at);
+        if list.is_empty() {
+            idle.by_size.remove(&size);
+        }
         idle.bytes -= size;
-        Some(buffer)
+        Some(rest.buffer)
     }
 
-    /// Gives back what is idle beyond as much as is in use.
-    pub(crate) fn trim(&self) {
+    /// Counts what a block asks for.
+    fn asked(&self, bytes: u64) {
         let mut idle = locked(&self.idle);
-        let in_use = self.bytes.load(Ordering::Relaxed) - idle.bytes;
-        if idle.bytes > IDLE.max(in_use) {
-            self.clear_locked(&mut idle);
+        idle.used.live += bytes;
+        idle.peaks[0] = idle.peaks[0].max(idle.used.live);
+    }
+
+    fn made(&self, bytes: u64) {
+        locked(&self.idle).used.held += bytes;
+    }
+
+    /// After a batch of work: gives back what the last of them did not touch, beyond a quarter of what they had at most.
+    pub(crate) fn settle(&self) {
+        let mut idle = locked(&self.idle);
+        let now = self.submits.load(Ordering::Acquire);
+        let spare = idle.peak() / 4;
+        let Idle {
+            by_size,
+            bytes,
+            used,
+            peaks,
+        } = &mut *idle;
+        // The largest first: few of them are much.
+        for (&size, list) in by_size.iter_mut().rev() {
+            list.retain(|rest| {
+                let keep = *bytes <= spare || rest.since + RECENT as u64 > now;
+                if !keep {
+                    *bytes -= size;
+                    used.held -= size;
+                }
+                keep
+            });
+        }
+        by_size.retain(|_, list| !list.is_empty());
+        peaks.rotate_right(1);
+        peaks[0] = used.live;
+    }
+
+    pub(crate) fn usage(&self) -> MemoryUse {
+        let idle = locked(&self.idle);
+        MemoryUse {
+            peak: idle.peak(),
+            ..idle.used
         }
     }
 
     fn clear(&self) {
-        self.clear_locked(&mut locked(&self.idle));
-    }
-
-    fn clear_locked(&self, idle: &mut Idle) {
-        self.bytes.fetch_sub(idle.bytes, Ordering::Relaxed);
-        *idle = Idle::default();
+        let mut idle = locked(&self.idle);
+        idle.used.held -= idle.bytes;
+        idle.bytes = 0;
+        idle.by_size.clear();
     }
 }
 
-/// Sizes come in steps of at most a quarter, so that tensors of nearly one size share buffers.
+/// Sizes come in steps of at most an eighth, so that tensors of nearly one size share buffers.
 fn class(bytes: u64) -> u64 {
     let bytes = bytes.max(Gpu::ALIGN);
-    let step = (bytes.next_power_of_two() / 8).max(Gpu::ALIGN);
+    let step = (bytes.next_power_of_two() / 16).max(Gpu::ALIGN);
     bytes.next_multiple_of(step)
+}
+
+/// The largest buffer that is used for `size` bytes.
+fn most(size: u64) -> u64 {
+    size + size / 4
 }
 
 /// Host tables that are uploaded once for as long as somebody holds them (rope's, masks).
@@ -146,55 +266,87 @@ impl Gpu {
             Some(buffer) => buffer,
             None => self.fresh(size)?,
         };
-        Ok(Data {
+        self.pool.asked(bytes);
+        let block = Block {
             buffer,
-            len,
+            asked: bytes,
             pool: self.pool.clone(),
+        };
+        Ok(Data {
+            block: Arc::new(block),
+            offset: 0,
+            len,
+            number: None,
         })
     }
 
     fn fresh(&self, size: u64) -> Result<wgpu::Buffer> {
         // Faults of before are not this buffer's.
         self.check()?;
-        let make = || {
-            self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: None,
-                size,
-                usage: USAGE,
-                mapped_at_creation: false,
-            })
-        };
-        let mut buffer = make();
-        if self.check().is_err() {
-            // Once more, with everything that is idle given back and all work done.
-            self.flush()?;
-            self.pool.clear();
-            self.wait()?;
-            buffer = make();
-            if self.check().is_err() {
-                let held = self.pool.bytes.load(Ordering::Relaxed) >> 20;
-                return fail(format!(
-                    "{}: {size} bytes more than the {held} MiB in use: {OUT_OF_MEMORY}",
-                    self.name
-                ));
+        let buffer = match self.made(size)? {
+            Some(buffer) => buffer,
+            None => {
+                // Once more, with everything that is idle given back and all work done.
+                self.flush()?;
+                self.pool.clear();
+                self.wait()?;
+                let none = || {
+                    TensorError::Device(format!(
+                        "{}: {size} bytes more than the {} MiB in use: {OUT_OF_MEMORY}",
+                        self.name,
+                        self.pool.usage().held >> 20
+                    ))
+                };
+                self.made(size)?.ok_or_else(none)?
             }
-        }
-        self.pool.bytes.fetch_add(size, Ordering::Relaxed);
+        };
+        self.pool.made(size);
         Ok(buffer)
+    }
+
+    /// A new buffer; None if there is no memory for it.
+    fn made(&self, size: u64) -> Result<Option<wgpu::Buffer>> {
+        let after = self.pool.usage().held.saturating_add(size);
+        if self.max_memory.is_some_and(|most| after > most) {
+            return Ok(None);
+        }
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size,
+            usage: USAGE,
+            mapped_at_creation: false,
+        });
+        match self.check() {
+            Ok(()) => Ok(Some(buffer)),
+            Err(lost) if self.is_lost() => Err(lost),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Words onto the device.
     pub(crate) fn upload(&self, words: &[u8]) -> Result<Data> {
         let data = self.allocate(words.len() / 4, true)?;
+        self.stage(&data, words)?;
+        Ok(data)
+    }
+
+    /// Puts `values` in place of those of `data`, after everything recorded so far.
+    pub(crate) fn write(&self, data: &Data, values: &[f32]) -> Result<()> {
+        self.flush()?;
+        self.stage(data, bytemuck::cast_slice(values))
+    }
+
+    /// What is staged comes before the batch of work that is being recorded.
+    fn stage(&self, data: &Data, words: &[u8]) -> Result<()> {
         for (i, piece) in words.chunks(STAGED).enumerate() {
             if i > 0 {
                 self.queue.submit([]);
                 self.wait()?;
             }
-            self.queue
-                .write_buffer(&data.buffer, (i * STAGED) as u64, piece);
+            let at = data.offset + (i * STAGED) as u64;
+            self.queue.write_buffer(&data.block.buffer, at, piece);
         }
-        Ok(data)
+        Ok(())
     }
 
     /// Numbers onto the device.
@@ -227,12 +379,14 @@ impl Gpu {
 
     /// Words back; waits for everything recorded so far.
     pub(crate) fn download(&self, data: &Data) -> Result<Vec<f32>> {
+        if let Some(number) = data.number {
+            return Ok(vec![number]);
+        }
         Ok(self.download_all(&[data])?.pop().unwrap_or_default())
     }
 
     /// As [`Gpu::download`] for many, in groups that one buffer of staging holds.
     pub(crate) fn download_all(&self, all: &[&Data]) -> Result<Vec<Vec<f32>>> {
-        self.flush()?;
         let mut out = Vec::with_capacity(all.len());
         let mut rest = all;
         while !rest.is_empty() {
@@ -265,14 +419,14 @@ impl Gpu {
             usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        let mut at = 0;
-        for data in group.iter().filter(|data| data.len > 0) {
-            let bytes = data.len as u64 * 4;
-            encoder.copy_buffer_to_buffer(&data.buffer, 0, &staging, at, bytes);
-            at += bytes;
-        }
-        self.queue.submit([encoder.finish()]);
+        self.flush_with(&|encoder| {
+            let mut at = 0;
+            for data in group.iter().filter(|data| data.len > 0) {
+                let (from, bytes) = (data.bind(), data.len as u64 * 4);
+                encoder.copy_buffer_to_buffer(from.buffer, from.offset, &staging, at, bytes);
+                at += bytes;
+            }
+        })?;
         let (tell, told) = std::sync::mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, .., move |result| {
             // The other side waits below; if it has given up, nobody needs the answer.
@@ -294,6 +448,17 @@ impl Gpu {
 
     /// Waits until the device has done what it was given.
     pub(crate) fn wait(&self) -> Result<()> {
+        self.pool.waits.fetch_add(1, Ordering::Relaxed);
+        self.waited_for()?;
+        locked(&self.recorder).waited();
+        // Whoever waits can as well wait for this.
+        if let Some(kept) = &self.kept {
+            kept.save();
+        }
+        Ok(())
+    }
+
+    fn waited_for(&self) -> Result<()> {
         self.device
             .poll(wgpu::PollType::wait_indefinitely())
             .map_err(|e| TensorError::Device(format!("{}: {e}", self.name)))?;
@@ -317,11 +482,11 @@ mod tests {
         assert_eq!(class(0), 256);
         assert_eq!(class(257), 512);
         assert_eq!(class(1 << 20), 1 << 20);
-        assert_eq!(class((1 << 20) + 4), (1 << 20) + (1 << 18));
+        assert_eq!(class((1 << 20) + 4), (1 << 20) + (1 << 17));
         for n in [5, 1000, 12_345, 1 << 24, (1 << 24) + 1] {
             let size = class(n);
             assert!(
-                size >= n && size.is_multiple_of(256) && (n < 1024 || size <= n + n / 4 + 256),
+                size >= n && size.is_multiple_of(256) && (n < 1024 || size <= n + n / 8 + 256),
                 "{n}"
             );
         }

@@ -1,18 +1,22 @@
 //! Finding adapters and opening one.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use peft_tensor::{Device, DeviceFacts, Keep, Precision, Result, TensorError};
+use peft_tensor::{Device, DeviceFacts, Keep, KernelStore, Precision, Result, TensorError};
 
 use crate::WgpuBackend;
 use crate::features::Abilities;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, locked};
+use crate::memory::MemoryUse;
 
 /// The variable that chooses among several adapters, by a part of the name.
 const CHOICE: &str = "PEFT_WGPU_ADAPTER";
 
 /// Set to 1, it opens every device with the plain kernels alone: a way out where a driver breaks on the others.
 const PLAIN: &str = "PEFT_WGPU_PLAIN";
+/// The variable that limits the memory of a device, in MiB: what is to be left to others, a desktop say.
+const MEMORY: &str = "PEFT_WGPU_MEMORY";
 
 /// What is known of an adapter without opening it.
 #[derive(Clone, Debug)]
@@ -45,10 +49,56 @@ pub struct Options {
     /// Only kernels that every adapter takes: no subgroups, no matrix units, no forms for software drivers. How tests reach
     /// what a driver that has more would not use. `PEFT_WGPU_PLAIN=1` in the environment does the same.
     pub plain: bool,
+    /// Bytes that all tensors together may take; None = `PEFT_WGPU_MEMORY` (MiB) from the environment, else as many as the
+    /// driver gives.
+    pub max_memory: Option<u64>,
+    /// Where compiled kernels are kept between processes; None = the store that is linked in.
+    pub store: Option<KernelStore>,
     /// What it keeps large values in.
     pub precision: Precision,
     /// The form in which activations wait for the backward pass, f32 or bfloat16.
     pub keep: Keep,
+}
+
+impl Options {
+    pub(crate) fn store(&self) -> Option<KernelStore> {
+        self.store.or_else(KernelStore::linked)
+    }
+}
+
+/// What an opened device has done and holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// Bytes.
+    pub memory: MemoryUse,
+    /// Batches of work handed over.
+    pub submits: u64,
+    /// Times somebody waited for it.
+    pub waits: u64,
+}
+
+/// Devices that are open in this process.
+static OPEN: Mutex<Vec<Weak<Gpu>>> = Mutex::new(Vec::new());
+
+fn opened() -> Vec<Arc<Gpu>> {
+    let mut open = locked(&OPEN);
+    open.retain(|gpu| gpu.strong_count() > 0);
+    open.iter().filter_map(Weak::upgrade).collect()
+}
+
+/// The usage of every device that is open in this process, in the order they were opened.
+pub fn usage() -> Vec<Usage> {
+    let of = |gpu: &Arc<Gpu>| Usage {
+        memory: gpu.pool.usage(),
+        submits: gpu.pool.submits.load(Ordering::Relaxed),
+        waits: gpu.pool.waits.load(Ordering::Relaxed),
+    };
+    opened().iter().map(of).collect()
+}
+
+/// Takes every device of this process away, as a driver does that resets: how tests see what becomes of a run.
+pub fn destroy_all() {
+    opened().iter().for_each(|gpu| gpu.device.destroy());
 }
 
 impl AdapterFacts {
@@ -67,8 +117,8 @@ impl AdapterFacts {
             kind: self.kind.to_owned(),
             driver: format!("{}, {}", self.api, self.driver),
             largest: Some(self.max_buffer),
-            // A software driver is the processor again, slower.
-            fast: self.kind != "software",
+            // A software driver is the processor again, slower; one that was asked for by name is wanted all the same.
+            fast: self.kind != "software" || wanted(None).is_some_and(|w| has_name(&self.name, &w)),
             notes,
         }
     }
@@ -116,6 +166,16 @@ fn facts(adapter: &wgpu::Adapter) -> AdapterFacts {
     }
 }
 
+/// A part of the name of the adapter that is wanted, if one is.
+fn wanted(name: Option<&str>) -> Option<String> {
+    let from_environment = || std::env::var(CHOICE).ok().filter(|n| !n.is_empty());
+    name.map(str::to_owned).or_else(from_environment)
+}
+
+fn has_name(name: &str, part: &str) -> bool {
+    name.to_lowercase().contains(&part.to_lowercase())
+}
+
 /// An opened device with the name it was asked by and the forms of its values.
 type Opened = ((Option<String>, Precision, Keep), Device);
 
@@ -147,21 +207,30 @@ pub fn open(name: Option<&str>, precision: Precision, keep: Keep) -> Result<Devi
     Ok(device)
 }
 
+/// Bytes, by the environment.
+fn memory_limit() -> Result<Option<u64>> {
+    let Some(text) = std::env::var(MEMORY).ok().filter(|text| !text.is_empty()) else {
+        return Ok(None);
+    };
+    match text.trim().parse::<u64>() {
+        Ok(mib) if mib > 0 => Ok(Some(mib.saturating_mul(1 << 20))),
+        _ => Err(TensorError::Unsupported(format!(
+            "{MEMORY}={text:?} is no number of MiB above 0"
+        ))),
+    }
+}
+
 /// A device of its own.
 ///
 /// # Errors
 /// As [`open`].
 pub fn open_with(options: &Options) -> Result<Device> {
-    let from_environment = || std::env::var(CHOICE).ok().filter(|n| !n.is_empty());
-    let wanted = options.name.clone().or_else(from_environment);
+    let wanted = wanted(options.name.as_deref());
     let found = found();
     let names: Vec<String> = found.iter().map(|a| a.get_info().name).collect();
     let chosen = found.into_iter().find(|a| match &wanted {
         None => true,
-        Some(part) => {
-            let name = a.get_info().name.to_lowercase();
-            name.contains(&part.to_lowercase())
-        }
+        Some(part) => has_name(&a.get_info().name, part),
     });
     let Some(adapter) = chosen else {
         return Err(TensorError::Unsupported(match wanted {
@@ -179,10 +248,15 @@ pub fn open_with(options: &Options) -> Result<Device> {
             "device \"wgpu\" keeps activations as f32 or bf16, not as int8".to_owned(),
         ));
     }
-    let plain = options.plain || std::env::var(PLAIN).is_ok_and(|v| v == "1");
-    let gpu = Gpu::open(&adapter, options.max_binding, plain)?;
+    let mut options = options.clone();
+    options.plain |= std::env::var(PLAIN).is_ok_and(|v| v == "1");
+    if options.max_memory.is_none() {
+        options.max_memory = memory_limit()?;
+    }
+    let gpu = Arc::new(Gpu::open(&adapter, &options)?);
+    locked(&OPEN).push(Arc::downgrade(&gpu));
     Ok(Device::new(WgpuBackend::new(
-        Arc::new(gpu),
+        gpu,
         options.precision,
         options.keep,
     )))

@@ -1,26 +1,81 @@
 //! Work, recorded and handed over in batches.
 //!
-//! All kernels go into one compute pass until somebody reads values or the batch is full: handing over costs tens of
-//! microseconds, recording one. `wgpu` puts the barriers between dispatches that touch the same buffer.
+//! All kernels go into one compute pass until somebody reads values, a training step is complete or the batch is full:
+//! handing over costs tens of microseconds, recording one. `wgpu` puts the barriers between dispatches that touch the same
+//! buffer.
+//!
+//! A batch is full long before a step is where a step takes long: desktop drivers reset a device that is busy with one
+//! batch for some seconds (Windows: two). How many kernels that is differs by a thousand between models, so it is found out
+//! by the clock: batches grow while they take little time.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use peft_tensor::Result;
 
 use crate::gpu::{Gpu, Kernel, fail, locked};
 
-/// Kernels in a batch. Also bounds how long the device is busy with one, which desktop drivers watch.
-const BATCH: u32 = 256;
+/// Kernels in a batch before it is known how long they take.
+const FIRST: u32 = 256;
+/// Kernels in a batch at least and at most; a step of a model of thirty layers has some thousands.
+const BATCHES: std::ops::RangeInclusive<u32> = 32..=1 << 14;
+/// Batches that take longer are made smaller.
+const LONG: Duration = Duration::from_millis(400);
+/// Batches that take less are made larger.
+const SHORT: Duration = Duration::from_millis(100);
 
 /// Groups along one axis that every device takes.
 const GROUPS: u64 = 65_535;
 
 /// What has been recorded and not handed over.
-#[derive(Default)]
 pub(crate) struct Recorder {
     /// The pass has to end before its encoder does: fields are dropped in this order.
     open: Option<(wgpu::ComputePass<'static>, wgpu::CommandEncoder)>,
     kernels: u32,
+    /// Kernels of a full batch.
+    full: u32,
+    /// Whether somebody watches how long a batch takes.
+    watched: bool,
+    /// Batches that were handed over since somebody waited, and when the first of them was.
+    handed: u32,
+    since: Option<Instant>,
+}
+
+impl Recorder {
+    /// `watched`: whether a driver may give up on a device that is busy for long.
+    pub(crate) fn new(watched: bool) -> Self {
+        Self {
+            open: None,
+            kernels: 0,
+            full: if watched { FIRST } else { *BATCHES.end() },
+            watched,
+            handed: 0,
+            since: None,
+        }
+    }
+
+    /// The device has done all it was given: time to learn from how long that took.
+    pub(crate) fn waited(&mut self) {
+        if let Some(since) = self.since.take()
+            && self.watched
+            && self.handed > 0
+        {
+            self.full = next_full(self.full, since.elapsed() / self.handed);
+        }
+        self.handed = 0;
+    }
+}
+
+/// Kernels of a full batch where batches took `each`.
+fn next_full(full: u32, each: Duration) -> u32 {
+    let next = if each > LONG {
+        full / 2
+    } else if each < SHORT {
+        full * 2
+    } else {
+        full
+    };
+    next.clamp(*BATCHES.start(), *BATCHES.end())
 }
 
 /// A part of a buffer that a kernel sees.
@@ -103,24 +158,47 @@ impl Gpu {
         pass.set_immediates(0, bytemuck::bytes_of(params));
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         recorder.kernels += 1;
-        if recorder.kernels >= BATCH {
-            self.submit(&mut recorder)?;
+        if recorder.kernels >= recorder.full {
+            self.submit(&mut recorder, None)?;
         }
         Ok(())
     }
 
     /// Hands over what is recorded.
     pub(crate) fn flush(&self) -> Result<()> {
-        self.submit(&mut locked(&self.recorder))
+        self.submit(&mut locked(&self.recorder), None)
     }
 
-    fn submit(&self, recorder: &mut Recorder) -> Result<()> {
+    /// Hands over what is recorded, with copies behind it.
+    pub(crate) fn flush_with(&self, copy: &dyn Fn(&mut wgpu::CommandEncoder)) -> Result<()> {
+        self.submit(&mut locked(&self.recorder), Some(copy))
+    }
+
+    fn submit(
+        &self,
+        recorder: &mut Recorder,
+        copy: Option<&dyn Fn(&mut wgpu::CommandEncoder)>,
+    ) -> Result<()> {
         recorder.kernels = 0;
-        if let Some((pass, encoder)) = recorder.open.take() {
+        let open = recorder.open.take().map(|(pass, encoder)| {
             drop(pass);
+            encoder
+        });
+        let new = || self.device.create_command_encoder(&Default::default());
+        let encoder = match copy {
+            Some(copy) => {
+                let mut encoder = open.unwrap_or_else(new);
+                copy(&mut encoder);
+                Some(encoder)
+            }
+            None => open,
+        };
+        if let Some(encoder) = encoder {
             self.queue.submit([encoder.finish()]);
             self.pool.submits.fetch_add(1, Ordering::AcqRel);
-            self.pool.trim();
+            recorder.handed += 1;
+            recorder.since.get_or_insert_with(Instant::now);
+            self.pool.settle();
         }
         self.check()
     }
@@ -128,7 +206,16 @@ impl Gpu {
 
 #[cfg(test)]
 mod tests {
-    use super::in_a_row;
+    use std::time::Duration;
+
+    use super::{in_a_row, next_full};
+
+    #[test]
+    fn batches_follow_the_clock() {
+        let by = |full, ms| next_full(full, Duration::from_millis(ms));
+        assert_eq!((by(256, 10), by(256, 200), by(256, 900)), (512, 256, 128));
+        assert_eq!((by(1 << 14, 1), by(32, 5000)), (1 << 14, 32));
+    }
 
     #[test]
     fn groups_are_folded() {

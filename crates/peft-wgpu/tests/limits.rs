@@ -1,31 +1,18 @@
 //! Tensors larger than a binding are worked on in parts: the same results as on the reference, with a binding of a few
 //! hundred elements.
 
-use peft_tensor::{BaseWeight, Device, FrozenWeight, Result, RngKey, Tensor, Unary, WeightFormat};
-use peft_wgpu::{Options, open_with};
+mod common;
 
-/// A device whose bindings hold `bytes`; None, said aloud, where there is no adapter.
+use common::{open, random};
+use peft_tensor::{BaseWeight, Device, FrozenWeight, Result, RngKey, Tensor, Unary, WeightFormat};
+use peft_wgpu::Options;
+
+/// A device whose bindings hold `bytes`.
 fn small(bytes: u64) -> Option<Device> {
-    let options = Options {
+    open(&Options {
         max_binding: Some(bytes),
         ..Options::default()
-    };
-    match open_with(&options) {
-        Ok(device) => Some(device),
-        Err(why) => {
-            let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(
-                !required,
-                "PEFT_REQUIRE_GPU=1, and wgpu does not open: {why}"
-            );
-            eprintln!("NOTHING IS TESTED ON wgpu: {why}");
-            None
-        }
-    }
-}
-
-fn random(seed: u64, shape: &[usize], device: &Device) -> Tensor {
-    Tensor::uniform(RngKey::new(seed), -1.0, 1.0, shape, device).unwrap()
+    })
 }
 
 fn close(what: &str, f: impl Fn(&Device) -> Result<Tensor>, device: &Device, tolerance: f64) {

@@ -46,7 +46,9 @@ fn macros(file: &RustFile, wrong: &mut Vec<String>) {
 }
 
 fn unsafe_code(file: &RustFile, wrong: &mut Vec<String>) {
-    if file.path.starts_with("crates/peft-tensor/") {
+    // What an earlier process compiled is handed to the driver there.
+    let driver = file.path == "crates/peft-wgpu/src/kept.rs";
+    if driver || file.path.starts_with("crates/peft-tensor/") {
         return;
     }
     for token in file.tokens.iter().filter(|token| token.is_word("unsafe")) {

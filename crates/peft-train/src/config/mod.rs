@@ -334,9 +334,11 @@ impl TrainConfig {
     }
 
     /// Dotted names of the fields that make `self` another run than `written`, the JSON of another configuration as
-    /// read from a file. What only says where and how often results are written does not count.
+    /// read from a file. What only says where the run is computed, and where and how often results are written, does not
+    /// count.
     pub fn differences(&self, written: &Value) -> Vec<String> {
         const FREE: &[&str] = &[
+            "device",
             "output",
             "train.eval_every",
             "train.eval_before",

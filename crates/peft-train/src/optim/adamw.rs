@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use peft_core::{Error, Param, Result};
 use peft_io::{Checkpoint, PlanEntry, Scratch};
-use peft_tensor::Tensor;
+use peft_tensor::{AdamWRule, Tensor};
 
 use super::moments::{Form, Moments};
 use crate::io;
@@ -78,21 +78,19 @@ impl AdamW {
             let zeros = Moments::zeros(n, form, self.file.as_mut())?;
             self.state.insert(param.key().to_owned(), zeros);
         }
+        let steps = self.state.get(param.key()).map_or(0, |m| m.steps) + 1;
+        let [decay, size, root] = self.factors(rate, steps);
+        let AdamWRule {
+            towards,
+            keep,
+            add,
+            eps,
+            ..
+        } = self.rule(0.0);
         let Some(moments) = self.state.get_mut(param.key()) else {
             return Ok(());
         };
-        moments.steps += 1;
-        let t = moments.steps as f64;
-        let [b1, b2] = self.betas;
-        let decay = (1.0 - rate.learning_rate * rate.weight_decay) as f32;
-        let size = (rate.learning_rate / (1.0 - b1.powf(t))) as f32;
-        let root = (1.0 - b2.powf(t)).sqrt() as f32;
-        let (towards, keep, add, eps) = (
-            (1.0 - b1) as f32,
-            b2 as f32,
-            (1.0 - b2) as f32,
-            self.eps as f32,
-        );
+        moments.steps = steps;
         moments.update(self.file.as_ref(), &mut weight, grad, |w, m, v, g| {
             for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
                 let g = g * factor;
@@ -102,6 +100,43 @@ impl AdamW {
             }
         })?;
         param.set(Tensor::from_vec(weight, before.shape(), before.device())?)
+    }
+
+    /// What a parameter's step `t`, from 1, has of its own: 1 - lr decay, lr/(1 - b1^t), sqrt(1 - b2^t).
+    pub(super) fn factors(&self, rate: Rate, t: u64) -> [f32; 3] {
+        let ([b1, b2], t) = (self.betas, t as f64);
+        [
+            (1.0 - rate.learning_rate * rate.weight_decay) as f32,
+            (rate.learning_rate / (1.0 - b1.powf(t))) as f32,
+            (1.0 - b2.powf(t)).sqrt() as f32,
+        ]
+    }
+
+    /// What all steps have in common.
+    pub(super) fn rule(&self, max_norm: f64) -> AdamWRule {
+        let [b1, b2] = self.betas;
+        AdamWRule {
+            towards: (1.0 - b1) as f32,
+            keep: b2 as f32,
+            add: (1.0 - b2) as f32,
+            eps: self.eps as f32,
+            max_norm: max_norm as f32,
+        }
+    }
+
+    /// The same settings, in memory, without moments.
+    pub(super) fn without_history(&self) -> Self {
+        Self::new(self.betas, self.eps, self.eight_bit)
+    }
+
+    /// The moments of a parameter.
+    pub(super) fn put(&mut self, key: String, moments: Moments) {
+        self.state.insert(key, moments);
+    }
+
+    /// All moments by parameter.
+    pub(super) fn moments(&self) -> impl Iterator<Item = (&String, &Moments)> {
+        self.state.iter()
     }
 
     /// Forgets everything: the next step is a first one.

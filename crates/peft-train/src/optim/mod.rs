@@ -4,26 +4,18 @@ mod adamw;
 mod blocks;
 mod groups;
 mod moments;
+mod optimizer;
 
 pub use adamw::{AdamW, Rate};
 pub use groups::Groups;
+pub use optimizer::{Norm, Optimizer};
 
-use peft_core::{Grads, Param, Result, Tensor};
+use peft_core::{Grads, Param, Tensor};
 use rayon::prelude::*;
 
-/// Takes the gradients of `params` out of `grads`, in the order of `params`; None for a parameter nothing depended on. The
-/// memory they leave behind goes back to the system: what is taken is held elsewhere.
-///
-/// # Errors
-/// Whatever the device says.
-pub fn take_gradients(params: &[Param], grads: &mut Grads) -> Result<Vec<Option<Vec<f32>>>> {
-    let taken: Vec<_> = params.iter().map(|p| grads.take(&p.tensor())).collect();
-    let there: Vec<bool> = taken.iter().map(Option::is_some).collect();
-    let mut values = Tensor::into_vecs(taken.into_iter().flatten().collect())?.into_iter();
-    Ok(there
-        .into_iter()
-        .map(|there| if there { values.next() } else { None })
-        .collect())
+/// Takes the gradients of `params` out of `grads`, in the order of `params`; None for a parameter nothing depended on.
+pub fn take_gradients(params: &[Param], grads: &mut Grads) -> Vec<Option<Tensor>> {
+    params.iter().map(|p| grads.take(&p.tensor())).collect()
 }
 
 /// The norm of each gradient (0 where there is none), in double precision; the sum of squares goes in one order, so it

@@ -162,6 +162,36 @@ impl Moments {
         })
     }
 
+    /// In f32 and in memory, with these values.
+    pub(super) fn full(steps: u64, [mean, square]: &[Vec<f32>; 2]) -> Self {
+        let stretches = mean.chunks(CHUNK).zip(square.chunks(CHUNK)).map(|(m, v)| {
+            let mut stretch = Stretch::zeros(Form::Full, m.len());
+            for (piece, values) in stretch.pieces.iter_mut().zip([m, v]) {
+                put(piece, values);
+            }
+            stretch
+        });
+        Self {
+            numel: mean.len(),
+            steps,
+            form: Form::Full,
+            place: Place::Memory(stretches.collect()),
+        }
+    }
+
+    /// The inverse of [`Moments::full`]; empty for moments of another form.
+    pub(super) fn values(&self) -> [Vec<f32>; 2] {
+        let mut values = [Vec::new(), Vec::new()];
+        if let (Form::Full, Place::Memory(stretches)) = (self.form, &self.place) {
+            for stretch in stretches {
+                for (values, piece) in values.iter_mut().zip(&stretch.pieces) {
+                    values.extend(floats(piece));
+                }
+            }
+        }
+        values
+    }
+
     /// Calls `update(weights, mean, square, gradients)` for runs of values that lie beside each other, on several threads.
     pub(super) fn update(
         &mut self,

@@ -5,6 +5,7 @@
 //! same bytes as one that was never stopped.
 
 mod output;
+mod pending;
 mod setup;
 mod state;
 mod step;
@@ -18,17 +19,20 @@ use peft_core::{
 };
 use peft_io::{LineLog, Scratch};
 use peft_models::Model;
-use peft_tensor::RngKey;
+use peft_tensor::{AUTO, RngKey};
 
+use pending::Shown;
 pub use setup::{encode_for, task_for};
 
 use crate::config::TrainConfig;
 use crate::data::{Collated, Dataset, Example, LabelNames, collate, join, joins, plan_epoch};
-use crate::optim::{AdamW, Groups};
+use crate::optim::{Groups, Optimizer};
 use crate::{EvalOptions, EvalReport, Observer, Summary, evaluate, io};
 
 /// The name the trained adapter has in the network.
 pub const ADAPTER_NAME: &str = "default";
+/// The device that is there everywhere.
+const CPU: &str = "cpu";
 /// The log's file name.
 const METRICS: &str = "metrics.jsonl";
 /// The folder of the checkpoints.
@@ -39,11 +43,29 @@ const CHECKPOINTS: &str = "checkpoints";
 /// With `resume`, goes on from the newest complete checkpoint in `output.dir` (from the start if there is none) and ends
 /// in the same adapter and the same metrics as an uninterrupted run.
 ///
+/// Where the device was left to choose (`auto`) and one that was chosen runs out of memory or goes away, the run goes on by
+/// the processor, from the newest checkpoint if there is one.
+///
 /// # Errors
 /// Anything wrong with configuration, model, adapter or data, before anything is written; a loss or gradient that is not
 /// finite, with the step and the rows; a folder that holds another run.
 pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
-    setup::trainer(config, resume, observer)?.run(resume, observer)
+    let (failed, ready) = match setup::trainer(config, resume, observer) {
+        Ok(mut trainer) => match trainer.run(resume, observer) {
+            Ok(summary) => return Ok(summary),
+            Err(e) => (e, trainer.ready),
+        },
+        Err(e) => (e, false),
+    };
+    if config.device != AUTO || !failed.is_device() {
+        return Err(failed);
+    }
+    observer.message(&format!("{failed}; from here on by the processor"));
+    let mut config = config.clone();
+    CPU.clone_into(&mut config.device);
+    // What is in the folder is this run's once it has been made ready for it.
+    let resume = resume || ready;
+    setup::trainer(&config, resume, observer)?.run(resume, observer)
 }
 
 /// A run that could start, with nothing written yet.
@@ -60,6 +82,8 @@ pub struct Trainer<'a> {
     labels: Option<LabelNames>,
     /// Whether rows of different lengths become one.
     joins: bool,
+    /// Whether the output folder has nothing of other runs in it any more.
+    ready: bool,
     /// Blocks in front of this one are computed again in the backward pass; found out when the run starts.
     again: usize,
 }
@@ -68,7 +92,7 @@ pub struct Trainer<'a> {
 struct Progress {
     hooks: Vec<(String, Box<dyn TrainHooks>)>,
     groups: Groups,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     step: u64,
     /// Seconds spent before this process.
     earlier: f64,
@@ -105,6 +129,7 @@ impl<'a> Trainer<'a> {
             eval,
             labels,
             joins,
+            ready: false,
             again: 0,
         }
     }
@@ -180,6 +205,9 @@ impl<'a> Trainer<'a> {
                 plan.memory.describe()
             ));
         }
+        if let Some(note) = progress.optimizer.note(self.model.device())? {
+            observer.message(&note);
+        }
         let newest = if resume {
             state::newest(&checkpoints)?
         } else {
@@ -208,6 +236,7 @@ impl<'a> Trainer<'a> {
                     hook.prepare(cx)
                 })?;
                 output::clear(folder, &checkpoints, config.output.overwrite || resume)?;
+                self.ready = true;
                 LineLog::create(&folder.join(METRICS))
             }
         }
@@ -217,19 +246,31 @@ impl<'a> Trainer<'a> {
         if config.train.eval_before && progress.step == 0 {
             progress.eval_before = self.evaluate(0, &mut log, observer)?;
         }
-        let mut last_loss = None;
+        let mut shown = Shown::new(&self.model);
         while progress.step < total {
-            let report = self.step(&mut progress)?;
-            progress.first_loss = progress.first_loss.or(Some(report.loss));
-            last_loss = Some(report.loss);
-            log.push(&report.to_json()).map_err(io)?;
-            observer.step(&report);
+            let done = self.step(&mut progress);
+            let failed = match done {
+                Ok(step) => {
+                    shown.waiting.push(step);
+                    None
+                }
+                Err(e) => Some(e),
+            };
             let step = progress.step;
-            if step == total || due(step, config.train.eval_every) {
+            let evaluates = step == total || due(step, config.train.eval_every);
+            let saves = due(step, config.train.save_every);
+            // What went wrong before is what the user should hear of.
+            if failed.is_some() || evaluates || saves || shown.is_time() {
+                self.show(&mut progress, &mut shown, &mut log, observer)?;
+            }
+            if let Some(e) = failed {
+                return Err(e);
+            }
+            if evaluates {
                 progress.eval_after = self.evaluate(step, &mut log, observer)?;
             }
             // After everything else of the step, so that a checkpoint's log is complete.
-            if due(step, config.train.save_every) {
+            if saves {
                 let path = state::save(self, &progress, &params, &checkpoints)?;
                 observer.saved(&path);
             }
@@ -242,7 +283,7 @@ impl<'a> Trainer<'a> {
             trainable,
             classifier: self.labels.is_some(),
             first_loss: progress.first_loss,
-            last_loss,
+            last_loss: shown.last_loss,
             elapsed_s: progress.elapsed(),
             eval_before: progress.eval_before,
             eval_after: progress.eval_after,
@@ -258,7 +299,12 @@ impl<'a> Trainer<'a> {
         let train = &self.config.train;
         Ok(Progress {
             groups: Groups::new(train, &rules, params)?,
-            optimizer: AdamW::new(train.betas, train.eps, train.optimizer.eight_bit()),
+            optimizer: Optimizer::new(
+                train.betas,
+                train.eps,
+                train.optimizer.eight_bit(),
+                self.model.device(),
+            )?,
             hooks,
             step: 0,
             earlier: 0.0,
@@ -442,7 +488,7 @@ impl TrainData for Rows<'_> {
         if out.count == 0 {
             return Ok((0.0, Grads::default()));
         }
-        Ok((out.sum / out.count as f64, out.loss.backward()?))
+        Ok((out.sum()? / out.count as f64, out.loss.backward()?))
     }
 }
 

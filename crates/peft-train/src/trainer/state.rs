@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Progress, Trainer};
+use crate::optim::AdamW;
 use crate::{EvalReport, io};
 
 /// Start of a checkpoint's name; the step follows.
@@ -63,13 +64,14 @@ pub(super) fn save(
         tensors.extend(state.map(|(key, tensor)| (format!("hook/{adapter}/{key}"), tensor)));
     }
     let config = serde_json::to_value(trainer.config).map_err(unwritable)?;
+    let optimizer = progress.optimizer.at_hand()?;
     let state = State {
         version: VERSION,
         step: progress.step,
         total_steps: trainer.steps().1,
         config,
         data: format!("{:016x}", trainer.train.fingerprint()),
-        optimizer_steps: progress.optimizer.steps(),
+        optimizer_steps: optimizer.steps(),
         elapsed_s: progress.elapsed(),
         first_loss: progress.first_loss,
         eval_before: progress.eval_before.clone(),
@@ -77,7 +79,7 @@ pub(super) fn save(
     };
     let json = serde_json::to_value(&state).map_err(unwritable)?;
     let name = format!("{PREFIX}{}", progress.step);
-    let plan = plan(&tensors, progress);
+    let plan = plan(&tensors, &optimizer);
     let mut writer = StateWriter::create(folder, &name, &plan).map_err(io)?;
     for entry in &plan {
         match tensors.get(&entry.name) {
@@ -86,9 +88,7 @@ pub(super) fn save(
                 let bytes: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
                 writer.write(&bytes).map_err(io)?;
             }
-            None => progress
-                .optimizer
-                .write(&entry.name, &mut |bytes| writer.write(bytes).map_err(io))?,
+            None => optimizer.write(&entry.name, &mut |bytes| writer.write(bytes).map_err(io))?,
         }
     }
     writer.finish(&json).map_err(io)?;
@@ -101,14 +101,14 @@ pub(super) fn save(
 }
 
 /// The tensors of a checkpoint, those of f32 first; the moments may be in a file and stay there.
-fn plan(tensors: &BTreeMap<String, Tensor>, progress: &Progress) -> Vec<PlanEntry> {
+fn plan(tensors: &BTreeMap<String, Tensor>, optimizer: &AdamW) -> Vec<PlanEntry> {
     let entry = |(name, tensor): (&String, &Tensor)| PlanEntry {
         name: name.clone(),
         shape: tensor.shape().to_vec(),
         dtype: DType::F32,
     };
     let mut plan: Vec<PlanEntry> = tensors.iter().map(entry).collect();
-    plan.extend(progress.optimizer.plan());
+    plan.extend(optimizer.plan());
     plan.sort_by_key(|entry| std::cmp::Reverse(entry.dtype.bitsize()));
     plan
 }
@@ -168,18 +168,13 @@ pub(super) fn restore(
         .zip(&values)
         .map(|(param, value)| (param.key(), value.numel()))
         .collect();
-    progress
+    let moments = progress
         .optimizer
         .restore(&tensors, &state.optimizer_steps, |key| {
             sizes.get(key).copied()
         })
         .map_err(|e| e.context(path.display().to_string()))?;
-    let mut known: HashSet<String> = progress
-        .optimizer
-        .plan()
-        .into_iter()
-        .map(|e| e.name)
-        .collect();
+    let mut known: HashSet<String> = moments.into_iter().collect();
     known.extend(params.iter().map(|param| format!("param/{}", param.key())));
     for (adapter, hook) in &mut progress.hooks {
         let prefix = format!("hook/{adapter}/");

@@ -3,17 +3,21 @@
 use std::cell::Cell;
 use std::time::Instant;
 
-use peft_core::{Error, Grads, Param, Pass, Result, Tensor, TrainCx};
+use peft_core::{Error, Grads, Pass, Result, TrainCx};
 
-use super::{Progress, Rows, Trainer};
+use super::pending::{Batch, Pending};
+use super::{Progress, Rows, Trainer, pending};
 use crate::data::{Example, Goal};
-use crate::optim::{clip_factor, norms, take_gradients, total_norm};
+use crate::optim::take_gradients;
 use crate::report::StepReport;
 
 impl Trainer<'_> {
     /// Does the step after `progress.step`. However many batches the step has, its loss is the mean over all their labels
     /// together, as in transformers since 4.46 (`num_items_in_batch`), not the mean of the batches' means.
-    pub(super) fn step(&self, progress: &mut Progress) -> Result<StepReport> {
+    ///
+    /// On a device that works by itself the step is under way when this returns, and nothing has been waited for: what
+    /// it came to is looked at by [`Trainer::settled`].
+    pub(super) fn step(&self, progress: &mut Progress) -> Result<Pending> {
         let begun = Instant::now();
         let train = &self.config.train;
         let network = self.model.network();
@@ -41,13 +45,10 @@ impl Trainer<'_> {
                 Goal::Class(_) => e.labelled(virtual_tokens),
             })
             .sum();
-        let (mut sum, mut tokens) = (0.0, 0);
+        let at_once = self.model.device().backend().waits().is_none();
+        let (mut losses, mut tokens) = (Vec::new(), 0);
         for (i, rows) in batches.iter().enumerate() {
-            let rows: Vec<&Example> = rows
-                .iter()
-                .filter_map(|&row| self.train.examples.get(row))
-                .collect();
-            let collated = self.batch(&rows);
+            let collated = self.batch(&self.rows(rows));
             let mut pass = Pass::train(self.key().fork("step").fork_n(step).fork_n(i as u64));
             pass.checkpoint = self.again;
             tokens += collated.tokens;
@@ -55,10 +56,14 @@ impl Trainer<'_> {
             if out.count == 0 {
                 continue;
             }
-            if !out.sum.is_finite() {
-                return Err(self.not_finite(step, "the loss", out.sum, &rows));
+            let batch = Batch {
+                parts: out.parts,
+                rows: rows.clone(),
+            };
+            if at_once {
+                batch.sum(self, step)?;
             }
-            sum += out.sum;
+            losses.push(batch);
             let loss = if out.count == labels {
                 out.loss
             } else {
@@ -67,7 +72,7 @@ impl Trainer<'_> {
             grads.merge(loss.backward()?)?;
         }
 
-        let mut penalty = None;
+        let mut penalties = Vec::new();
         let (reset, rows) = (Cell::new(false), Rows(self));
         for (_, hook) in &progress.hooks {
             let cx = TrainCx {
@@ -84,14 +89,10 @@ impl Trainer<'_> {
             let Some(term) = hook.penalty(&cx)? else {
                 continue;
             };
-            let value = f64::from(term.item()?);
-            if !value.is_finite() {
-                return Err(Error::other(format!(
-                    "step {}: the method's penalty is {value}",
-                    step + 1
-                )));
+            if at_once {
+                pending::penalty(step, term.item()?)?;
             }
-            penalty = Some(penalty.unwrap_or(0.0) + value);
+            penalties.push(term.detach());
             if term.requires_grad() {
                 grads.merge(term.backward()?)?;
             }
@@ -100,53 +101,56 @@ impl Trainer<'_> {
             hook.after_backward(cx)
         })?;
 
-        let taken = take_gradients(&params, &mut grads)?;
-        let each = norms(&taken);
-        let norm = total_norm(&each);
-        if !norm.is_finite() {
-            let worst = each
-                .iter()
-                .position(|n| !n.is_finite())
-                .and_then(|i| params.get(i));
-            let what = format!(
-                "the gradient of {}",
-                worst.map_or("a parameter", |p| p.key())
-            );
-            return Err(self.not_finite(step, &what, norm, &examples().collect::<Vec<_>>()));
-        }
-        let factor = clip_factor(norm, train.max_grad_norm);
+        let taken = take_gradients(&params, &mut grads);
         let learning_rate = self.learning_rate(step);
-        for (param, grad) in params.iter().zip(&taken) {
-            if let Some(grad) = grad {
-                let rate = progress.groups.rate(param.key(), learning_rate);
-                progress.optimizer.step(param, grad, factor, rate)?;
-            }
+        let groups = &mut progress.groups;
+        let (norm, used) = progress.optimizer.step(
+            &params,
+            taken,
+            |key| groups.rate(key, learning_rate),
+            train.max_grad_norm,
+            // Full-parameter training has no hooks: its gradients are as large as the model and are not copied for none.
+            !progress.hooks.is_empty(),
+        )?;
+        if at_once {
+            self.check_norm(step, &norm, &batches)?;
         }
-        // Full-parameter training has no hooks: its gradients are as large as the model and are not copied for none.
-        let used = match progress.hooks.is_empty() {
-            true => Vec::new(),
-            false => used(&params, &taken, factor)?,
-        };
         progress.step += 1;
         self.hook_after(progress, &params, &mut grads, &used, |hook, cx| {
             hook.after_step(cx)
         })?;
 
-        Ok(StepReport {
+        self.model.device().backend().hand_over()?;
+
+        let report = StepReport {
             step: progress.step,
             total_steps,
             epoch: progress.step as f64 / per_epoch as f64,
-            loss: sum / labels.max(1) as f64,
-            penalty,
+            loss: f64::NAN,
+            penalty: None,
             learning_rate,
-            grad_norm: norm,
+            grad_norm: f64::NAN,
             tokens,
-            tokens_per_second: tokens as f64 / begun.elapsed().as_secs_f64().max(1e-9),
-            elapsed_s: progress.elapsed(),
+            tokens_per_second: 0.0,
+            elapsed_s: 0.0,
+        };
+        Ok(Pending {
+            report,
+            begun,
+            losses,
+            labels,
+            penalties,
+            norm,
         })
     }
 
-    fn not_finite(&self, step: u64, what: &str, value: f64, rows: &[&Example]) -> Error {
+    /// The rows of these numbers.
+    pub(super) fn rows(&self, rows: &[usize]) -> Vec<&Example> {
+        let all = &self.train.examples;
+        rows.iter().filter_map(|&row| all.get(row)).collect()
+    }
+
+    pub(super) fn not_finite(&self, step: u64, what: &str, value: f64, rows: &[&Example]) -> Error {
         Error::other(format!(
             "step {}: {what} is {value}, with {}; no adapter was written. A lower train.learning_rate, or a \
              train.max_grad_norm above 0, may help",
@@ -154,19 +158,4 @@ impl Trainer<'_> {
             self.train.places(rows)
         ))
     }
-}
-
-/// Gradients as the optimiser took them.
-fn used(params: &[Param], taken: &[Option<Vec<f32>>], factor: f32) -> Result<Vec<Option<Tensor>>> {
-    let one = |(param, grad): (&Param, &Option<Vec<f32>>)| {
-        let Some(grad) = grad else { return Ok(None) };
-        let clipped = grad.iter().map(|g| g * factor).collect();
-        let value = param.tensor();
-        Ok(Some(Tensor::from_vec(
-            clipped,
-            value.shape(),
-            value.device(),
-        )?))
-    };
-    params.iter().zip(taken).map(one).collect()
 }

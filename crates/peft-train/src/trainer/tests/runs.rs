@@ -207,7 +207,7 @@ fn the_loss_is_the_mean_over_all_labels() {
     for example in &data.examples {
         let one = collate(&[example], 0);
         let out = model.loss(&one.batch, &one.labels, &Pass::eval()).unwrap();
-        sum += out.sum;
+        sum += out.sum().unwrap();
         count += out.count;
         grads
             .merge(
