@@ -90,6 +90,7 @@ type Gradients = Vec<(String, Vec<f32>)>;
 
 fn outcome(model: &Model, batch: &(Batch, Labels)) -> peft::Result<(f64, Gradients)> {
     let out = model.loss(&batch.0, &batch.1, &Pass::eval())?;
+    let sum = out.sum()?;
     let grads = out.loss.backward()?;
     let mut all = Vec::new();
     for param in model.network().parameters() {
@@ -97,7 +98,7 @@ fn outcome(model: &Model, batch: &(Batch, Labels)) -> peft::Result<(f64, Gradien
             all.push((param.key().to_owned(), grad.to_vec()?));
         }
     }
-    Ok((out.sum, all))
+    Ok((sum, all))
 }
 
 /// Checks that two ways to the same loss and gradients differ by no more than sums of a few terms in another order do.
