@@ -10,6 +10,8 @@ pub enum Precision {
     F32,
     /// Base weights that are stored in single precision in bfloat16, and by default the activations that wait for the
     /// backward pass ([`Keep`]). Sums, norms, softmax, losses, adapter parameters, gradients and moments are single precision.
+    /// Products may round what they multiply to 16 bits, where the device does that faster: to bfloat16 on a processor, to
+    /// f16 scaled by powers of two on a card.
     Bf16,
 }
 
