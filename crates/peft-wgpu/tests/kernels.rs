@@ -4,23 +4,10 @@
 use peft_tensor::{
     BaseWeight, Device, FrozenWeight, Precision, Result, RngKey, Tensor, WeightFormat,
 };
-use peft_wgpu::{Options, open_with};
+use peft_wgpu::Options;
 
-/// A device; None, said aloud, where there is no adapter.
-fn device(options: &Options) -> Option<Device> {
-    match open_with(options) {
-        Ok(device) => Some(device),
-        Err(why) => {
-            let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(
-                !required,
-                "PEFT_REQUIRE_GPU=1, and wgpu does not open: {why}"
-            );
-            eprintln!("NOTHING IS TESTED ON wgpu: {why}");
-            None
-        }
-    }
-}
+mod common;
+use common::{open as device, random};
 
 /// With all that the driver has, with the plain kernels alone, and with pieces: bindings of `bytes`.
 fn forms(bytes: u64) -> Vec<Device> {
@@ -36,10 +23,6 @@ fn forms(bytes: u64) -> Vec<Device> {
         one(true, Some(bytes)),
     ];
     all.iter().filter_map(device).collect()
-}
-
-fn random(seed: u64, shape: &[usize], device: &Device) -> Tensor {
-    Tensor::uniform(RngKey::new(seed), -1.0, 1.0, shape, device).unwrap()
 }
 
 fn close(what: &str, f: impl Fn(&Device) -> Result<Tensor>, devices: &[Device], tolerance: f64) {
