@@ -189,6 +189,15 @@ impl Arena {
         }
     }
 
+    /// Gives pages of together at most `values` that nothing is in back to the system: what is left of a page.
+    pub(super) fn release(&mut self, values: usize) -> usize {
+        let pages = values / PAGE;
+        if pages > 0 {
+            self.shrink_to(self.resident.saturating_sub(pages) * PAGE);
+        }
+        values % PAGE
+    }
+
     /// Gives pages that nothing is in back to the system until at most `most` values are resident, as far as that goes.
     pub(super) fn shrink_to(&mut self, most: usize) {
         for chunk in self.chunks.iter_mut().rev() {
@@ -304,6 +313,10 @@ mod tests {
             arena.chunks[0].resident[..6],
             [true, true, true, false, true, true]
         );
+        assert_eq!(arena.release(PAGE - 1), PAGE - 1);
+        assert_eq!(arena.resident(), 5 * PAGE);
+        assert_eq!(arena.release(PAGE + 7), 7);
+        assert_eq!(arena.resident(), 4 * PAGE);
         arena.shrink_to(0);
         assert_eq!(arena.resident(), 3 * PAGE);
         assert!(a.values().iter().all(|v| *v == 1.0) && d.values().iter().all(|v| *v == 4.0));

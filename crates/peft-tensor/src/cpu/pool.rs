@@ -86,6 +86,8 @@ struct Idle {
     busy: usize,
     shared: usize,
     peak: usize,
+    /// Values that room was asked for and that are less than a page of the arena.
+    owed: usize,
 }
 
 static POOL: Mutex<Idle> = Mutex::new(Idle {
@@ -95,6 +97,7 @@ static POOL: Mutex<Idle> = Mutex::new(Idle {
     busy: 0,
     shared: 0,
     peak: 0,
+    owed: 0,
 });
 
 impl Idle {
@@ -175,11 +178,13 @@ fn pool<R>(f: impl FnOnce(&mut Idle) -> R) -> R {
     f(&mut POOL.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Gives idle blocks of so many bytes back to the system, or all there are.
+/// Gives so many bytes of holes and as many of idle blocks back to the system, or all there are.
 pub(super) fn make_room(bytes: usize) {
+    let values = bytes / size_of::<f32>();
     let _given_back = pool(|p| {
-        p.arena.shrink_to(0);
-        p.shrink_to(p.idle.saturating_sub(bytes / size_of::<f32>()))
+        // Gradients come one by one, most of them smaller than a page.
+        p.owed = p.arena.release(p.owed + values);
+        p.shrink_to(p.idle.saturating_sub(values))
     });
 }
 
@@ -347,6 +352,7 @@ mod tests {
             busy: 5 * hundred,
             shared: 0,
             peak: 10 * hundred,
+            owed: 0,
         };
         // Mapped, never touched.
         p.blocks
