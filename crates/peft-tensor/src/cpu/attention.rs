@@ -4,15 +4,21 @@
 //! the window hide from the whole block are never touched. The backward pass makes the tiles again from the
 //! log-sum-exp of each row (as in FlashAttention, Dao et al. 2022), so nothing of size `S * T` is ever kept.
 
+mod rows;
+
 use std::ops::Range;
 
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+pub(super) use self::rows::weights;
+use self::rows::{LANES, row_grad};
 use super::matmul::{View, gemm_into};
+use super::packed::{self, Kernel, Sides};
 use super::par;
 use super::pool::Floats;
-use super::simd::{add_into, dot, exp, simd, tanh};
+use super::simd::{add_into, dot};
+use crate::Precision;
 use crate::backend::Attention;
 
 /// Values of a score tile aimed at: 256 KiB of f32, about a second-level cache.
@@ -33,14 +39,18 @@ pub(super) struct Geometry<'a> {
     bias: Option<Vec<f32>>,
     /// First position and end of each position's run of equal segments, `[B * T]`.
     runs: Option<Vec<(usize, usize)>>,
+    /// What multiplies in the precision of this call, where it is not f32.
+    kernel: Option<Kernel>,
 }
 
 /// The keys a block of queries works on: up to two spans of them, side by side in the tile.
 pub(super) struct Keys {
     spans: [Range<usize>; 2],
-    /// Width of the tile.
+    /// Columns of the tile.
     pub(super) width: usize,
-    /// `Geometry::bias` of these keys.
+    /// From a row of the tile to the next: whole blocks of [`LANES`].
+    pub(super) stride: usize,
+    /// `Geometry::bias` of these keys, `stride` long.
     pub(super) bias: Option<Vec<f32>>,
 }
 
@@ -58,7 +68,7 @@ impl Keys {
 }
 
 impl<'a> Geometry<'a> {
-    fn new(b: usize, s: usize, t: usize, spec: &'a Attention) -> Self {
+    fn new(precision: Precision, b: usize, s: usize, t: usize, spec: &'a Attention) -> Self {
         // Enough blocks for a few threads, small enough tiles.
         let block = (b * s)
             .div_ceil(8)
@@ -79,6 +89,7 @@ impl<'a> Geometry<'a> {
             block,
             bias,
             runs: spec.mask.segments.as_ref().map(|all| runs(all, t)),
+            kernel: packed::kernel(precision),
         }
     }
 
@@ -107,13 +118,18 @@ impl<'a> Geometry<'a> {
         } else {
             [0..prefix, first..end.max(first)]
         };
+        let width = spans[0].len() + spans[1].len();
+        let stride = width.next_multiple_of(LANES);
         let bias = self.bias.as_ref().map(|bias| {
             let bias = &bias[batch * self.t..(batch + 1) * self.t];
-            [&bias[spans[0].clone()], &bias[spans[1].clone()]].concat()
+            let mut bias = [&bias[spans[0].clone()], &bias[spans[1].clone()]].concat();
+            bias.resize(stride, 0.0);
+            bias
         });
         Keys {
-            width: spans[0].len() + spans[1].len(),
             spans,
+            width,
+            stride,
             bias,
         }
     }
@@ -142,9 +158,27 @@ impl<'a> Geometry<'a> {
         View::rows(&x[first..], self.kv_width)
     }
 
+    /// `out = a b`, added to it if `add`; a `[m, k]`, b `[k, n]`, rows of `out` `width` apart.
+    fn multiply(
+        &self,
+        sides: &mut Sides,
+        (m, k, n): (usize, usize, usize),
+        a: View<'_>,
+        b: View<'_>,
+        out: &mut [f32],
+        width: usize,
+        add: bool,
+    ) {
+        match self.kernel {
+            Some(kernel) => kernel.dense(sides, (m, k, n), a, b, out, width, add),
+            None => gemm_into(m, k, n, a, b, out, width, add, 1.0, Parallelism::None),
+        }
+    }
+
     /// `tile = rows keys^T` for the queries' rows and the keys' heads.
     fn scores(
         &self,
+        sides: &mut Sides,
         rows: View<'_>,
         count: usize,
         x: &[f32],
@@ -155,24 +189,16 @@ impl<'a> Geometry<'a> {
     ) {
         for (first, len, column) in keys.spans() {
             let keys_t = self.kv(x, batch * self.t + first, h).t();
-            gemm_into(
-                count,
-                self.spec.head_dim,
-                len,
-                rows,
-                keys_t,
-                &mut tile[column..],
-                keys.width,
-                false,
-                1.0,
-                Parallelism::None,
-            );
+            let shape = (count, self.spec.head_dim, len);
+            let tile = &mut tile[column..];
+            self.multiply(sides, shape, rows, keys_t, tile, keys.stride, false);
         }
     }
 
     /// `out = tile x` for k or v; rows of `out` are `width` apart.
     fn product(
         &self,
+        sides: &mut Sides,
         tile: &[f32],
         count: usize,
         x: &[f32],
@@ -184,20 +210,10 @@ impl<'a> Geometry<'a> {
     ) {
         let mut add = false;
         for (first, len, column) in keys.spans() {
-            let tile = View::rows(&tile[column..], keys.width);
+            let tile = View::rows(&tile[column..], keys.stride);
             let values = self.kv(x, batch * self.t + first, h);
-            gemm_into(
-                count,
-                len,
-                self.spec.head_dim,
-                tile,
-                values,
-                out,
-                width,
-                add,
-                1.0,
-                Parallelism::None,
-            );
+            let shape = (count, len, self.spec.head_dim);
+            self.multiply(sides, shape, tile, values, out, width, add);
             add = true;
         }
     }
@@ -217,6 +233,7 @@ fn runs(segments: &[u32], t: usize) -> Vec<(usize, usize)> {
 }
 
 pub(super) fn attention(
+    precision: Precision,
     q: &[f32],
     k: &[f32],
     v: &[f32],
@@ -225,7 +242,7 @@ pub(super) fn attention(
     t: usize,
     spec: &Attention,
 ) -> (Floats, Vec<f32>) {
-    let geometry = Geometry::new(b, s, t, spec);
+    let geometry = Geometry::new(precision, b, s, t, spec);
     let (heads, width) = (spec.heads, geometry.q_width);
     let mut out = Floats::zeros(q.len());
     let mut lse = vec![f32::NEG_INFINITY; b * heads * s];
@@ -288,10 +305,12 @@ fn block(
     if keys.width == 0 {
         return lse.fill(f32::NEG_INFINITY);
     }
-    let mut tile = vec![0.0; count * keys.width];
+    let mut tile = vec![0.0; count * keys.stride];
     let mut inverse = vec![0.0; count];
+    let mut sides = Sides::default();
     for (slot, h) in heads.enumerate() {
         g.scores(
+            &mut sides,
             g.q(q, batch * g.s + queries.start, h),
             count,
             k,
@@ -300,7 +319,7 @@ fn block(
             &keys,
             &mut tile,
         );
-        for (r, row) in tile.chunks_mut(keys.width).enumerate() {
+        for (r, row) in tile.chunks_mut(keys.stride).enumerate() {
             let columns = g.columns(batch, queries.start + r, &keys);
             (inverse[r], lse[slot * count + r]) = weights(
                 row,
@@ -311,69 +330,12 @@ fn block(
             );
         }
         let out = &mut out[slot * d..];
-        g.product(&tile, count, v, batch, h, &keys, out, width);
+        g.product(&mut sides, &tile, count, v, batch, h, &keys, out, width);
         for (r, inverse) in inverse.iter().enumerate() {
             for o in &mut out[r * width..r * width + d] {
                 *o *= inverse;
             }
         }
-    }
-}
-
-/// Scales, caps and masks scores in place.
-#[inline(always)]
-fn finish<const FMA: bool>(
-    row: &mut [f32],
-    bias: Option<&[f32]>,
-    scale: f32,
-    softcap: Option<f32>,
-) {
-    match softcap {
-        None => row.iter_mut().for_each(|s| *s *= scale),
-        Some(cap) => {
-            let inner = scale / cap;
-            row.iter_mut()
-                .for_each(|s| *s = cap * tanh::<FMA>(*s * inner));
-        }
-    }
-    if let Some(bias) = bias {
-        for (s, b) in row.iter_mut().zip(bias) {
-            *s += b;
-        }
-    }
-}
-
-/// Zeroes what lies outside of two ascending ranges.
-#[inline(always)]
-fn clear_outside(row: &mut [f32], columns: &[Range<usize>; 2]) {
-    row[columns[0].end..columns[1].start].fill(0.0);
-    row[columns[1].end..].fill(0.0);
-}
-
-simd! {
-    /// Raw products of a row to e^(score - max), zero where nothing is to be seen: (1 / their sum, log-sum-exp).
-    pub(super) fn weights(row: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>) -> (f32, f32) {
-        clear_outside(row, columns);
-        let mut max = f32::NEG_INFINITY;
-        for range in columns {
-            let part = &mut row[range.clone()];
-            finish::<FMA>(part, bias.map(|b| &b[range.clone()]), scale, softcap);
-            let part_max = super::simd::max_body(part);
-            max = if part_max > max { part_max } else { max };
-        }
-        let mut sum = 0.0;
-        for range in columns {
-            let part = &mut row[range.clone()];
-            if max == f32::NEG_INFINITY && part.iter().all(|s| !s.is_nan()) {
-                part.fill(0.0);
-                continue;
-            }
-            for s in part.iter_mut() {
-                *s = exp::<FMA>(*s - max);
-            }
-            sum += super::simd::sum_body(part);
-        }
-        if sum == 0.0 { (0.0, f32::NEG_INFINITY) } else { (1.0 / sum, max + sum.ln()) }
     }
 }
 
@@ -388,6 +350,7 @@ struct Part {
 }
 
 pub(super) fn attention_grad(
+    precision: Precision,
     q: &[f32],
     k: &[f32],
     v: &[f32],
@@ -399,7 +362,7 @@ pub(super) fn attention_grad(
     t: usize,
     spec: &Attention,
 ) -> (Floats, Floats, Floats) {
-    let geometry = Geometry::new(b, s, t, spec);
+    let geometry = Geometry::new(precision, b, s, t, spec);
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Floats::zeros(x.len()));
     if q.is_empty() || k.is_empty() {
         return (dq, dk, dv);
@@ -479,6 +442,7 @@ fn backward(
         dv: vec![0.0; t * d],
     };
     let (mut tile, mut slopes) = (Vec::new(), Vec::new());
+    let mut sides = Sides::default();
     for start in (0..s).step_by(g.block) {
         let queries = start..(start + g.block).min(s);
         let count = queries.len();
@@ -486,17 +450,26 @@ fn backward(
         if keys.width == 0 {
             continue;
         }
-        tile.resize(count * keys.width, 0.0);
-        slopes.resize(count * keys.width, 0.0);
+        tile.resize(count * keys.stride, 0.0);
+        slopes.resize(count * keys.stride, 0.0);
         for (slot, h) in heads.clone().enumerate() {
             let row = batch * s + start;
             let (q_rows, dout_rows, out_rows) =
                 (g.q(q, row, h), g.q(dout, row, h), g.q(out, row, h));
-            g.scores(q_rows, count, k, batch, h, &keys, &mut tile);
-            g.scores(dout_rows, count, v, batch, h, &keys, &mut slopes);
+            g.scores(&mut sides, q_rows, count, k, batch, h, &keys, &mut tile);
+            g.scores(
+                &mut sides,
+                dout_rows,
+                count,
+                v,
+                batch,
+                h,
+                &keys,
+                &mut slopes,
+            );
             let rows = tile
-                .chunks_mut(keys.width)
-                .zip(slopes.chunks_mut(keys.width));
+                .chunks_mut(keys.stride)
+                .zip(slopes.chunks_mut(keys.stride));
             for (r, (weights, slopes)) in rows.enumerate() {
                 let at = r * g.q_width;
                 let delta = dot(&out_rows.data[at..at + d], &dout_rows.data[at..at + d]);
@@ -514,6 +487,7 @@ fn backward(
                 );
             }
             g.product(
+                &mut sides,
                 &slopes,
                 count,
                 k,
@@ -524,71 +498,15 @@ fn backward(
                 width,
             );
             for (first, len, column) in keys.spans() {
-                let weights_t = View::rows(&tile[column..], keys.width).t();
-                let slopes_t = View::rows(&slopes[column..], keys.width).t();
-                gemm_into(
-                    len,
-                    count,
-                    d,
-                    weights_t,
-                    dout_rows,
-                    &mut part.dv[first * d..],
-                    d,
-                    true,
-                    1.0,
-                    Parallelism::None,
-                );
-                gemm_into(
-                    len,
-                    count,
-                    d,
-                    slopes_t,
-                    q_rows,
-                    &mut part.dk[first * d..],
-                    d,
-                    true,
-                    1.0,
-                    Parallelism::None,
-                );
+                let weights_t = View::rows(&tile[column..], keys.stride).t();
+                let slopes_t = View::rows(&slopes[column..], keys.stride).t();
+                let shape = (len, count, d);
+                let dv = &mut part.dv[first * d..];
+                g.multiply(&mut sides, shape, weights_t, dout_rows, dv, d, true);
+                let dk = &mut part.dk[first * d..];
+                g.multiply(&mut sides, shape, slopes_t, q_rows, dk, d, true);
             }
         }
     }
     part
-}
-
-simd! {
-    /// Raw products of a row to softmax weights, and `slopes` from d weights to d raw products.
-    fn row_grad(row: &mut [f32], slopes: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>, lse: f32, delta: f32) {
-        if lse == f32::NEG_INFINITY {
-            row.fill(0.0);
-            slopes.fill(0.0);
-            return;
-        }
-        clear_outside(row, columns);
-        clear_outside(slopes, columns);
-        for range in columns {
-            let (row, slopes) = (&mut row[range.clone()], &mut slopes[range.clone()]);
-            finish::<FMA>(row, None, scale, softcap);
-            let inv_cap = softcap.map_or(0.0, |cap| 1.0 / cap);
-            for (s, d) in row.iter().zip(slopes.iter_mut()) {
-                // The slope of the cap; without one the factor is 1.
-                let capped = s * inv_cap;
-                *d = (*d - delta) * scale * (1.0 - capped * capped);
-            }
-            if let Some(bias) = bias {
-                add_bias(row, &bias[range.clone()]);
-            }
-            for (s, d) in row.iter_mut().zip(slopes.iter_mut()) {
-                *s = exp::<FMA>(*s - lse);
-                *d *= *s;
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn add_bias(row: &mut [f32], bias: &[f32]) {
-    for (s, b) in row.iter_mut().zip(bias) {
-        *s += b;
-    }
 }

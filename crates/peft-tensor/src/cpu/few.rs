@@ -106,7 +106,22 @@ fn dense_at(
     out: &mut [f32],
     threads: bool,
 ) {
+    if m == 1 {
+        return by_rows(level, a, b, m, k, out, threads);
+    }
     let n = out.len() / m;
+    let mut columns = Floats::dirty(m * n);
+    by_rows(level, a, b, m, k, &mut columns, threads);
+    super::matmul::transpose(&columns, m, n, out);
+}
+
+/// `x [m, k] wt` for a few rows `w [n, k]`, into `out [m, n]`: a tall matrix through a thin one, as in front of a low rank.
+pub(super) fn thin(x: &[f32], w: &[f32], k: usize, n: usize, out: &mut [f32], threads: bool) {
+    by_rows(level(), w, x, n, k, out, threads);
+}
+
+/// Each of the rows `b [n, k]` with each of a few rows `a [m, k]`: `out [n, m]`.
+fn by_rows(level: Level, a: &[f32], b: &[f32], m: usize, k: usize, out: &mut [f32], threads: bool) {
     let run = |first: usize, out: &mut [f32]| {
         let b = &b[first * k..][..out.len() / m * k];
         if m == 1 {
@@ -115,20 +130,12 @@ fn dense_at(
             at!(level, tile(a, b, k, k, m, out));
         }
     };
-    let all = |out: &mut [f32]| {
-        let rows = rows_of_piece(m, k);
-        if !threads || n <= rows {
-            return run(0, out);
-        }
-        let pieces = out.chunks_mut(rows * m).enumerate();
-        share(pieces.collect(), |(i, out)| run(i * rows, out));
-    };
-    if m == 1 {
-        return all(out);
+    let rows = rows_of_piece(m, k);
+    if !threads || out.len() / m <= rows {
+        return run(0, out);
     }
-    let mut columns = Floats::dirty(m * n);
-    all(&mut columns);
-    super::matmul::transpose(&columns, m, n, out);
+    let pieces = out.chunks_mut(rows * m).enumerate();
+    share(pieces.collect(), |(i, out)| run(i * rows, out));
 }
 
 /// `x W` of `x [m, rows]`: `[m, cols]`. Each piece sums some of the weight's rows; the pieces, cut by the shape alone,

@@ -41,6 +41,9 @@ impl<'a> View<'a> {
 /// Most rows whose product with columns of a matrix is a sum of its rows.
 const FEW: usize = 4;
 
+/// Least inner size for which a product of few columns is made of dot products.
+const THIN: usize = 64;
+
 /// Multiply-adds from which on a product is worth several threads.
 const PARALLEL: usize = 128 * 1024;
 
@@ -104,6 +107,29 @@ pub(super) fn gemm_into(
     }
 }
 
+/// `out = scale * a b`, or with the transpose of b, of few columns `n`.
+fn thin(
+    a: &[f32],
+    b: &[f32],
+    k: usize,
+    n: usize,
+    tb: bool,
+    scale: f32,
+    out: &mut [f32],
+    threads: Parallelism,
+) {
+    let threads = !matches!(threads, Parallelism::None);
+    if tb && scale == 1.0 {
+        return few::thin(a, &b[..n * k], k, n, out, threads);
+    }
+    let at = |i: usize| match tb {
+        true => b[i],
+        false => b[i % k * n + i / k],
+    };
+    let rows: Vec<f32> = (0..n * k).map(|i| scale * at(i)).collect();
+    few::thin(a, &rows, k, n, out, threads);
+}
+
 /// How many threads a product of that size gets.
 pub(super) fn parallelism(m: usize, k: usize, n: usize) -> Parallelism {
     if m * k * n >= PARALLEL {
@@ -157,6 +183,9 @@ pub(super) fn matmul(
                 *out = if add { *out } else { 0.0 } + scale * p;
             }
             return;
+        }
+        if !ta && !add && n <= few::FEW && k >= THIN {
+            return thin(&a[..m * k], b, k, n, tb, scale, out, threads);
         }
         let a = if ta {
             View::rows(a, m).t()
@@ -220,9 +249,9 @@ fn few_rows(
     }
 }
 
-/// `[n, m]` -> `[m, n]`
-pub(super) fn transpose(columns: &[f32], m: usize, n: usize, out: &mut [f32]) {
-    for (i, out) in out.chunks_exact_mut(n).enumerate() {
+/// `[n, m]` -> `[m, n]`, in rows of `width >= n` values.
+pub(super) fn transpose(columns: &[f32], m: usize, width: usize, out: &mut [f32]) {
+    for (i, out) in out.chunks_exact_mut(width).enumerate() {
         for (o, column) in out.iter_mut().zip(columns.chunks_exact(m)) {
             *o = column[i];
         }

@@ -439,7 +439,8 @@ impl Backend for CpuBackend {
         t: usize,
         spec: &Attention,
     ) -> Result<(Buffer, Buffer)> {
-        let (out, lse) = attention::attention(get(q)?, get(k)?, get(v)?, b, s, t, spec);
+        let (out, lse) =
+            attention::attention(self.precision, get(q)?, get(k)?, get(v)?, b, s, t, spec);
         Ok((put(out), put(lse)))
     }
 
@@ -457,6 +458,7 @@ impl Backend for CpuBackend {
         spec: &Attention,
     ) -> Result<(Buffer, Buffer, Buffer)> {
         let (dq, dk, dv) = attention::attention_grad(
+            self.precision,
             get(q)?,
             get(k)?,
             get(v)?,

@@ -3,6 +3,9 @@
 use super::par;
 use super::pool::Floats;
 use super::simd::{madd, simd};
+
+/// Pairs that are turned at a time.
+const LANES: usize = 16;
 use crate::backend::Rope;
 
 pub(super) fn rope(x: &[f32], spec: &Rope, inverse: bool) -> Floats {
@@ -31,17 +34,33 @@ simd! {
     fn turn(x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, inverse: bool, out: &mut [f32]) {
         let half = cos.len();
         let sign = if inverse { -1.0 } else { 1.0 };
+        let turned = |x1: f32, x2: f32, c: f32, s: f32| {
+            let s = sign * s;
+            (madd::<FMA>(x1, c, -x2 * s), madd::<FMA>(x2, c, x1 * s))
+        };
+        let (cos_blocks, cos_tail) = cos.as_chunks::<LANES>();
+        let (sin_blocks, sin_tail) = sin.as_chunks::<LANES>();
         for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
             let (x1, rest) = x.split_at(half);
             let (x2, pass) = rest.split_at(half);
             let (o1, rest) = out.split_at_mut(half);
             let (o2, out_pass) = rest.split_at_mut(half);
-            for j in 0..half {
-                let s = sign * sin[j];
-                o1[j] = madd::<FMA>(x1[j], cos[j], -x2[j] * s);
-                o2[j] = madd::<FMA>(x2[j], cos[j], x1[j] * s);
+            let (x1, x1_tail) = x1.as_chunks::<LANES>();
+            let (x2, x2_tail) = x2.as_chunks::<LANES>();
+            let (o1, o1_tail) = o1.as_chunks_mut::<LANES>();
+            let (o2, o2_tail) = o2.as_chunks_mut::<LANES>();
+            // Whole blocks: a half is often shorter than what the compiler would take at a time.
+            for i in 0..cos_blocks.len().min(x1.len()).min(x2.len()).min(o1.len()).min(o2.len()).min(sin_blocks.len()) {
+                for j in 0..LANES {
+                    (o1[i][j], o2[i][j]) = turned(x1[i][j], x2[i][j], cos_blocks[i][j], sin_blocks[i][j]);
+                }
             }
-            out_pass.copy_from_slice(pass);
+            for j in 0..cos_tail.len() {
+                (o1_tail[j], o2_tail[j]) = turned(x1_tail[j], x2_tail[j], cos_tail[j], sin_tail[j]);
+            }
+            if !pass.is_empty() {
+                out_pass.copy_from_slice(pass);
+            }
         }
     }
 }

@@ -221,14 +221,21 @@ pub(crate) fn max_body(x: &[f32]) -> f32 {
     let (blocks, tail) = x.as_chunks::<32>();
     for block in blocks {
         for l in 0..32 {
-            acc[l] = if block[l] > acc[l] { block[l] } else { acc[l] };
+            acc[l] = larger(block[l], acc[l]);
         }
     }
-    let mut max = f32::NEG_INFINITY;
-    for v in acc.iter().chain(tail) {
-        max = if *v > max { *v } else { max };
+    for width in [16, 8, 4, 2, 1] {
+        for l in 0..width {
+            acc[l] = larger(acc[l + width], acc[l]);
+        }
     }
-    max
+    tail.iter().fold(acc[0], |max, v| larger(*v, max))
+}
+
+/// The larger of two, `b` where `a` is NaN.
+#[inline(always)]
+pub(crate) fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
 }
 
 simd! {

@@ -41,7 +41,7 @@ fn group(
     if keys.width == 0 {
         return lse.fill(f32::NEG_INFINITY);
     }
-    let mut scores = vec![0.0; 2 * heads * keys.width];
+    let mut scores = vec![0.0; heads * (keys.width + keys.stride)];
     let (by_key, by_head) = scores.split_at_mut(heads * keys.width);
     let q = &q[(batch * g.spec.heads + h) * d..][..heads * d];
     for (first, len, column) in keys.spans() {
@@ -49,9 +49,9 @@ fn group(
         let scores = &mut by_key[column * heads..][..len * heads];
         at!(level, tile(q, k.data, d, k.rs, heads, scores));
     }
-    transpose(by_key, heads, keys.width, by_head);
+    transpose(by_key, heads, keys.stride, by_head);
     let columns = g.columns(batch, 0, &keys);
-    let all = by_head.chunks_mut(keys.width).zip(out.chunks_mut(d));
+    let all = by_head.chunks_mut(keys.stride).zip(out.chunks_mut(d));
     for ((row, out), lse) in all.zip(lse) {
         let (scale, cap) = (g.spec.scale, g.spec.softcap);
         let inverse;

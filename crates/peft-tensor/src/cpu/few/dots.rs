@@ -111,7 +111,7 @@ fn sixteens<const R: usize>(x: &[f32], row: usize, k: usize) -> [(&[[f32; 16]], 
 }
 
 macro_rules! kernels {
-    ($lanes:ident $(, $feature:literal)?) => {
+    ($lanes:ident, $together:literal $(, $feature:literal)?) => {
         pub(super) mod $lanes {
             use super::super::lanes::{$lanes::*, Codes, PAGE, plain};
             use super::{sixteens, units};
@@ -174,7 +174,8 @@ macro_rules! kernels {
                 }
             }
 
-            /// Each of `m` rows of `x` with each of `w`'s, `k` wide and `row` apart: `out [rows of w, m]`.
+            /// Each of `m` rows of `x` with each of `w`'s, `k` wide and `row` apart: `out [rows of w, m]`. As many rows of `w`
+            /// are taken together as there are registers for sums with three rows of `x`.
             $(#[target_feature(enable = $feature)])?
             pub(in super::super) fn tile(x: &[f32], w: &[f32], k: usize, row: usize, m: usize, out: &mut [f32]) {
                 $(#[target_feature(enable = $feature)])?
@@ -202,20 +203,36 @@ macro_rules! kernels {
                         }
                     }
                 }
-                let rows = out.len() / m;
-                for r in (0..rows).step_by(2) {
-                    let (w, out, pair) = (&w[r * row..], &mut out[r * m..], r + 1 < rows);
+                $(#[target_feature(enable = $feature)])?
+                #[inline]
+                fn all<const R: usize>(x: &[f32], w: &[f32], k: usize, row: usize, m: usize, out: &mut [f32]) {
                     for c in (0..m).step_by(3) {
                         let (x, out) = (&x[c * k..], &mut out[c..]);
-                        match (pair, m - c) {
-                            (true, 1) => some::<2, 1>(x, w, k, row, m, out),
-                            (true, 2) => some::<2, 2>(x, w, k, row, m, out),
-                            (true, _) => some::<2, 3>(x, w, k, row, m, out),
-                            (false, 1) => some::<1, 1>(x, w, k, row, m, out),
-                            (false, 2) => some::<1, 2>(x, w, k, row, m, out),
-                            (false, _) => some::<1, 3>(x, w, k, row, m, out),
+                        match m - c {
+                            1 => some::<R, 1>(x, w, k, row, m, out),
+                            2 => some::<R, 2>(x, w, k, row, m, out),
+                            _ => some::<R, 3>(x, w, k, row, m, out),
                         }
                     }
+                }
+                let rows = out.len() / m;
+                let mut r = 0;
+                while r < rows {
+                    let (w, out) = (&w[r * row..], &mut out[r * m..]);
+                    r += match rows - r {
+                        1 => {
+                            all::<1>(x, w, k, row, m, out);
+                            1
+                        }
+                        left if left < $together => {
+                            all::<2>(x, w, k, row, m, out);
+                            2
+                        }
+                        _ => {
+                            all::<$together>(x, w, k, row, m, out);
+                            $together
+                        }
+                    };
                 }
             }
 
@@ -253,8 +270,8 @@ macro_rules! kernels {
     };
 }
 
-kernels!(plain);
+kernels!(plain, 2);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2, "avx2,fma,f16c");
+kernels!(avx2, 2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512, "avx512f,avx2,fma,f16c");
+kernels!(avx512, 8, "avx512f,avx2,fma,f16c");

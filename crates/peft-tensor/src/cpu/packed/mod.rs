@@ -9,12 +9,14 @@
 //! The same loops for f32 (6 rows by 16 columns, AVX2) were 5 to 10 percent slower than the `gemm` crate, which therefore
 //! has what is multiplied in single precision.
 
+mod dense;
 mod lanes;
 mod pack;
 mod tile;
 
 use std::sync::OnceLock;
 
+pub(super) use self::dense::Sides;
 use self::lanes::Lanes;
 use self::pack::{Panels, Side};
 use super::frozen::Scratch;

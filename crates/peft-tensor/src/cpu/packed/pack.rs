@@ -68,6 +68,11 @@ impl Side {
         Self::new(n, 2 * WIDTH, inside, PIECE)
     }
 
+    /// A side of a product that is not shared among threads.
+    pub(super) fn dense(outside: usize, take: usize, inside: usize) -> Self {
+        Self::new(outside, take, inside, usize::MAX)
+    }
+
     /// Units of all panels.
     pub(super) fn len(&self) -> usize {
         self.strips * self.take * self.units
@@ -250,28 +255,93 @@ fn strips<L: Lanes, T: Item>(
     inside: usize,
     out: &mut [u32],
 ) {
-    let take = side.take;
-    let size = (take * side.units).max(1);
-    let one = |(strip, out): (usize, &mut [u32])| {
-        let first = strip * take;
-        let rows = &rows[first * stride..];
-        let count = (side.outside - first).min(take);
-        l.run(Strip {
-            rows,
-            stride,
-            inside,
-            count,
-            take,
-            out,
-        });
-    };
+    let size = (side.take * side.units).max(1);
     // A task long enough to be worth waking a thread.
     let together = (16 * 1024 / size).max(1);
     if side.strips <= together {
-        return out.chunks_mut(size).enumerate().for_each(one);
+        return strips_here(l, side, rows, stride, inside, out);
     }
     let tasks = out.par_chunks_mut(size).enumerate();
-    tasks.with_min_len(together).for_each(one);
+    tasks
+        .with_min_len(together)
+        .for_each(|(strip, out)| one_strip(l, side, rows, stride, inside, strip, out));
+}
+
+/// [`strips`] without other threads.
+fn strips_here<L: Lanes, T: Item>(
+    l: L,
+    side: &Side,
+    rows: &[T],
+    stride: usize,
+    inside: usize,
+    out: &mut [u32],
+) {
+    let size = (side.take * side.units).max(1);
+    for (strip, out) in out.chunks_mut(size).enumerate() {
+        one_strip(l, side, rows, stride, inside, strip, out);
+    }
+}
+
+fn one_strip<L: Lanes, T: Item>(
+    l: L,
+    side: &Side,
+    rows: &[T],
+    stride: usize,
+    inside: usize,
+    strip: usize,
+    out: &mut [u32],
+) {
+    let take = side.take;
+    let first = strip * take;
+    l.run(Strip {
+        rows: &rows[first * stride..],
+        stride,
+        inside,
+        count: (side.outside - first).min(take),
+        take,
+        out,
+    });
+}
+
+/// Packs rows of a dense matrix, `stride` apart, the first `inside` values of each.
+pub(super) fn dense_rows<L: Lanes>(
+    l: L,
+    side: &Side,
+    x: &[f32],
+    stride: usize,
+    inside: usize,
+    out: &mut [u32],
+) {
+    strips_here(l, side, x, stride, inside, out);
+}
+
+/// Packs columns of a dense matrix of `inside` rows, `stride` apart; `line` is memory to work in.
+pub(super) fn dense_columns<L: Lanes>(
+    l: L,
+    side: &Side,
+    x: &[f32],
+    stride: usize,
+    inside: usize,
+    out: &mut [u32],
+    line: &mut Vec<u32>,
+) {
+    let (take, apart) = (side.take, side.units * side.take);
+    line.clear();
+    line.resize(self::line(side), 0);
+    for unit in 0..side.units {
+        let row = |i: usize| match i < inside {
+            true => &x[i * stride..][..side.outside],
+            false => &[],
+        };
+        l.run(Step {
+            rows: [row(2 * unit), row(2 * unit + 1)],
+            line,
+            out: &mut out[unit * take..],
+            take,
+            apart,
+            last: unit + 1 == side.units,
+        });
+    }
 }
 
 /// The stored units of a bfloat16 matrix, where they are what the lanes want and can be read as such.
@@ -317,34 +387,62 @@ pub(super) fn weight_rows<L: Lanes>(
     );
 }
 
-/// One step along the inner dimension, for all strips: the values of two rows of the weight side by side.
+/// One step along the inner dimension, for all strips: the values of two rows side by side.
 struct Step<'a> {
     /// The second is empty beyond the last.
     rows: [&'a [f32]; 2],
+    /// A place of [`line`] for the units of the whole row, zero beyond it.
+    line: &'a mut [u32],
     /// From the place of the step in the first strip on; strips are `apart`.
     out: &'a mut [u32],
     take: usize,
     apart: usize,
+    /// Whether nothing of a strip comes after.
+    last: bool,
 }
 
 impl<L: Lanes> Work<L> for Step<'_> {
     #[inline(always)]
     fn on(self, _l: L) {
         let [a, b] = self.rows;
-        for (strip, a) in a.chunks(self.take).enumerate() {
-            let out = &mut self.out[strip * self.apart..][..self.take];
-            if b.is_empty() {
-                for (out, a) in out.iter_mut().zip(a) {
-                    *out = bf16(*a);
-                }
-            } else {
-                let b = &b[strip * self.take..][..a.len()];
-                for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-                    *out = bf16(*a) | bf16(*b) << 16;
-                }
-            }
-            out[a.len()..].fill(0);
+        let zero = [0.0; WIDTH];
+        let (blocks, tail) = a.as_chunks::<WIDTH>();
+        let (b_blocks, b_tail) = b.as_chunks::<WIDTH>();
+        let lines = self.line.as_chunks_mut::<WIDTH>().0;
+        for (i, (line, a)) in lines.iter_mut().zip(blocks).enumerate() {
+            pair(a, b_blocks.get(i).unwrap_or(&zero), line);
         }
+        if !tail.is_empty() {
+            let (mut a, mut b) = (zero, zero);
+            a[..tail.len()].copy_from_slice(tail);
+            b[..b_tail.len()].copy_from_slice(b_tail);
+            pair(&a, &b, &mut lines[blocks.len()]);
+        }
+        let take = self.take;
+        for (strip, line) in (0..a.len().div_ceil(take)).map(|i| (i, &self.line[i * take..])) {
+            let out = &mut self.out[strip * self.apart..];
+            if take == 2 * WIDTH {
+                out[..2 * WIDTH].copy_from_slice(&line[..2 * WIDTH]);
+            } else if self.last {
+                out[..take].copy_from_slice(&line[..take]);
+            } else {
+                // Less than a register: the next step overwrites what is too much.
+                out[..WIDTH].copy_from_slice(&line[..WIDTH]);
+            }
+        }
+    }
+}
+
+/// The length of a place for the units of one step of all strips, in whole registers and one more to read beyond.
+fn line(side: &Side) -> usize {
+    (side.strips * side.take).next_multiple_of(WIDTH) + WIDTH
+}
+
+/// The units of values that stand next to each other along the inner dimension.
+#[inline(always)]
+fn pair(a: &[f32; WIDTH], b: &[f32; WIDTH], units: &mut [u32; WIDTH]) {
+    for i in 0..WIDTH {
+        units[i] = bf16(a[i]) | bf16(b[i]) << 16;
     }
 }
 
@@ -391,6 +489,7 @@ pub(super) fn weight_columns<L: Lanes>(
             let units = out.len() / (take * side.strips);
             let apart = units * take;
             let mut decoded = Vec::new();
+            let mut line = vec![0; line(side)];
             for unit in 0..units {
                 // Rows of this step, counted in the weight.
                 let at = first + (piece * side.piece + unit) * 2;
@@ -421,9 +520,11 @@ pub(super) fn weight_columns<L: Lanes>(
                 let rows = [&values[..cols], &values[cols..]];
                 l.run(Step {
                     rows,
+                    line: &mut line,
                     out,
                     take,
                     apart,
+                    last: unit + 1 == units,
                 });
             }
         });

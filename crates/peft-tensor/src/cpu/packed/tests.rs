@@ -106,10 +106,89 @@ fn all_shapes<L: Lanes>(l: L) {
     }
 }
 
+/// Products of two dense matrices, either side by rows or by columns, inside of wider ones.
+fn dense<L: Lanes>(l: L) {
+    use crate::cpu::matmul::View;
+    let mut sides = Sides::default();
+    for (n, (m, k, n_cols)) in [
+        (1, 1, 1),
+        (14, 2, 32),
+        (3, 31, 5),
+        (64, 33, 40),
+        (29, 64, 66),
+        (47, 90, 17),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for (a_rows, b_rows) in [(true, true), (true, false), (false, true), (false, false)] {
+            let add = (n + usize::from(a_rows)).is_multiple_of(2);
+            let gap = n % 3;
+            let stride = |rows: bool, across: usize, down: usize| {
+                if rows { across + gap } else { down + gap }
+            };
+            let (a_step, b_step) = (stride(a_rows, k, m), stride(b_rows, n_cols, k));
+            let a = values(n as u64, a_step * if a_rows { m } else { k });
+            let b = values(40 + n as u64, b_step * if b_rows { k } else { n_cols });
+            let view = |x, step, rows: bool| {
+                let view = View::rows(x, step);
+                if rows { view } else { view.t() }
+            };
+            let width = n_cols + gap;
+            let before = values(3, m * width);
+            let mut out = before.clone();
+            let (a_view, b_view) = (view(&a, a_step, a_rows), view(&b, b_step, b_rows));
+            super::dense::multiply(
+                l,
+                &mut sides,
+                (m, k, n_cols),
+                a_view,
+                b_view,
+                &mut out,
+                width,
+                add,
+            );
+            let (a, b) = (rounded(&a), rounded(&b));
+            for at in 0..m * width {
+                let (i, j) = (at / width, at % width);
+                if j >= n_cols {
+                    assert_eq!(out[at], before[at], "written beyond a row");
+                    continue;
+                }
+                let a = |k: usize| {
+                    a[if a_rows {
+                        i * a_step + k
+                    } else {
+                        k * a_step + i
+                    }]
+                };
+                let b = |k: usize| {
+                    b[if b_rows {
+                        k * b_step + j
+                    } else {
+                        j * b_step + k
+                    }]
+                };
+                let products = (0..k).map(|k| a(k) * b(k));
+                let size: f64 = products.clone().map(f64::abs).sum();
+                let start = if add { f64::from(before[at]) } else { 0.0 };
+                let want = products.sum::<f64>() + start;
+                let allowed = f64::from(f32::EPSILON) * (size + start.abs()) * (k as f64).sqrt();
+                let got = f64::from(out[at]);
+                assert!(
+                    (got - want).abs() <= allowed,
+                    "{m} x {k} x {n_cols}, rows {a_rows} {b_rows}, add {add}: ({i}, {j}) is {got}, not {want}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn simulated_lanes() {
     every_function(Plain);
     all_shapes(Plain);
+    dense(Plain);
     // Weights of several slabs and several blocks.
     check(Plain, (15, 1030, 1100), WeightFormat::BF16, true, false);
     check(Plain, (15, 1030, 1100), WeightFormat::NF4, false, true);
@@ -176,6 +255,7 @@ fn lanes_of_this_processor() {
         Some(Kernel::Avx512Bf16(l)) => {
             every_function(l);
             all_shapes(l);
+            dense(l);
             check(l, (15, 1030, 1100), WeightFormat::BF16, true, false);
             check(l, (15, 1030, 1100), WeightFormat::NF4, false, true);
             assert!(Kernel::Avx512Bf16(l).is_right());

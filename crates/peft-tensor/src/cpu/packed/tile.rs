@@ -24,6 +24,9 @@ pub(super) fn multiply<L: Lanes>(
     add: bool,
 ) {
     let (m, strips) = (left.side.outside, left.side.strips);
+    if m * left.side.units * right.side.outside < PARALLEL {
+        return multiply_here(l, left, right, out, width, add);
+    }
     let task = |first: usize, out: &mut [f32]| {
         let last = (first + out.len().div_ceil(width * ROWS)).min(strips);
         l.run(Task {
@@ -36,9 +39,6 @@ pub(super) fn multiply<L: Lanes>(
             add,
         });
     };
-    if m * left.side.units * right.side.outside < PARALLEL {
-        return task(0, out);
-    }
     // Enough tasks for threads that are not equally fast.
     let tasks = strips
         .div_ceil(STRIPS)
@@ -47,6 +47,26 @@ pub(super) fn multiply<L: Lanes>(
     out.par_chunks_mut(each * ROWS * width)
         .enumerate()
         .for_each(|(i, out)| task(i * each, out));
+}
+
+/// [`multiply`] without other threads.
+pub(super) fn multiply_here<L: Lanes>(
+    l: L,
+    left: &Panels<'_>,
+    right: &Panels<'_>,
+    out: &mut [f32],
+    width: usize,
+    add: bool,
+) {
+    l.run(Task {
+        left,
+        right,
+        first: 0,
+        last: left.side.strips,
+        out,
+        width,
+        add,
+    });
 }
 
 /// Some strips of rows against all columns.
