@@ -34,10 +34,6 @@ simd! {
     fn turn(x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, inverse: bool, out: &mut [f32]) {
         let half = cos.len();
         let sign = if inverse { -1.0 } else { 1.0 };
-        let turned = |x1: f32, x2: f32, c: f32, s: f32| {
-            let s = sign * s;
-            (madd::<FMA>(x1, c, -x2 * s), madd::<FMA>(x2, c, x1 * s))
-        };
         let (cos_blocks, cos_tail) = cos.as_chunks::<LANES>();
         let (sin_blocks, sin_tail) = sin.as_chunks::<LANES>();
         for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
@@ -50,13 +46,21 @@ simd! {
             let (o1, o1_tail) = o1.as_chunks_mut::<LANES>();
             let (o2, o2_tail) = o2.as_chunks_mut::<LANES>();
             // Whole blocks: a half is often shorter than what the compiler would take at a time.
-            for i in 0..cos_blocks.len().min(x1.len()).min(x2.len()).min(o1.len()).min(o2.len()).min(sin_blocks.len()) {
+            let x = x1.iter().zip(x2);
+            let out = o1.iter_mut().zip(o2);
+            for (((x1, x2), (o1, o2)), (cos, sin)) in x.zip(out).zip(cos_blocks.iter().zip(sin_blocks)) {
+                let (mut a, mut b) = ([0.0; LANES], [0.0; LANES]);
                 for j in 0..LANES {
-                    (o1[i][j], o2[i][j]) = turned(x1[i][j], x2[i][j], cos_blocks[i][j], sin_blocks[i][j]);
+                    let s = sign * sin[j];
+                    a[j] = madd::<FMA>(x1[j], cos[j], -x2[j] * s);
+                    b[j] = madd::<FMA>(x2[j], cos[j], x1[j] * s);
                 }
+                (*o1, *o2) = (a, b);
             }
             for j in 0..cos_tail.len() {
-                (o1_tail[j], o2_tail[j]) = turned(x1_tail[j], x2_tail[j], cos_tail[j], sin_tail[j]);
+                let s = sign * sin_tail[j];
+                o1_tail[j] = madd::<FMA>(x1_tail[j], cos_tail[j], -x2_tail[j] * s);
+                o2_tail[j] = madd::<FMA>(x2_tail[j], cos_tail[j], x1_tail[j] * s);
             }
             if !pass.is_empty() {
                 out_pass.copy_from_slice(pass);

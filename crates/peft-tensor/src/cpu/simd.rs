@@ -192,13 +192,36 @@ pub(crate) fn dot_body<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
 /// Sum of 32 lanes by halves.
 #[inline(always)]
 pub(crate) fn fold(acc: &[f32; 32]) -> f32 {
-    let mut half = *acc;
-    for width in [16, 8, 4, 2, 1] {
-        for l in 0..width {
-            half[l] += half[l + width];
-        }
+    let mut half = [0.0; 16];
+    for l in 0..16 {
+        half[l] = acc[l] + acc[l + 16];
     }
-    half[0]
+    sum16(&half)
+}
+
+/// Sum of 16 lanes by halves. A call of its own: inlined, its last steps, of two lanes, are what the compiler takes as
+/// the width of the loop that made the lanes.
+#[inline(never)]
+pub(crate) fn sum16(acc: &[f32; 16]) -> f32 {
+    by_halves(acc, |a, b| a + b)
+}
+
+/// Largest of 16 lanes.
+#[inline(never)]
+pub(crate) fn max16(acc: &[f32; 16]) -> f32 {
+    by_halves(acc, larger)
+}
+
+#[inline(always)]
+fn by_halves(acc: &[f32; 16], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let (mut a, mut b) = ([0.0; 8], [0.0; 4]);
+    for l in 0..8 {
+        a[l] = join(acc[l], acc[l + 8]);
+    }
+    for l in 0..4 {
+        b[l] = join(a[l], a[l + 4]);
+    }
+    join(join(b[0], b[2]), join(b[1], b[3]))
 }
 
 /// Sum in a fixed order, in 32 lanes.
@@ -224,12 +247,12 @@ pub(crate) fn max_body(x: &[f32]) -> f32 {
             acc[l] = larger(block[l], acc[l]);
         }
     }
-    for width in [16, 8, 4, 2, 1] {
-        for l in 0..width {
-            acc[l] = larger(acc[l + width], acc[l]);
-        }
+    let mut half = [0.0; 16];
+    for l in 0..16 {
+        half[l] = larger(acc[l], acc[l + 16]);
     }
-    tail.iter().fold(acc[0], |max, v| larger(*v, max))
+    let max = max16(&half);
+    tail.iter().fold(max, |max, v| larger(*v, max))
 }
 
 /// The larger of two, `b` where `a` is NaN.

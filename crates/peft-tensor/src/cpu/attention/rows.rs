@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::cpu::simd::{exp, larger, simd, tanh};
+use crate::cpu::simd::{exp, larger, max16, simd, sum16, tanh};
 
 /// Values of a block.
 pub(super) const LANES: usize = 16;
@@ -80,12 +80,7 @@ simd! {
                 *max = larger(*s, *max);
             }
         }
-        for width in [8, 4, 2, 1] {
-            for l in 0..width {
-                largest[l] = larger(largest[l + width], largest[l]);
-            }
-        }
-        let max = largest[0];
+        let max = max16(&largest);
         if max == f32::NEG_INFINITY && row.iter().all(|s| !s.is_nan()) {
             row.fill(0.0);
             return (0.0, f32::NEG_INFINITY);
@@ -97,12 +92,7 @@ simd! {
                 *sum += *s;
             }
         }
-        for width in [8, 4, 2, 1] {
-            for l in 0..width {
-                sums[l] += sums[l + width];
-            }
-        }
-        let sum = sums[0];
+        let sum = sum16(&sums);
         if sum == 0.0 { (0.0, f32::NEG_INFINITY) } else { (1.0 / sum, max + sum.ln()) }
     }
 }
