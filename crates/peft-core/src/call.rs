@@ -336,6 +336,23 @@ impl<'a> Call<'a> {
         }
     }
 
+    /// What a linear module gives without this adapter, and `scale * x Aᵀ Bᵀ`, a `[r, in]`, b `[out, r]`: in one pass over the
+    /// output where nothing is in between.
+    ///
+    /// # Errors
+    /// Whatever the layers below return.
+    pub fn base_and_low_rank(&self, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
+        match self.input {
+            Input::Rows(x) if self.below.is_empty() => {
+                with_bias(self.weight()?.linear_low_rank(x, a, b, scale)?, self.bias)
+            }
+            _ => {
+                let low = self.x()?.matmul_t(a)?;
+                Ok(self.base()?.plus_matmul_t(&low, b, scale)?)
+            }
+        }
+    }
+
     /// What the module gives for another input, without this adapter.
     ///
     /// # Errors

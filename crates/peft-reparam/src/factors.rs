@@ -444,7 +444,11 @@ impl Adapter for Pair {
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
         if self.kind == Kind::Linear && self.bias.is_none() && self.removed.is_none() {
             // The usual case, without a pass over the output of its own.
-            let Factors { a, b, scaling } = self.factors(call.pass().train)?;
+            let train = call.pass().train;
+            let Factors { a, b, scaling } = self.factors(train)?;
+            if !train || self.dropout == 0.0 {
+                return call.base_and_low_rank(&a, &b, scaling);
+            }
             let low = call.dropout(call.x()?, self.dropout)?.matmul_t(&a)?;
             return Ok(call.base()?.plus_matmul_t(&low, &b, scaling)?);
         }

@@ -200,6 +200,48 @@ pub struct KernelSpeed {
     pub peak: f64,
 }
 
+/// The inner side of a product of low rank, and the matrix it is multiplied with.
+pub struct LowRank<'a> {
+    /// `[m, r]`
+    pub low: &'a Buffer,
+    /// `[rows, r]` beside a transposed weight, `[r, cols]` beside one that is not.
+    pub other: &'a Buffer,
+    /// Rank.
+    pub r: usize,
+}
+
+impl LowRank<'_> {
+    /// `sum` and the product of low rank.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn add_to<B: Backend + ?Sized>(
+        &self,
+        backend: &B,
+        m: usize,
+        w: &FrozenWeight,
+        transpose: bool,
+        sum: Buffer,
+    ) -> Result<Buffer> {
+        let n = if transpose { w.rows() } else { w.cols() };
+        let Self { low, other, r } = *self;
+        backend.matmul(
+            low,
+            other,
+            1,
+            m,
+            r,
+            n,
+            false,
+            false,
+            false,
+            transpose,
+            1.0,
+            Some(sum),
+        )
+    }
+}
+
 /// What a device can do. Shapes are in elements; `rows` and `cols` describe a buffer as `[rows, cols]`.
 pub trait Backend: Send + Sync {
     /// The name users give with `--device`.
@@ -382,6 +424,20 @@ pub trait Backend: Send + Sync {
         transpose: bool,
         into: Option<Buffer>,
     ) -> Result<Buffer>;
+    /// [`frozen_matmul`](Self::frozen_matmul) and the product of a low rank: `low [m, r] lt` with l `[rows, r]` if
+    /// `transpose`, else `low l` with l `[r, cols]`.
+    fn frozen_matmul_low_rank(
+        &self,
+        x: &Buffer,
+        m: usize,
+        w: &FrozenWeight,
+        transpose: bool,
+        low: &LowRank<'_>,
+        into: Option<Buffer>,
+    ) -> Result<Buffer> {
+        let product = self.frozen_matmul(x, m, w, transpose, into)?;
+        low.add_to(self, m, w, transpose, product)
+    }
     /// `x [m, cols] Wt -> [m, rows]` for several weights that take the same rows.
     fn frozen_matmul_all(
         &self,

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use crate::error::shape_err;
+use crate::kept::{Keeping, Kept};
 use crate::ops::check_ids;
 use crate::tape::{grad_enabled, record};
-use crate::{Buffer, Device, FrozenWeight, Result, Tensor};
+use crate::{Buffer, Device, FrozenWeight, LowRank, Result, Tensor};
 
 /// A weight of the base model, in whatever format it is stored: it can multiply, gather rows, give itself dense and
 /// be replaced. A matrix is logically `[out, in]` (an embedding `[rows, dim]`), also where a checkpoint stores its
@@ -130,6 +131,25 @@ impl BaseWeight {
         Ok(shaped.collect())
     }
 
+    /// `x [.., in] -> x Wᵀ + scale * x Aᵀ Bᵀ [.., out]`, a `[r, in]`, b `[out, r]`: a linear layer and what a low rank changes
+    /// about it (LoRA, Hu et al. 2021, section 4.1), forward and backward in one pass over the output where the device has
+    /// that.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn linear_low_rank(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        scale: f32,
+    ) -> Result<Tensor> {
+        match &self.kind {
+            Kind::Frozen(w) if !self.transposed => frozen_low_rank(x, w, a, b, scale),
+            _ => self.linear(x)?.plus_matmul_t(&x.matmul_t(a)?, b, scale),
+        }
+    }
+
     /// `x [.., out] -> x W [.., in]`: the transpose of [`BaseWeight::linear`].
     ///
     /// # Errors
@@ -218,6 +238,88 @@ fn frozen_product(x: &Tensor, w: &Arc<FrozenWeight>, transpose: bool) -> Result<
             sink.add_with(&x, |sum| {
                 let data = product_into(dy, &w, !transpose, sum.map(|sum| sum.data))?;
                 Ok(Tensor::from_buffer(data, from.clone(), dy.device()))
+            })
+        })
+    }))
+}
+
+/// [`BaseWeight::linear_low_rank`] with a frozen W.
+fn frozen_low_rank(
+    x: &Tensor,
+    w: &Arc<FrozenWeight>,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f32,
+) -> Result<Tensor> {
+    x.same_device(a, "linear_low_rank")?;
+    x.same_device(b, "linear_low_rank")?;
+    let (inside, out) = (w.cols(), w.rows());
+    let r = a.shape().first().copied().unwrap_or(0);
+    if x.rank() == 0 || x.last_dim() != inside || a.shape() != [r, inside] || b.shape() != [out, r]
+    {
+        return shape_err(
+            "linear_low_rank",
+            format!(
+                "input {:?} for a weight [{out}, {inside}] and factors {:?}, {:?}",
+                x.shape(),
+                a.shape(),
+                b.shape()
+            ),
+        );
+    }
+    let m = x.numel() / inside.max(1);
+    let device = x.device();
+    let backend = device.backend();
+    // The scale is in `low` and in its gradient, which are narrow.
+    let low = backend.matmul(
+        &x.data, &a.data, 1, m, inside, r, false, false, false, true, scale, None,
+    )?;
+    let low = Tensor::from_buffer(low, vec![m, r], device);
+    let side = LowRank {
+        low: &low.data,
+        other: &b.data,
+        r,
+    };
+    let data = backend.frozen_matmul_low_rank(&x.data, m, w, true, &side, None)?;
+    let mut shape = x.shape().to_vec();
+    shape[x.rank() - 1] = out;
+    Ok(record(data, shape, device, &[x, a, b], || {
+        let low = Kept::result(&low.data, &Keeping::default(), &low);
+        // The values of x are for the gradient of A.
+        let values = a.target.wanted().then(|| Kept::new(x));
+        let (x, from) = (x.target.clone(), x.shape.clone());
+        let (a, b, w) = (Kept::new(a), Kept::new(b), w.clone());
+        Box::new(move |dy, sink| {
+            let device = dy.device();
+            let backend = device.backend();
+            let (dy, a_data) = (&dy.data, a.data()?);
+            let product =
+                |left: &Buffer, right: &Buffer, (m, k, n), ta, scale, sum: Option<Tensor>| {
+                    let sum = sum.map(|sum| sum.data);
+                    backend.matmul(left, right, 1, m, k, n, false, false, ta, false, scale, sum)
+                };
+            let dlow = product(dy, &b.data()?, (m, out, r), false, scale, None)?;
+            if b.target.wanted() {
+                let low = low.data()?;
+                sink.add_with(&b.target, |sum| {
+                    Ok(b.wrap(product(dy, &low, (out, m, r), true, 1.0, sum)?))
+                })?;
+            }
+            if let Some(x) = &values {
+                let x = x.data()?;
+                sink.add_with(&a.target, |sum| {
+                    Ok(a.wrap(product(&dlow, &x, (r, m, inside), true, 1.0, sum)?))
+                })?;
+            }
+            let side = LowRank {
+                low: &dlow,
+                other: &a_data,
+                r,
+            };
+            sink.add_with(&x, |sum| {
+                let sum = sum.map(|sum| sum.data);
+                let data = backend.frozen_matmul_low_rank(dy, m, &w, false, &side, sum)?;
+                Ok(Tensor::from_buffer(data, from.clone(), device))
             })
         })
     }))

@@ -29,7 +29,9 @@ mod tensor;
 pub mod torch_rng;
 
 pub use adamw::{AdamWMove, AdamWMoved, AdamWRule, AdamWState, DeviceAdamW};
-pub use backend::{Attention, Backend, Binary, Buffer, Glu, KernelSpeed, Mask, Rope, Unary};
+pub use backend::{
+    Attention, Backend, Binary, Buffer, Glu, KernelSpeed, LowRank, Mask, Rope, Unary,
+};
 pub use base_weight::BaseWeight;
 pub use bytes::{Bytes, release_heap};
 pub use cpu::simd::all_finite;

@@ -44,7 +44,13 @@ fn decode(w: &FrozenWeight, first: usize, out: &mut [f32]) {
     });
 }
 
-/// `x Wt` or `x W`, added to `into`; products of many rows with inputs rounded to `precision` where that is faster.
+/// Whether [`matmul`] takes a product of low rank along.
+pub(super) fn takes_low_rank(precision: Precision, m: usize) -> bool {
+    m > few::FEW && packed::kernel(precision).is_some()
+}
+
+/// `x Wt` or `x W`, added to `into`; products of many rows with inputs rounded to `precision` where that is faster, and
+/// with a product of low rank only where [`takes_low_rank`] says so.
 pub(super) fn matmul(
     scratch: &Scratch,
     precision: Precision,
@@ -52,6 +58,7 @@ pub(super) fn matmul(
     m: usize,
     w: &FrozenWeight,
     transposed: bool,
+    low: packed::Low<'_>,
     into: Option<Floats>,
 ) -> Floats {
     let (rows, cols) = (w.rows(), w.cols());
@@ -86,11 +93,12 @@ pub(super) fn matmul(
         None if inside == 0 => Floats::zeros(m * width),
         None => Floats::dirty(m * width),
     };
-    if m * rows * cols == 0 {
+    if let (Some(kernel), true) = (kernel, m * rows * cols > 0) {
+        kernel.matmul(scratch, x, m, w, transposed, low, &mut out, add);
         return out;
     }
-    if let Some(kernel) = kernel {
-        kernel.matmul(scratch, x, m, w, transposed, &mut out, add);
+    assert!(low.r == 0, "a product of low rank that nobody takes along");
+    if m * rows * cols == 0 {
         return out;
     }
     let step = (SLAB / cols).clamp(1, rows);
@@ -146,7 +154,18 @@ pub(super) fn matmul_all(
     if m > 0 && m <= few::FEW && !empty {
         return few::frozen(x, m, weights);
     }
-    let product = |w: &&FrozenWeight| matmul(scratch, precision, x, m, w, true, None);
+    let product = |w: &&FrozenWeight| {
+        matmul(
+            scratch,
+            precision,
+            x,
+            m,
+            w,
+            true,
+            packed::Low::default(),
+            None,
+        )
+    };
     weights.iter().map(product).collect()
 }
 

@@ -21,7 +21,7 @@ mod rope;
 mod shape;
 pub(crate) mod simd;
 
-use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Rope, Unary};
+use crate::backend::{Attention, Backend, Binary, Buffer, Glu, LowRank, Rope, Unary};
 use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};
 use codes::Codes;
 use half::Halves;
@@ -343,6 +343,38 @@ impl Backend for CpuBackend {
             m,
             w,
             transpose,
+            packed::Low::default(),
+            into,
+        )))
+    }
+
+    fn frozen_matmul_low_rank(
+        &self,
+        x: &Buffer,
+        m: usize,
+        w: &FrozenWeight,
+        transpose: bool,
+        low: &LowRank<'_>,
+        into: Option<Buffer>,
+    ) -> Result<Buffer> {
+        if !frozen::takes_low_rank(self.precision, m) {
+            let product = self.frozen_matmul(x, m, w, transpose, into)?;
+            return low.add_to(self, m, w, transpose, product);
+        }
+        let low = packed::Low {
+            values: get(low.low)?,
+            other: get(low.other)?,
+            r: low.r,
+        };
+        let into = into.map(owned).transpose()?;
+        Ok(put(frozen::matmul(
+            &self.scratch,
+            self.precision,
+            get(x)?,
+            m,
+            w,
+            transpose,
+            low,
             into,
         )))
     }

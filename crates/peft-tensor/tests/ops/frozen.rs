@@ -95,3 +95,50 @@ fn several_slabs() {
     compare(WeightFormat::NF4, 1100, 1024, 1, 6);
     compare(WeightFormat::INT8, 1100, 1000, 2, 7);
 }
+
+#[test]
+fn a_low_rank_beside_a_frozen_weight() {
+    for (format, rows, cols, m, r) in [
+        (WeightFormat::F32, 7, 5, 3, 2),
+        (WeightFormat::BF16, 40, 66, 31, 8),
+        (WeightFormat::NF4, 33, 64, 20, 5),
+    ] {
+        let inputs = [
+            input(1, -1.0, 1.0, &[2, m, cols]),
+            input(2, -1.0, 1.0, &[r, cols]),
+            input(3, -1.0, 1.0, &[rows, r]),
+        ];
+        // Sums over the rows of x for the factors' gradients.
+        let tolerance = Tolerance {
+            forward: 2e-5,
+            backward: 1e-4,
+        };
+        for transposed in [false, true] {
+            let (rows, cols) = if transposed {
+                (cols, rows)
+            } else {
+                (rows, cols)
+            };
+            let w = weight(format, rows, cols, 4);
+            check(&inputs, tolerance, |x| {
+                let w = BaseWeight::frozen(w.clone(), transposed, x[0].device());
+                let y = w.linear_low_rank(&x[0], &x[1], &x[2], 0.7)?;
+                // Beside another use of the input, so that gradients meet.
+                y.add(&w.linear(&x[0])?)
+            });
+        }
+    }
+    let cpu = peft_tensor::Device::cpu();
+    let zeros = |shape: &[usize]| peft_tensor::Tensor::zeros(shape, &cpu).unwrap();
+    let w = BaseWeight::frozen(weight(WeightFormat::F32, 6, 4, 1), false, &cpu);
+    for (x, a, b) in [
+        ([3, 5], [2, 4], [6, 2]),
+        ([3, 4], [2, 5], [6, 2]),
+        ([3, 4], [2, 4], [6, 3]),
+    ] {
+        assert!(
+            w.linear_low_rank(&zeros(&x), &zeros(&a), &zeros(&b), 1.0)
+                .is_err()
+        );
+    }
+}

@@ -60,7 +60,8 @@ impl Kernel {
         }
     }
 
-    /// `out = x Wt`, or `x W` unless `transposed`; added to `out` if `add`. x `[m, inside]`, out `[m, outside]`.
+    /// `out = x Wt`, or `x W` unless `transposed`, and the product of low rank; added to `out` if `add`. x `[m, inside]`,
+    /// out `[m, outside]`.
     #[cfg_attr(
         not(target_arch = "x86_64"),
         allow(unused_variables, reason = "elsewhere there is no kernel to call")
@@ -72,10 +73,17 @@ impl Kernel {
         m: usize,
         w: &FrozenWeight,
         transposed: bool,
+        low: Low<'_>,
         out: &mut [f32],
         add: bool,
     ) {
-        let product = Product { scratch, x, m, w };
+        let product = Product {
+            scratch,
+            x,
+            m,
+            w,
+            low,
+        };
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(l) => product.on(l, transposed, out, add),
@@ -93,7 +101,8 @@ impl Kernel {
             return false;
         };
         let mut out = vec![1.0; m * n];
-        self.matmul(&Scratch::default(), &x, m, &w, true, &mut out, true);
+        let scratch = Scratch::default();
+        self.matmul(&scratch, &x, m, &w, true, Low::default(), &mut out, true);
         // Sums of small multiples of 2^-8: exact in f32, and every value is one in bfloat16 too.
         (0..m * n).all(|at| {
             let (i, j) = (at / n, at % n);
@@ -104,12 +113,24 @@ impl Kernel {
     }
 }
 
+/// A product of low rank that goes along: more of the inner dimension on both sides.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Low<'a> {
+    /// `[m, r]`
+    pub(super) values: &'a [f32],
+    /// Beside the weight's rows where these are columns of the result, `[rows, r]`, else below them, `[r, cols]`.
+    pub(super) other: &'a [f32],
+    /// Nothing if 0.
+    pub(super) r: usize,
+}
+
 /// What is multiplied.
 struct Product<'a> {
     scratch: &'a Scratch,
     x: &'a [f32],
     m: usize,
     w: &'a FrozenWeight,
+    low: Low<'a>,
 }
 
 impl Product<'_> {
@@ -123,16 +144,19 @@ impl Product<'_> {
 
     /// `x [m, cols] Wt`, by slabs of W's rows: columns of the result.
     fn forward<L: Lanes>(&self, l: L, out: &mut [f32], add: bool) {
-        let (m, rows, cols) = (self.m, self.w.rows(), self.w.cols());
+        let (m, rows, cols, r) = (self.m, self.w.rows(), self.w.cols(), self.low.r);
         let step = (SLAB / cols).max(1).next_multiple_of(2 * lanes::WIDTH);
-        let side = Side::rows(m, cols);
+        let side = Side::rows(m, cols, r);
         self.scratch.with(side.len(), |left| {
-            pack::rows(l, &side, self.x, cols, cols, bytemuck::cast_slice_mut(left));
+            let units = bytemuck::cast_slice_mut(left);
+            pack::rows(l, &side, self.x, cols, cols, self.low.values, units);
             let left = Panels::new(&side, bytemuck::cast_slice(left));
             for first in (0..rows).step_by(step) {
-                let side = Side::weight_rows(step.min(rows - first), cols);
+                let side = Side::weight_rows(step.min(rows - first), cols, r);
+                let other = &self.low.other[first * r..];
                 self.scratch.with(side.len(), |right| {
-                    pack::weight_rows(l, &side, self.w, first, bytemuck::cast_slice_mut(right));
+                    let units = bytemuck::cast_slice_mut(right);
+                    pack::weight_rows(l, &side, self.w, first, other, units);
                     let right = Panels::new(&side, bytemuck::cast_slice(right));
                     tile::multiply(l, &left, &right, &mut out[first..], rows, add);
                 });
@@ -146,14 +170,21 @@ impl Product<'_> {
         let step = (SLAB / cols).max(1).next_multiple_of(2 * pack::BLOCK);
         for first in (0..rows).step_by(step) {
             let count = step.min(rows - first);
-            let (side, other) = (Side::rows(m, count), Side::weight_columns(cols, count));
+            // What goes along does so with the last part.
+            let low = if first + count == rows {
+                self.low
+            } else {
+                Low::default()
+            };
+            let side = Side::rows(m, count, low.r);
+            let other = Side::weight_columns(cols, count, low.r);
             self.scratch.with(side.len(), |left| {
-                let x = &self.x[first..];
-                pack::rows(l, &side, x, rows, count, bytemuck::cast_slice_mut(left));
+                let (x, units) = (&self.x[first..], bytemuck::cast_slice_mut(left));
+                pack::rows(l, &side, x, rows, count, low.values, units);
                 let left = Panels::new(&side, bytemuck::cast_slice(left));
                 self.scratch.with(other.len(), |right| {
                     let units = bytemuck::cast_slice_mut(right);
-                    pack::weight_columns(l, &other, self.w, first, count, units);
+                    pack::weight_columns(l, &other, self.w, first, count, low.other, units);
                     let right = Panels::new(&other, bytemuck::cast_slice(right));
                     tile::multiply(l, &left, &right, out, cols, add || first > 0);
                 });

@@ -20,6 +20,8 @@ pub(super) struct Side {
     pub(super) strips: usize,
     /// Units along the inner dimension.
     pub(super) units: usize,
+    /// Values at its end that come from a product of low rank, after whole units.
+    low: usize,
     /// Units that are multiplied before the next strip comes (the last time fewer).
     block: usize,
     /// Units of a piece: what stands together first by strips, then by steps.
@@ -30,12 +32,12 @@ pub(super) struct Side {
 const PIECE: usize = 96;
 
 /// Units of the inner dimension that are multiplied at a time, so that a strip of the right side stays in the first-level
-/// cache.
-pub(super) const BLOCK: usize = 384;
+/// cache; two of them have room for 1536 values and a rank of 64.
+pub(super) const BLOCK: usize = 400;
 
 impl Side {
-    fn new(outside: usize, take: usize, inside: usize, piece: usize) -> Self {
-        let units = inside.div_ceil(2);
+    fn new(outside: usize, take: usize, inside: usize, low: usize, piece: usize) -> Self {
+        let units = inside.div_ceil(2) + low.div_ceil(2);
         let blocks = units.div_ceil(BLOCK).max(1);
         let block = units.div_ceil(blocks);
         let block = if piece < units {
@@ -48,29 +50,35 @@ impl Side {
             take,
             strips: outside.div_ceil(take),
             units,
+            low,
             block: block.max(1),
             piece: piece.min(units).max(1),
         }
     }
 
-    /// `m` rows of `inside` values.
-    pub(super) fn rows(m: usize, inside: usize) -> Self {
-        Self::new(m, ROWS, inside, usize::MAX)
+    /// `m` rows of `inside` values and `low` more.
+    pub(super) fn rows(m: usize, inside: usize, low: usize) -> Self {
+        Self::new(m, ROWS, inside, low, usize::MAX)
     }
 
     /// `n` columns that are rows of the stored weight.
-    pub(super) fn weight_rows(n: usize, inside: usize) -> Self {
-        Self::new(n, 2 * WIDTH, inside, usize::MAX)
+    pub(super) fn weight_rows(n: usize, inside: usize, low: usize) -> Self {
+        Self::new(n, 2 * WIDTH, inside, low, usize::MAX)
     }
 
     /// `n` columns that are columns of the stored weight.
-    pub(super) fn weight_columns(n: usize, inside: usize) -> Self {
-        Self::new(n, 2 * WIDTH, inside, PIECE)
+    pub(super) fn weight_columns(n: usize, inside: usize, low: usize) -> Self {
+        Self::new(n, 2 * WIDTH, inside, low, PIECE)
     }
 
     /// A side of a product that is not shared among threads.
     pub(super) fn dense(outside: usize, take: usize, inside: usize) -> Self {
-        Self::new(outside, take, inside, usize::MAX)
+        Self::new(outside, take, inside, 0, usize::MAX)
+    }
+
+    /// Units that do not come from a product of low rank.
+    fn own(&self) -> usize {
+        self.units - self.low.div_ceil(2)
     }
 
     /// Units of all panels.
@@ -234,52 +242,41 @@ fn transpose<L: Lanes>(l: L, square: &mut [L::V; WIDTH]) {
     }
 }
 
-/// Packs `m` rows of `stride` values, the first `inside` of each.
+/// Packs `m` rows of `stride` values, the first `inside` of each, and the rows of `low` behind them.
 pub(super) fn rows<L: Lanes>(
     l: L,
     side: &Side,
     x: &[f32],
     stride: usize,
     inside: usize,
+    low: &[f32],
     out: &mut [u32],
 ) {
-    strips(l, side, x, stride, inside, out);
+    strips(l, side, x, stride, inside, low, out);
 }
 
-/// Packs all strips of a side from its rows.
+/// Packs all strips of a side from its rows and those of `low`.
 fn strips<L: Lanes, T: Item>(
     l: L,
     side: &Side,
     rows: &[T],
     stride: usize,
     inside: usize,
+    low: &[f32],
     out: &mut [u32],
 ) {
     let size = (side.take * side.units).max(1);
     // A task long enough to be worth waking a thread.
     let together = (16 * 1024 / size).max(1);
+    let one = |(strip, out): (usize, &mut [u32])| {
+        one_strip(l, side, rows, stride, inside, strip, out);
+        low_strip(l, side, low, strip, out);
+    };
     if side.strips <= together {
-        return strips_here(l, side, rows, stride, inside, out);
+        return out.chunks_mut(size).enumerate().for_each(one);
     }
     let tasks = out.par_chunks_mut(size).enumerate();
-    tasks
-        .with_min_len(together)
-        .for_each(|(strip, out)| one_strip(l, side, rows, stride, inside, strip, out));
-}
-
-/// [`strips`] without other threads.
-fn strips_here<L: Lanes, T: Item>(
-    l: L,
-    side: &Side,
-    rows: &[T],
-    stride: usize,
-    inside: usize,
-    out: &mut [u32],
-) {
-    let size = (side.take * side.units).max(1);
-    for (strip, out) in out.chunks_mut(size).enumerate() {
-        one_strip(l, side, rows, stride, inside, strip, out);
-    }
+    tasks.with_min_len(together).for_each(one);
 }
 
 fn one_strip<L: Lanes, T: Item>(
@@ -303,6 +300,14 @@ fn one_strip<L: Lanes, T: Item>(
     });
 }
 
+/// The end of a strip, after the rest of it: rows of `low`.
+fn low_strip<L: Lanes>(l: L, side: &Side, low: &[f32], strip: usize, out: &mut [u32]) {
+    if side.low > 0 {
+        let out = &mut out[side.own() * side.take..];
+        one_strip(l, side, low, side.low, side.low, strip, out);
+    }
+}
+
 /// Packs rows of a dense matrix, `stride` apart, the first `inside` values of each.
 pub(super) fn dense_rows<L: Lanes>(
     l: L,
@@ -312,7 +317,10 @@ pub(super) fn dense_rows<L: Lanes>(
     inside: usize,
     out: &mut [u32],
 ) {
-    strips_here(l, side, x, stride, inside, out);
+    let size = (side.take * side.units).max(1);
+    for (strip, out) in out.chunks_mut(size).enumerate() {
+        one_strip(l, side, x, stride, inside, strip, out);
+    }
 }
 
 /// Packs columns of a dense matrix of `inside` rows, `stride` apart; `line` is memory to work in.
@@ -353,38 +361,43 @@ fn stored(w: &FrozenWeight) -> Option<&[u32]> {
     bytemuck::try_cast_slice(w.bytes()).ok()
 }
 
-/// Packs rows `first..` of a weight, as many as the side has, as columns of the right side.
+/// Packs rows `first..` of a weight, as many as the side has, as columns of the right side, and behind each a row of `low`.
 pub(super) fn weight_rows<L: Lanes>(
     l: L,
     side: &Side,
     w: &FrozenWeight,
     first: usize,
+    low: &[f32],
     out: &mut [u32],
 ) {
-    let (take, units, cols) = (side.take, side.units, w.cols());
+    let (take, cols) = (side.take, w.cols());
     if let Some(all) = stored(w) {
-        return strips(l, side, &all[first * units..], units, units, out);
+        let units = side.own();
+        return strips(l, side, &all[first * units..], units, units, low, out);
     }
     if let Some(values) = w.as_f32() {
-        return strips(l, side, &values[first * cols..], cols, cols, out);
+        return strips(l, side, &values[first * cols..], cols, cols, low, out);
     }
-    out.par_chunks_mut(take * units).enumerate().for_each_init(
-        || vec![0.0; take * cols],
-        |decoded, (strip, out)| {
-            let count = (side.outside - strip * take).min(take);
-            let from = first + strip * take;
-            w.decode_rows(from..from + count, &mut decoded[..count * cols]);
-            let rows = &decoded[..];
-            l.run(Strip {
-                rows,
-                stride: cols,
-                inside: cols,
-                count,
-                take,
-                out,
-            });
-        },
-    );
+    out.par_chunks_mut(take * side.units)
+        .enumerate()
+        .for_each_init(
+            || vec![0.0; take * cols],
+            |decoded, (strip, out)| {
+                let count = (side.outside - strip * take).min(take);
+                let from = first + strip * take;
+                w.decode_rows(from..from + count, &mut decoded[..count * cols]);
+                let rows = &decoded[..];
+                l.run(Strip {
+                    rows,
+                    stride: cols,
+                    inside: cols,
+                    count,
+                    take,
+                    out,
+                });
+                low_strip(l, side, low, strip, out);
+            },
+        );
 }
 
 /// One step along the inner dimension, for all strips: the values of two rows side by side.
@@ -470,13 +483,15 @@ impl<L: Lanes> Work<L> for StoredStep<'_> {
     }
 }
 
-/// Packs rows `first..first + count` of a weight as steps of the inner dimension of the right side.
+/// Packs rows `first..first + count` of a weight, and those of `low` after them, as steps of the inner dimension of the right
+/// side.
 pub(super) fn weight_columns<L: Lanes>(
     l: L,
     side: &Side,
     w: &FrozenWeight,
     first: usize,
     count: usize,
+    low: &[f32],
     out: &mut [u32],
 ) {
     let (take, cols) = (side.take, w.cols());
@@ -491,11 +506,16 @@ pub(super) fn weight_columns<L: Lanes>(
             let mut decoded = Vec::new();
             let mut line = vec![0; line(side)];
             for unit in 0..units {
-                // Rows of this step, counted in the weight.
-                let at = first + (piece * side.piece + unit) * 2;
-                let there = 2.min(first + count - at);
                 let out = &mut out[unit * take..];
-                if let Some(all) = stored {
+                // The step, of the weight's or, behind them, of the low rank's.
+                let step = piece * side.piece + unit;
+                let own = step < side.own();
+                let (at, end) = match own {
+                    true => (first + step * 2, first + count),
+                    false => ((step - side.own()) * 2, side.low),
+                };
+                let there = 2.min(end - at);
+                if let (Some(all), true) = (stored, own) {
                     let row = |i: usize| match i < there {
                         true => &all[(at + i) * cols / 2..][..cols / 2],
                         false => &[],
@@ -509,9 +529,10 @@ pub(super) fn weight_columns<L: Lanes>(
                     });
                     continue;
                 }
-                let values = match dense {
-                    Some(values) => &values[at * cols..(at + there) * cols],
-                    None => {
+                let values = match (own, dense) {
+                    (false, _) => &low[at * cols..(at + there) * cols],
+                    (true, Some(values)) => &values[at * cols..(at + there) * cols],
+                    (true, None) => {
                         decoded.resize(there * cols, 0.0);
                         w.decode_rows(at..at + there, &mut decoded);
                         &decoded[..]

@@ -24,6 +24,7 @@ fn check<L: Lanes>(
     format: WeightFormat,
     transposed: bool,
     add: bool,
+    r: usize,
 ) {
     let (inside, outside) = if transposed {
         (cols, rows)
@@ -32,6 +33,7 @@ fn check<L: Lanes>(
     };
     let x = values(m as u64, m * inside);
     let w = FrozenWeight::quantize(rows, cols, &values(7, rows * cols), format).unwrap();
+    let (low, other) = (values(5, m * r), values(6, r * outside));
     let before = values(3, m * outside);
     let mut out = before.clone();
     let scratch = Scratch::default();
@@ -40,9 +42,15 @@ fn check<L: Lanes>(
         x: &x,
         m,
         w: &w,
+        low: Low {
+            values: &low,
+            other: &other,
+            r,
+        },
     };
     product.on(l, transposed, &mut out, add);
     let (x, w) = (rounded(&x), rounded(&w.to_f32()));
+    let (low, other) = (rounded(&low), rounded(&other));
     for i in 0..m {
         for j in 0..outside {
             let at = |k: usize| {
@@ -52,7 +60,12 @@ fn check<L: Lanes>(
                     w[k * cols + j]
                 }
             };
+            let beside = |k: usize| match transposed {
+                true => other[j * r + k],
+                false => other[k * outside + j],
+            };
             let products = (0..inside).map(|k| x[i * inside + k] * at(k));
+            let products = products.chain((0..r).map(|k| low[i * r + k] * beside(k)));
             let size: f64 = products.clone().map(f64::abs).sum();
             let start = if add {
                 f64::from(before[i * outside + j])
@@ -62,10 +75,11 @@ fn check<L: Lanes>(
             let want = products.sum::<f64>() + start;
             let got = f64::from(out[i * outside + j]);
             // A rounding of half a unit in the last place for each of the sums.
-            let allowed = f64::from(f32::EPSILON) * (size + start.abs()) * (inside as f64).sqrt();
+            let allowed =
+                f64::from(f32::EPSILON) * (size + start.abs()) * ((inside + r) as f64).sqrt();
             assert!(
                 (got - want).abs() <= allowed,
-                "{m} rows by {rows} x {cols} in {}, transposed {transposed}, add {add}: ({i}, {j}) is {got}, not {want}",
+                "{m} rows by {rows} x {cols} in {} and {r}, transposed {transposed}, add {add}: ({i}, {j}) is {got}, not {want}",
                 format.name()
             );
         }
@@ -90,7 +104,9 @@ fn all_shapes<L: Lanes>(l: L) {
         for transposed in [true, false] {
             let add = n.is_multiple_of(2) == transposed;
             for format in [WeightFormat::F32, WeightFormat::BF16, WeightFormat::NF4] {
-                check(l, shape, format, transposed, add);
+                for r in [0, 1, 8, 5] {
+                    check(l, shape, format, transposed, add, r);
+                }
             }
         }
     }
@@ -101,7 +117,7 @@ fn all_shapes<L: Lanes>(l: L) {
         WeightFormat::INT8,
     ] {
         for transposed in [true, false] {
-            check(l, (20, 37, 96), format, transposed, transposed);
+            check(l, (20, 37, 96), format, transposed, transposed, 3);
         }
     }
 }
@@ -190,8 +206,8 @@ fn simulated_lanes() {
     all_shapes(Plain);
     dense(Plain);
     // Weights of several slabs and several blocks.
-    check(Plain, (15, 1030, 1100), WeightFormat::BF16, true, false);
-    check(Plain, (15, 1030, 1100), WeightFormat::NF4, false, true);
+    check(Plain, (15, 1030, 1100), WeightFormat::BF16, true, false, 16);
+    check(Plain, (15, 1030, 1100), WeightFormat::NF4, false, true, 33);
 }
 
 /// Each function of lanes against that of the simulated ones, to the bit but for the order of a dot product.
@@ -256,8 +272,8 @@ fn lanes_of_this_processor() {
             every_function(l);
             all_shapes(l);
             dense(l);
-            check(l, (15, 1030, 1100), WeightFormat::BF16, true, false);
-            check(l, (15, 1030, 1100), WeightFormat::NF4, false, true);
+            check(l, (15, 1030, 1100), WeightFormat::BF16, true, false, 16);
+            check(l, (15, 1030, 1100), WeightFormat::NF4, false, true, 33);
             assert!(Kernel::Avx512Bf16(l).is_right());
         }
         _ => {
