@@ -231,7 +231,7 @@ impl Observer for Watch<'_> {
             r.loss, r.tokens_per_second
         );
         if let Some(bar) = &mut self.bar {
-            bar.set(r.step, &message);
+            bar.set_after(r.step, r.seconds, &message);
         }
     }
 
