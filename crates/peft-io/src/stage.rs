@@ -1,15 +1,16 @@
 //! Files written under temporary names in their final folder, then put in place together.
 //!
 //! When anything fails before or during [`Stage::commit`], the temporaries are removed, files that were
-//! replaced are restored, and folders that were made for the purpose disappear again. A process killed
-//! midway can leave hidden `.tmp` files behind, but never a file of the final name with partial content.
+//! replaced are restored, and folders that were made for the purpose disappear again. A process that is
+//! told to end can remove the temporaries too ([`abandon_writes`](crate::abandon_writes)); one killed midway
+//! can leave hidden `.tmp` files behind, but never a file of the final name with partial content.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::{Error, Result};
+use crate::{Error, Result, pending};
 
 /// Files waiting to be put in place. Fields are dropped in order: temporaries before their folder.
 #[derive(Debug)]
@@ -57,6 +58,7 @@ impl Stage {
 
     /// Puts every file in place, replacing what is there, and syncs the folder.
     pub(crate) fn commit(self) -> Result<()> {
+        let _placing = pending::placing();
         let Self { files, folder } = self;
         let mut placed = Placed::default();
         // One rename is atomic by itself and needs no way back.
@@ -144,11 +146,12 @@ impl MadeFolder {
             path: path.to_owned(),
             made,
         };
-        std::fs::create_dir_all(path).map_err(|e| Error::io("make folder", path, e))?;
+        pending::folder(path, &folder.made).map_err(|e| Error::io("make folder", path, e))?;
         Ok(folder)
     }
 
     pub(crate) fn keep(mut self) {
+        pending::keep(&self.made);
         self.made.clear();
     }
 }
@@ -180,8 +183,7 @@ fn temp_in(folder: &Path, name: &str) -> Result<NamedTempFile> {
         use std::os::unix::fs::PermissionsExt as _;
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    builder
-        .tempfile_in(folder)
+    pending::file(|| builder.tempfile_in(folder), NamedTempFile::path)
         .map_err(|e| Error::io("make a temporary file in", folder, e))
 }
 
