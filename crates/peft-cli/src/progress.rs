@@ -81,8 +81,8 @@ impl Progress {
             text += &format!(", {} left", seconds(left));
         }
         if let Some(bar) = &self.bar {
-            bar.set_message(text);
             bar.set_position(done);
+            bar.set_message(text);
             return;
         }
         let quiet_since = self.said.unwrap_or(self.begun).elapsed();
