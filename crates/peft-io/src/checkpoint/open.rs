@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
 
 use peft_tensor::Bytes;
@@ -25,22 +24,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     if !kind.is_file() {
         return Err(Error::unsupported(path, "is neither a file nor a folder"));
     }
-    const ENDINGS: [&str; 2] = ["safetensors", "gguf"];
-    let ending = path.extension().and_then(OsStr::to_str).unwrap_or_default();
-    if !ENDINGS.iter().any(|e| ending.eq_ignore_ascii_case(e)) && !looks_like_tensors(path) {
-        return Err(Error::unsupported(
-            path,
-            "is no model: give a folder with config.json and weights, a .safetensors file or a .gguf file",
-        ));
-    }
     open_file(path)
-}
-
-/// Whether a file of any name begins as a GGUF or a safetensors file does.
-fn looks_like_tensors(path: &Path) -> bool {
-    let mut start = [0; 9];
-    let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
-    read.is_ok() && (start.starts_with(b"GGUF") || start[8] == b'{')
 }
 
 fn open_folder(folder: &Path) -> Result<Checkpoint> {
@@ -128,6 +112,13 @@ fn open_file(path: &Path) -> Result<Checkpoint> {
         return Err(Error::format(
             path,
             "is a git-lfs pointer, not the file itself; run `git lfs pull`",
+        ));
+    }
+    // Behind the length of its header, a safetensors file begins with `{`.
+    if extension != "safetensors" && bytes.get(8) != Some(&b'{') {
+        return Err(Error::unsupported(
+            path,
+            "is no model: give a folder with config.json and weights, a .safetensors file or a .gguf file",
         ));
     }
     let header = header::parse(path, &bytes)?;
