@@ -184,7 +184,16 @@ fn temp_in(folder: &Path, name: &str) -> Result<NamedTempFile> {
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     pending::file(|| builder.tempfile_in(folder), NamedTempFile::path)
-        .map_err(|e| Error::io("make a temporary file in", folder, e))
+        .map_err(|e| Error::io("make a temporary file there", folder, without_name(e)))
+}
+
+/// An error of making a temporary without the random name, which would only puzzle.
+fn without_name(error: std::io::Error) -> std::io::Error {
+    match error.kind() {
+        // Of which there is nothing else to say.
+        std::io::ErrorKind::Other => error,
+        kind => kind.into(),
+    }
 }
 
 /// Makes renames in `folder` durable.
@@ -213,6 +222,15 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_folder_that_takes_no_file_is_named_without_the_temporary() {
+        let root = tempfile::tempdir().unwrap();
+        let missing = root.path().join("missing");
+        let error = temp_in(&missing, "x").unwrap_err().to_string();
+        assert!(error.contains("missing: cannot make"), "{error}");
+        assert!(!error.contains(".tmp"), "{error}");
     }
 
     #[test]
