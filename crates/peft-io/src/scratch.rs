@@ -22,7 +22,7 @@ impl Scratch {
     pub fn create(folder: &Path) -> Result<Self> {
         create_folder(folder)?;
         let file = tempfile::tempfile_in(folder)
-            .map_err(|e| Error::io("make a temporary file there", folder, e))?;
+            .map_err(|e| Error::io("make a temporary file in", folder, e))?;
         Ok(Self {
             folder: folder.to_owned(),
             file,
@@ -38,7 +38,7 @@ impl Scratch {
         let start = self.len;
         self.file
             .set_len(start + bytes)
-            .map_err(|e| self.error("extend a temporary file there", e))?;
+            .map_err(|e| self.error("extend a temporary file in", e))?;
         self.len += bytes;
         Ok(start)
     }
@@ -50,7 +50,7 @@ impl Scratch {
     pub fn clear(&mut self) -> Result<()> {
         self.file
             .set_len(0)
-            .map_err(|e| self.error("empty a temporary file there", e))?;
+            .map_err(|e| self.error("empty a temporary file in", e))?;
         self.len = 0;
         Ok(())
     }
@@ -60,8 +60,7 @@ impl Scratch {
     /// # Errors
     /// When they are not all there.
     pub fn read_at(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
-        read_exact_at(&self.file, at, bytes)
-            .map_err(|e| self.error("read a temporary file there", e))
+        read_exact_at(&self.file, at, bytes).map_err(|e| self.error("read a temporary file in", e))
     }
 
     /// Writes bytes from position `at`.
@@ -69,8 +68,7 @@ impl Scratch {
     /// # Errors
     /// When the disk refuses, as when it is full.
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        write_all_at(&self.file, at, bytes)
-            .map_err(|e| self.error("write a temporary file there", e))
+        write_all_at(&self.file, at, bytes).map_err(|e| self.error("write a temporary file in", e))
     }
 
     fn error(&self, what: &'static str, error: std::io::Error) -> Error {
