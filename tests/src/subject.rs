@@ -8,7 +8,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 use serde_json::{Value, json};
 
 use peft::core::{Device, Grads, MethodEntry, Param, Pass, RngKey, Tensor};
-use peft::tensor::WeightFormat;
+use peft::tensor::{WeightFormat, tested};
 
 use crate::compare::Check;
 use crate::toy::{Ids, Spec, Style, Toy};
@@ -260,18 +260,7 @@ fn opened(name: &str) -> Option<Device> {
     if name == "reference" {
         return Some(Device::reference());
     }
-    match Device::by_name(name) {
-        Ok(device) => Some(device),
-        Err(why) => {
-            let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(
-                !required,
-                "PEFT_REQUIRE_GPU=1, and {name} does not open: {why}"
-            );
-            eprintln!("NOTHING IS TESTED ON {name}: {why}");
-            None
-        }
-    }
+    tested(name, Device::by_name(name))
 }
 
 /// The example configuration of a method.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard};
 
-use peft::tensor::{Device, Keep, Precision};
+use peft::tensor::{Device, Keep, Precision, tested};
 use peft::train::{Observer, StepReport, TrainConfig, train};
 use serde_json::{Value, json};
 
@@ -50,18 +50,7 @@ fn work() -> (u64, u64) {
 /// None, said aloud, where there is no adapter.
 fn present() -> Option<MutexGuard<'static, ()>> {
     let alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
-    match Device::by_name("wgpu") {
-        Ok(_) => Some(alone),
-        Err(why) => {
-            let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(
-                !required,
-                "PEFT_REQUIRE_GPU=1, and wgpu does not open: {why}"
-            );
-            eprintln!("NOTHING IS TESTED ON wgpu: {why}");
-            None
-        }
-    }
+    tested("wgpu", Device::by_name("wgpu")).map(|_| alone)
 }
 
 /// A short run's configuration, with values put in by their dotted names.

@@ -12,10 +12,10 @@ pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) verb: Verb,
     /// Print the result as JSON on stdout
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 900)]
     pub(crate) json: bool,
     /// Say nothing on stderr but errors
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, display_order = 901)]
     pub(crate) quiet: bool,
 }
 
@@ -132,7 +132,7 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "ROWS", value_parser = positive)]
     pub(crate) limit: Option<usize>,
     /// Let the adapters vote: the majority of their answers (prompt ensembling)
-    #[arg(long)]
+    #[arg(long, requires = "adapter")]
     pub(crate) vote: bool,
     /// Also choose among the completions the data has (done by itself where they are few)
     #[arg(long)]
@@ -166,16 +166,16 @@ pub(crate) struct Generate {
     #[arg(long, default_value_t = 128, value_parser = positive)]
     pub(crate) max_new_tokens: usize,
     /// 0 takes the likeliest token; higher is wilder
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = temperature)]
     pub(crate) temperature: f32,
     /// Draw from this many likeliest tokens; 0 is all
     #[arg(long, default_value_t = 0)]
     pub(crate) top_k: usize,
     /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = share)]
     pub(crate) top_p: f32,
     /// Make tokens that have occurred less likely; 1 is off
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = factor)]
     pub(crate) repetition_penalty: f32,
     /// Decides the draws
     #[arg(long, default_value_t = 0)]
@@ -351,6 +351,26 @@ fn positive(text: &str) -> Result<usize, String> {
         Ok(0) | Err(_) => Err("has to be a whole number from 1".to_owned()),
         Ok(n) => Ok(n),
     }
+}
+
+fn number(text: &str, fits: impl Fn(f32) -> bool, range: &str) -> Result<f32, String> {
+    let number = text
+        .parse()
+        .ok()
+        .filter(|n: &f32| n.is_finite() && fits(*n));
+    number.ok_or_else(|| format!("has to be a number {range}"))
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    number(text, |n| n >= 0.0, "from 0")
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    number(text, |n| n > 0.0 && n <= 1.0, "above 0, and at most 1")
+}
+
+fn factor(text: &str) -> Result<f32, String> {
+    number(text, |n| n > 0.0, "above 0")
 }
 
 fn dtype(text: &str) -> Result<MergeDType, String> {

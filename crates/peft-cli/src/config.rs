@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use peft::core::{known_fields, nearest};
 use peft::train::apply_set;
 use serde_json::Value;
 
@@ -31,6 +32,31 @@ pub(crate) fn read(path: &Path, sets: &[String]) -> Result<Value, Failure> {
     };
     for set in sets {
         apply_set(&mut value, set).map_err(|e| Failure::Usage(format!("--set {e}")))?;
+    }
+    Ok(value)
+}
+
+/// As [`read`], for the configuration of an adapter: a file may have fields that the method does not read, as those of other
+/// programs do, but an override of one is a typing mistake.
+pub(crate) fn read_adapter(path: &Path, sets: &[String]) -> Result<Value, Failure> {
+    let written = read(path, &[])?;
+    let value = read(path, sets)?;
+    // What is wrong with the rest shows when it is attached, with the module it is about.
+    let Ok(known) = known_fields(&value) else {
+        return Ok(value);
+    };
+    for set in sets {
+        let key = set.split(['=', '.']).next().unwrap_or_default().trim();
+        if known.iter().any(|field| field == key) || written.get(key).is_some() {
+            continue;
+        }
+        let near = nearest(key, known.iter().map(String::as_str));
+        let hint = match near.is_empty() {
+            true => format!("known: {}", known.join(", ")),
+            false => format!("nearest: {}", near.join(", ")),
+        };
+        let detail = format!("--set `{key}`: is no field of this method; {hint}");
+        return Err(Failure::Usage(detail));
     }
     Ok(value)
 }

@@ -8,9 +8,9 @@ mod config;
 mod failure;
 mod out;
 mod progress;
+mod signals;
 mod verbs;
 
-use std::io::IsTerminal;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
@@ -42,6 +42,7 @@ pub fn main() -> ExitCode {
             "error: internal error{place}: {text}; this is a bug, please report it"
         ));
     }));
+    signals::watch();
     // This thread becomes one of the workers: else each product would be handed over to one and waited for. Where there is
     // a pool already, there is nothing to do.
     let _there_already = rayon::ThreadPoolBuilder::new()
@@ -89,7 +90,7 @@ fn log_to_stderr(quiet: bool) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(false)
         .with_target(false)
         .without_time()
         .init();

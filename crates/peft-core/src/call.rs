@@ -394,7 +394,7 @@ impl<'a> Call<'a> {
             return self.base();
         };
         let below = fold_weight(self.below, weight.to_dense()?)?;
-        let Some(changed) = adapter.weight(&below)? else {
+        let Some(changed) = adapter.weight(below)? else {
             return self.base();
         };
         let mut bias = self.bias.cloned();
@@ -416,7 +416,7 @@ impl<'a> Call<'a> {
 /// W as the stacked adapters leave it.
 pub(crate) fn fold_weight(stack: &[Stacked], mut w: Tensor) -> Result<Tensor> {
     for stacked in stack {
-        if let Some(changed) = stacked.adapter.weight(&w)? {
+        if let Some(changed) = stacked.adapter.weight(w.clone())? {
             w = changed;
         }
     }

@@ -173,14 +173,14 @@ impl Average {
 }
 
 impl Adapter for Average {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         // A merge must not take one part and leave another.
         for stacked in self.0.iter().flat_map(|p| &p.stack) {
-            if stacked.adapter.weight(w)?.is_none() {
+            if stacked.adapter.weight(w.clone())?.is_none() {
                 return Ok(None);
             }
         }
-        self.around(w, |part| fold_weight(&part.stack, w.clone()).map(Some))
+        self.around(&w, |part| fold_weight(&part.stack, w.clone()).map(Some))
             .map(Some)
     }
 

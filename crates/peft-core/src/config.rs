@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{Error, ModuleTree, Result, Targets, matcher};
+use crate::{Error, ModuleTree, Result, Targets, in_words, matcher};
 
 /// Fields shared by methods. A field a method does not have is simply absent from its configuration.
 #[derive(Clone, Debug, Default)]
@@ -58,7 +58,7 @@ fn field<'a, T: Deserialize<'a>>(config: &'a Value, name: &str) -> Result<Option
         Value::Null => Ok(None),
         value => T::deserialize(value)
             .map(Some)
-            .map_err(|e| Error::config(name, e.to_string())),
+            .map_err(|e| Error::config(name, in_words(&e))),
     }
 }
 
@@ -78,7 +78,7 @@ fn pairs<T: for<'a> Deserialize<'a>>(config: &Value, name: &str) -> Result<Vec<(
             .iter()
             .map(|(key, value)| match T::deserialize(value) {
                 Ok(value) => Ok((key.clone(), value)),
-                Err(e) => Err(Error::config(format!("{name}.{key}"), e.to_string())),
+                Err(e) => Err(Error::config(format!("{name}.{key}"), in_words(&e))),
             })
             .collect(),
         other => Err(Error::config(

@@ -26,7 +26,7 @@ pub enum Error {
         field: String,
         /// The name or pattern.
         name: String,
-        /// The closest names there are.
+        /// The closest names there are; more than three are all.
         nearest: Vec<String>,
     },
     /// Tensors that do not fit what they are loaded into; everything that is wrong at once.
@@ -155,11 +155,40 @@ impl Error {
 }
 
 fn did_you_mean(nearest: &[String]) -> String {
-    if nearest.is_empty() {
-        String::new()
-    } else {
-        format!("; nearest: {}", nearest.join(", "))
+    let names = nearest.join(", ");
+    match nearest.len() {
+        0 => String::new(),
+        1..=3 => format!("; nearest: {names}"),
+        _ => format!("; there are: {names}"),
     }
+}
+
+/// What serde says of a value of the wrong type, with what was expected in words instead of Rust's names.
+pub fn in_words(error: &impl std::fmt::Display) -> String {
+    const WORDS: [(&str, &str); 5] = [
+        (
+            "u8 u16 u32 u64 usize",
+            "a whole number that is not negative",
+        ),
+        ("i8 i16 i32 i64 isize", "a whole number"),
+        ("f32 f64", "a number"),
+        ("sequence", "list"),
+        ("map", "table"),
+    ];
+    let text = error.to_string();
+    let Some((front, wanted)) = text.split_once(", expected ") else {
+        return text;
+    };
+    let named = |word: &str| {
+        WORDS
+            .iter()
+            .find(|(names, _)| names.split(' ').any(|name| name == word))
+    };
+    let words: Vec<&str> = wanted
+        .split(' ')
+        .map(|word| named(word).map_or(word, |(_, said)| said))
+        .collect();
+    format!("{front}, expected {}", words.join(" "))
 }
 
 /// A titled list, cut after twenty entries: a whole wrong model would otherwise fill the screen.

@@ -35,7 +35,7 @@ pub use attach::{Attach, Injector, Slot};
 pub use base::{Base, Originals, ReadTensors, Tokenize};
 pub use call::{AttentionCall, Call, Pass, ProjectFn, Tokens};
 pub use config::Common;
-pub use error::{Error, Result, nearest};
+pub use error::{Error, Result, in_words, nearest};
 pub use hooks::{GroupRule, ParamGroups, TrainCx, TrainData, TrainHooks};
 pub use matcher::Targets;
 pub use merge::Merged;

@@ -286,11 +286,28 @@ fn no_match(field: &str, name: &str, candidates: &[Candidate<'_>]) -> Error {
     if near.is_empty() {
         near = nearest(name, candidates.iter().map(|c| c.path));
     }
+    if near.is_empty() {
+        near = ends(candidates.iter().filter(useful).map(|c| c.path));
+    }
     Error::NoMatch {
         field: field.to_owned(),
         name: name.to_owned(),
         nearest: near,
     }
+}
+
+/// The last parts of paths, each once, as far as they are few enough to read.
+fn ends<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
+    const MOST: usize = 24;
+    let mut names: Vec<String> = Vec::new();
+    for path in paths {
+        let name = path.rsplit('.').next().unwrap_or(path);
+        if !name.is_empty() && !names.iter().any(|known| known == name) {
+            names.push(name.to_owned());
+        }
+    }
+    names.truncate(MOST);
+    names
 }
 
 fn unsupported(candidates: &[Candidate<'_>], index: usize) -> Error {

@@ -67,7 +67,7 @@ impl Network {
                     merged = merged.affine(1.0, info.offset)?;
                 }
                 for stacked in stack {
-                    merged = stacked.adapter.weight(&merged)?.ok_or_else(|| {
+                    merged = stacked.adapter.weight(merged)?.ok_or_else(|| {
                         let detail = format!(
                             "adapter {:?} wraps it and cannot be merged into its weight",
                             stacked.name

@@ -102,11 +102,12 @@ pub trait PeftMethod: Send + Sync {
 /// One method at one site. Each facet is one way of acting on the model; an adapter may have several.
 pub trait Adapter: Send + Sync {
     /// W -> W', both of the logical shape `[out, in]` (`[rows, dim]` for an embedding). With this alone the core can
-    /// run, merge and unmerge the adapter. None = it is not a change of the weight.
+    /// run, merge and unmerge the adapter. None = it is not a change of the weight. W is given away: what is added by
+    /// [`Tensor::plus`] or [`Tensor::plus_matmul_t`] goes where W is, without a copy of it.
     ///
     /// # Errors
     /// Whatever its arithmetic returns.
-    fn weight(&self, _w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, _w: Tensor) -> Result<Option<Tensor>> {
         Ok(None)
     }
 
@@ -213,8 +214,8 @@ pub struct PromptLabel {
 pub struct Selected;
 
 impl Adapter for Selected {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(w.clone()))
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(w))
     }
 
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {

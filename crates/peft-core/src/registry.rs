@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::hub::Hub;
-use crate::{Error, PeftMethod, Result};
+use crate::{Error, PeftMethod, Result, in_words};
 
 /// The four families of the survey literature.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -199,13 +199,13 @@ where
         let mut single = known.clone();
         single.insert(key.clone(), value.clone());
         if let Err(e) = T::deserialize(Value::Object(single)) {
-            return Err(Error::config(key.as_str(), e.to_string()));
+            return Err(Error::config(key.as_str(), in_words(&e)));
         }
     }
     let mut all = known.clone();
     all.extend(own);
     let method =
-        T::deserialize(Value::Object(all)).map_err(|e| Error::config("adapter", e.to_string()))?;
+        T::deserialize(Value::Object(all)).map_err(|e| Error::config("adapter", in_words(&e)))?;
     let fields = serde_json::to_value(&method).map_err(|e| Error::other(e.to_string()))?;
     Ok((method, fields))
 }

@@ -87,7 +87,7 @@ impl Network {
             _ => vec![out, inside],
         };
         let zeros = Tensor::zeros(&shape, self.device())?;
-        if adapter.weight(&zeros)?.is_none() {
+        if adapter.weight(zeros)?.is_none() {
             return Ok(Some(format!("it wraps `{}`", info.path)));
         }
         if info.bias.is_none() && adapter.bias(None)?.is_some() {

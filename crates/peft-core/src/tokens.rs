@@ -103,10 +103,10 @@ impl TokenRows {
 }
 
 impl Adapter for TokenRows {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let rows = w.shape().first().copied().unwrap_or(0);
         let change = self.change(&w.gather_rows(&self.ids)?)?;
-        Ok(Some(w.add(&change.scatter_rows(&self.ids, rows)?)?))
+        Ok(Some(w.plus(&change.scatter_rows(&self.ids, rows)?)?))
     }
 
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {

@@ -168,7 +168,11 @@ impl From<Error> for peft_core::Error {
                 action,
                 path,
                 source,
-            } => Core::file(path, format!("cannot {action}: {source}")),
+            } => {
+                // The path stands in front here.
+                let action = action.trim_end_matches(" in").trim_end_matches(" to");
+                Core::file(path, format!("cannot {action}: {source}"))
+            }
             other @ (Error::NonFinite { .. } | Error::NotFound { .. } | Error::Usage(_)) => {
                 Core::other(other.to_string())
             }

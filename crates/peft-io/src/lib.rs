@@ -37,6 +37,7 @@ mod gguf;
 mod header;
 mod hub;
 mod memory;
+mod pending;
 mod scratch;
 mod stage;
 mod state;
@@ -60,6 +61,7 @@ pub use files::{
 pub use gguf::{Gguf, GgufBuilder, MetaArray, MetaValue};
 pub use hub::{HubCache, resolve_adapter, resolve_model};
 pub use memory::{Resident, resident_memory};
+pub use pending::abandon_writes;
 /// Element types as a safetensors header names them.
 pub use safetensors::Dtype as DType;
 pub use scratch::Scratch;

@@ -1,15 +1,16 @@
 //! Files written under temporary names in their final folder, then put in place together.
 //!
 //! When anything fails before or during [`Stage::commit`], the temporaries are removed, files that were
-//! replaced are restored, and folders that were made for the purpose disappear again. A process killed
-//! midway can leave hidden `.tmp` files behind, but never a file of the final name with partial content.
+//! replaced are restored, and folders that were made for the purpose disappear again. A process that is
+//! told to end can remove the temporaries too ([`abandon_writes`](crate::abandon_writes)); one killed midway
+//! can leave hidden `.tmp` files behind, but never a file of the final name with partial content.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::{Error, Result};
+use crate::{Error, Result, pending};
 
 /// Files waiting to be put in place. Fields are dropped in order: temporaries before their folder.
 #[derive(Debug)]
@@ -57,6 +58,7 @@ impl Stage {
 
     /// Puts every file in place, replacing what is there, and syncs the folder.
     pub(crate) fn commit(self) -> Result<()> {
+        let _placing = pending::placing();
         let Self { files, folder } = self;
         let mut placed = Placed::default();
         // One rename is atomic by itself and needs no way back.
@@ -144,11 +146,12 @@ impl MadeFolder {
             path: path.to_owned(),
             made,
         };
-        std::fs::create_dir_all(path).map_err(|e| Error::io("make folder", path, e))?;
+        pending::folder(path, &folder.made).map_err(|e| Error::io("make folder", path, e))?;
         Ok(folder)
     }
 
     pub(crate) fn keep(mut self) {
+        pending::keep(&self.made);
         self.made.clear();
     }
 }
@@ -180,9 +183,17 @@ fn temp_in(folder: &Path, name: &str) -> Result<NamedTempFile> {
         use std::os::unix::fs::PermissionsExt as _;
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    builder
-        .tempfile_in(folder)
-        .map_err(|e| Error::io("make a temporary file in", folder, e))
+    pending::file(|| builder.tempfile_in(folder), NamedTempFile::path)
+        .map_err(|e| Error::io("make a temporary file in", folder, without_name(e)))
+}
+
+/// An error of making a temporary without the random name, which would only puzzle.
+fn without_name(error: std::io::Error) -> std::io::Error {
+    match error.kind() {
+        // Of which there is nothing else to say.
+        std::io::ErrorKind::Other => error,
+        kind => kind.into(),
+    }
 }
 
 /// Makes renames in `folder` durable.
@@ -211,6 +222,17 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_folder_that_takes_no_file_is_named_without_the_temporary() {
+        let root = tempfile::tempdir().unwrap();
+        let missing = root.path().join("missing");
+        let error = temp_in(&missing, "x").unwrap_err();
+        let said = peft_core::Error::from(error).to_string();
+        let (folder, why) = said.split_once(": ").unwrap();
+        assert_eq!(Path::new(folder), missing);
+        assert_eq!(why, "cannot make a temporary file: entity not found");
     }
 
     #[test]

@@ -147,6 +147,7 @@ impl StateWriter {
 }
 
 fn swap(dir: &Path, name: &str, partial: &Path) -> Result<()> {
+    let _placing = crate::pending::placing();
     let target = dir.join(name);
     let replaced = dir.join(format!("{REPLACED}{name}"));
     if target.exists() {

@@ -214,7 +214,7 @@ impl StreamWriter {
         if let (Some(file), false) = (stale.first(), overwrite) {
             return Err(Error::exists(
                 file,
-                "the folder already holds a checkpoint; choose another folder or allow overwriting",
+                "the folder already holds a checkpoint; choose another folder or allow overwriting (--overwrite)",
             ));
         }
         let mut metadata = metadata.clone();
@@ -430,7 +430,7 @@ impl StreamWriter {
 pub fn parse_size(text: &str) -> Result<u64> {
     let fail = || {
         Error::Usage(format!(
-            "`{text}` is not a size; write a number with one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            "`{text}` is not a size; write a number above 0 with one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
         ))
     };
     let trimmed = text.trim();

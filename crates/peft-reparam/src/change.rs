@@ -17,8 +17,8 @@ pub(crate) trait Change: Send + Sync {
 pub(crate) struct Plus<C>(pub(crate) C);
 
 impl<C: Change> Adapter for Plus<C> {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(w.add(&self.0.dense()?)?))
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(w.plus(&self.0.dense()?)?))
     }
 
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {

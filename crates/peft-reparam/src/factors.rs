@@ -419,13 +419,13 @@ impl Pair {
 }
 
 impl Adapter for Pair {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let Factors { a, b, scaling } = self.factors(false)?;
         if self.kind != Kind::Linear {
             // The table is [rows, dim], its change (B A)ᵀ.
-            return Ok(Some(w.add(&a.t_matmul(&b.t()?)?.scale(scaling)?)?));
+            return Ok(Some(w.plus_matmul_t(&a.t()?, &b, scaling)?));
         }
-        let mut changed = w.clone().plus_matmul_t(&b, &a.t()?, scaling)?;
+        let mut changed = w.plus_matmul_t(&b, &a.t()?, scaling)?;
         if let Some((b0, a0)) = &self.removed {
             changed = changed.sub(&b0.matmul(a0)?.scale(scaling)?)?;
         }

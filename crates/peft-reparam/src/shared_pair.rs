@@ -101,10 +101,10 @@ impl Layer {
 }
 
 impl Adapter for Layer {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         match self.acting() {
             Some(pair) => pair.weight(w),
-            None => Ok(Some(w.clone())),
+            None => Ok(Some(w)),
         }
     }
 

@@ -268,13 +268,13 @@ fn counts(names: Names, before: &str, values: usize, places: usize) -> String {
 pub(crate) struct At(pub(crate) Arc<Difference>);
 
 impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let entries = self.0.entries()?;
         if entries.as_ref().is_some_and(|e| e.len() == 0) {
-            return Ok(Some(w.clone()));
+            return Ok(Some(w));
         }
         let change = self.0.dense(entries.as_deref())?.reshape(w.shape())?;
-        Ok(Some(w.add(&change)?))
+        Ok(Some(w.plus(&change)?))
     }
 
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {

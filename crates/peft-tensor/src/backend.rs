@@ -303,6 +303,10 @@ pub trait Backend: Send + Sync {
     fn waits(&self) -> Option<u64> {
         None
     }
+    /// Whether it moves parameters itself: [`Backend::adamw`] gives moments.
+    fn has_adamw(&self) -> bool {
+        false
+    }
     /// Moments of AdamW for parameters of these numbers of values; None = the processor moves the parameters.
     fn adamw(&self, _sizes: &[usize]) -> Result<Option<Box<dyn AdamWState>>> {
         Ok(None)

@@ -109,11 +109,12 @@ impl Device {
                 continue;
             };
             match (entry.open)(precision, keep) {
-                Ok(device) => return chosen(device, Some(format!("device   {}", fast.name))),
+                Ok(device) => return chosen(device, Some(format!("the device is {}", fast.name))),
                 Err(why) => notes.push(why.to_string()),
             }
         }
-        let note = (!notes.is_empty()).then(|| format!("device   cpu, as {}", notes.join("; ")));
+        let note =
+            (!notes.is_empty()).then(|| format!("the device is cpu, as {}", notes.join("; ")));
         chosen(Self::cpu_keeping(precision, keep), note)
     }
 

@@ -41,6 +41,8 @@ pub use frozen::{FrozenWeight, WeightFormat, bnb, encode, encode_onto};
 pub use kernels::KernelStore;
 pub use ops::{CustomOp, IGNORE, concat, custom};
 pub use precision::{Keep, Precision};
+#[cfg(feature = "reference")]
+pub use reference::tested;
 pub use rng::RngKey;
 pub use tape::{Eager, Grads, checkpoint, eager, grad_enabled, no_grad};
 pub use tensor::Tensor;

@@ -30,7 +30,9 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Tokens the model looked at, padding not counted.
     pub tokens: usize,
-    /// Those per second of this step.
+    /// What it took, without evaluations and checkpoints; of steps that are shown together, an equal share.
+    pub seconds: f64,
+    /// Tokens per second of this step.
     pub tokens_per_second: f64,
     /// Seconds since the run began, those before a resume included.
     pub elapsed_s: f64,

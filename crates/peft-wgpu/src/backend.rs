@@ -102,6 +102,10 @@ impl Backend for WgpuBackend {
         Some(self.gpu.pool.waits.load(Ordering::Relaxed))
     }
 
+    fn has_adamw(&self) -> bool {
+        true
+    }
+
     fn adamw(&self, sizes: &[usize]) -> Result<Option<Box<dyn AdamWState>>> {
         let flat = Flat::new(self.gpu.clone(), sizes)?;
         Ok(Some(Box::new(flat)))

@@ -288,4 +288,6 @@ fn moments_go_in_and_come_out() {
     assert_eq!(moments[0], [vec![0.0; 3], vec![0.0; 3]]);
     assert!(state.load(0, [&mean, &mean]).is_err() && state.load(2, [&mean, &mean]).is_err());
     assert!(DeviceAdamW::new(&Device::cpu(), &[3]).unwrap().is_none());
+    // Both say so when asked.
+    assert!(device.backend().has_adamw() && !Device::cpu().backend().has_adamw());
 }

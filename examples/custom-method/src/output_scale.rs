@@ -55,7 +55,7 @@ struct Scale {
 
 impl Adapter for Scale {
     // With this facet alone the core runs, trains, merges and unmerges the method.
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let factors = self.factors.tensor();
         Ok(Some(w.mul(&factors.reshape(&[factors.numel(), 1])?)?))
     }

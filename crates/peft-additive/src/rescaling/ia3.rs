@@ -196,7 +196,7 @@ impl At {
 }
 
 impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         Ok(Some(w.mul(&self.l.tensor())?))
     }
 

@@ -124,7 +124,7 @@ struct At {
 }
 
 impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let scale = self.scale.tensor();
         // A norm's weight is a vector; a matrix is scaled by rows.
         Ok(Some(if w.rank() == 1 {

@@ -30,9 +30,14 @@ pub(crate) fn run(args: &Devices, out: &Out) -> Result<(), Failure> {
         let auto = if d.fast { "yes" } else { "no" };
         row([d.device, &d.name, &d.kind, &d.driver, &largest, auto])
     }));
-    out.table(&rows)?;
+    out.wide_table(&rows, &["driver", "largest tensor"])?;
     for d in present.iter().filter(|d| !d.notes.is_empty()) {
-        out.note(&format!("{}: {}", d.name, d.notes.join("; ")));
+        out.note(&format!(
+            "{} ({}): {}",
+            d.device,
+            d.name,
+            d.notes.join("; ")
+        ));
     }
     for name in Device::names() {
         if !present.iter().any(|d| d.device == name) {
@@ -54,7 +59,7 @@ fn measured(name: &str, size: usize, out: &Out) -> Result<(), Failure> {
             format!("--size {size}: has to be a multiple of 64, as packed formats have blocks");
         return Err(Failure::Usage(detail));
     }
-    let device = super::device(name, Precision::F32, out)?;
+    let device = super::named_by("--bench", name, Precision::F32, out)?;
     let called = device.backend().name();
     out.note(&format!(
         "{size} x {size} on {called}, GFLOP/s, the best of several rounds"

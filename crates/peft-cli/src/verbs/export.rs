@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::args::Export;
 use crate::failure::Failure;
-use crate::out::{Out, shell_word};
+use crate::out::{Out, program, shell_word};
 
 pub(crate) fn run(args: &Export, out: &Out) -> Result<(), Failure> {
     let folders = ops::export_adapterhub(
@@ -23,8 +23,9 @@ pub(crate) fn run(args: &Export, out: &Out) -> Result<(), Failure> {
     }
     if let [folder] = &folders[..] {
         out.note(&format!(
-            "next: model.load_adapter({}, use_safetensors=True), or peft inspect --model {} --adapter {}",
+            "next: model.load_adapter({}, use_safetensors=True), or {} inspect --model {} --adapter {}",
             json!(folder),
+            program(),
             shell_word(&args.model),
             shell_word(&folder.display().to_string())
         ));

@@ -84,6 +84,11 @@ fn prompt(args: &Generate, model: &Model) -> Result<(String, bool), Failure> {
     if args.raw || !(has_template || args.chat || args.system.is_some()) {
         return Ok((args.prompt.clone(), true));
     }
+    if !has_template {
+        let option = if args.chat { "--chat" } else { "--system" };
+        let detail = "the model has no chat template; without this option the prompt is gone on from as it is";
+        return Err(peft::Error::config(option, detail).into());
+    }
     let system = args
         .system
         .iter()

@@ -12,7 +12,7 @@ use crate::out::{Out, bytes, count};
 const NAME: &str = "default";
 
 pub(crate) fn run(args: &Init, out: &Out) -> Result<(), Failure> {
-    let config = crate::config::read(&args.config, &args.set)?;
+    let config = crate::config::read_adapter(&args.config, &args.set)?;
     let classifier = config["task_type"] == "SEQ_CLS";
     let task = match args.num_labels {
         Some(num_labels) if classifier => Some(Task::SequenceClassification { num_labels }),

@@ -91,7 +91,7 @@ fn open(args: &Inspect) -> Result<(Subject, Option<Vec<String>>), Failure> {
     let options = LoadOptions::default();
     let model = args.model.as_deref().unwrap_or_default();
     let config = match (&args.config, &args.target_modules) {
-        (Some(path), _) => crate::config::read(path, &args.set)?,
+        (Some(path), _) => crate::config::read_adapter(path, &args.set)?,
         (None, Some(targets)) => from_targets(args, &targets.join(","))?,
         (None, None) => {
             let (subject, _) = Subject::with_adapters(model, &args.adapter, true)?;

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::args::Merge;
 use crate::failure::Failure;
-use crate::out::{Out, bytes, seconds, shell_word};
+use crate::out::{Out, bytes, program, seconds, shell_word};
 use crate::progress::Progress;
 
 pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
@@ -69,7 +69,8 @@ pub(crate) fn run(args: &Merge, out: &Out) -> Result<(), Failure> {
         ));
     }
     out.note(&format!(
-        "next: peft inspect --model {}",
+        "next: {} inspect --model {}",
+        program(),
         shell_word(&report.folder.display().to_string())
     ));
     Ok(())

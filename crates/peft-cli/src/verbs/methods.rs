@@ -165,7 +165,7 @@ fn table(
         }
         rows.push(cells);
     }
-    out.table(&rows)?;
+    out.wide_table(&rows, &["paper", "peft_type", "subfamily"])?;
     let refused = counts.into_iter().flatten().filter(|c| c.is_err()).count();
     if refused > 0 {
         out.note(&format!("note: - means that the example configuration does not apply to this model ({refused} of {}); `peft methods ID --model M` says why", chosen.len()));

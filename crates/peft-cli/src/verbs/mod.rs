@@ -19,8 +19,18 @@ use crate::out::Out;
 
 /// The device a user named, with a line about the choice where there is something to say.
 pub(crate) fn device(name: &str, precision: Precision, out: &Out) -> Result<Device, Failure> {
+    named_by("--device", name, precision, out)
+}
+
+/// The same, where it was named by another option.
+pub(crate) fn named_by(
+    option: &str,
+    name: &str,
+    precision: Precision,
+    out: &Out,
+) -> Result<Device, Failure> {
     let chosen = Device::choose(name, precision, precision.into())
-        .map_err(|e| Failure::Usage(format!("--device {name}: {e}")))?;
+        .map_err(|e| Failure::Usage(format!("{option} {name}: {e}")))?;
     if let Some(note) = &chosen.note {
         out.note(note);
     }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::args::Quantize;
 use crate::failure::Failure;
-use crate::out::{Out, bytes, seconds, shell_word};
+use crate::out::{Out, bytes, program, seconds, shell_word};
 use crate::progress::Progress;
 
 pub(crate) fn run(args: &Quantize, out: &Out) -> Result<(), Failure> {
@@ -43,7 +43,8 @@ pub(crate) fn run(args: &Quantize, out: &Out) -> Result<(), Failure> {
         seconds(begun.elapsed().as_secs_f64()),
     ));
     out.note(&format!(
-        "next: peft inspect --model {}",
+        "next: {} inspect --model {}",
+        program(),
         shell_word(&report.folder.display().to_string())
     ));
     Ok(())

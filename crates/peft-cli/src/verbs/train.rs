@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use peft::Error;
 use peft::core::entry_for;
 use peft::train::data::RowKind;
 use peft::train::{
@@ -13,7 +14,7 @@ use super::eval::{metrics, to_json};
 use super::row;
 use crate::args::Train;
 use crate::failure::Failure;
-use crate::out::{Out, count, seconds, shell_word};
+use crate::out::{Out, count, counted, program, seconds, shell_word};
 use crate::progress::Progress;
 
 pub(crate) fn run(args: &Train, out: &Out) -> Result<(), Failure> {
@@ -24,13 +25,13 @@ pub(crate) fn run(args: &Train, out: &Out) -> Result<(), Failure> {
     if let Some(device) = &args.device {
         apply_set(&mut value, &format!("device={device:?}"))?;
     }
-    let config = TrainConfig::from_value(&value)
-        .map_err(|e| Failure::Usage(format!("{}: {e}", args.config.display())))?;
+    let config = TrainConfig::from_value(&value).map_err(|e| wrong(args, &e))?;
     plan(&config, out)?;
     let mut watch = Watch {
         out,
         bar: None,
         rows: None,
+        total: 0,
         output: config.output.dir.clone(),
     };
     let summary = train(&config, args.resume, &mut watch)?;
@@ -39,6 +40,23 @@ pub(crate) fn run(args: &Train, out: &Out) -> Result<(), Failure> {
         return out.value(&summary_json(&summary));
     }
     report(&config, &summary, out)
+}
+
+/// What is wrong with the configuration, and which of the user's words it is in.
+fn wrong(args: &Train, error: &Error) -> Failure {
+    let field = match error {
+        Error::Config { field, .. } => field.as_str(),
+        _ => "",
+    };
+    let is_set = |set: &String| {
+        let key = set.split('=').next().unwrap_or_default().trim();
+        field == key || field.starts_with(&format!("{key}."))
+    };
+    Failure::Usage(match &args.device {
+        Some(_) if field == "device" => format!("--device: {error}"),
+        _ if args.set.iter().any(is_set) => format!("--set {error}"),
+        _ => format!("{}: {error}", args.config.display()),
+    })
 }
 
 /// What is about to happen.
@@ -64,17 +82,22 @@ fn plan(config: &TrainConfig, out: &Out) -> Result<(), Failure> {
     let data = &config.data;
     let held_out = match (&data.eval, data.eval_split) {
         (Some(files), _) => format!(", evaluated on {files}"),
-        (None, Some(share)) => format!(", {share} of it held out"),
+        (None, Some(rows)) if rows >= 1.0 => format!(", {} of it held out", counted(rows, "row")),
+        (None, Some(share)) => format!(", {} % of it held out", 100.0 * share),
         (None, None) => String::new(),
     };
     out.note(&format!("data     {}{held_out}", data.train));
     let t = &config.train;
     let length = t
         .steps
-        .map_or_else(|| format!("{} epochs", t.epochs), |n| format!("{n} steps"));
+        .map_or_else(|| counted(t.epochs, "epoch"), |n| counted(n as f64, "step"));
+    let accumulated = match t.gradient_accumulation {
+        1 => String::new(),
+        times => format!(" x {times}"),
+    };
     out.note(&format!(
-        "train    {length}, batch {} x {}, learning rate {}, seed {}",
-        t.batch_size, t.gradient_accumulation, t.learning_rate, t.seed
+        "train    {length}, batch {}{accumulated}, learning rate {}, seed {}",
+        t.batch_size, t.learning_rate, t.seed
     ));
     out.note(&format!("output   {}", config.output.dir.display()));
     Ok(())
@@ -96,8 +119,8 @@ fn report(config: &TrainConfig, summary: &Summary, out: &Out) -> Result<(), Fail
         _ => String::new(),
     };
     out.note(&format!(
-        "{} steps in {}{loss}",
-        summary.steps,
+        "{} in {}{loss}",
+        counted(summary.steps as f64, "step"),
         seconds(summary.elapsed_s)
     ));
     if let Some(after) = &summary.eval_after {
@@ -133,8 +156,7 @@ fn next_commands(config: &TrainConfig, summary: &Summary, out: &Out) {
     };
     out.note(&format!("results are in {}", summary.output.display()));
     out.note("next:");
-    // As this program was called: `peft`, or target/release/peft from `cargo run`.
-    let peft = shell_word(&std::env::args().next().unwrap_or_else(|| "peft".to_owned()));
+    let peft = program();
     let evaluated = config.data.eval.iter().flat_map(|files| files.0.iter());
     for (task, data) in evaluated.clone().enumerate() {
         // As in training, each file of several is a task of its own.
@@ -201,6 +223,8 @@ struct Watch<'a> {
     out: &'a Out,
     bar: Option<Progress>,
     rows: Option<Progress>,
+    /// Steps in all.
+    total: u64,
     output: std::path::PathBuf,
 }
 
@@ -216,22 +240,24 @@ impl Watch<'_> {
 impl Observer for Watch<'_> {
     fn start(&mut self, done: u64, total: u64, trainable: usize) {
         self.note(&format!(
-            "{} trainable parameters, {total} steps",
-            count(trainable)
+            "{} trainable parameters, {}",
+            count(trainable),
+            counted(total as f64, "step")
         ));
+        self.total = total;
         self.bar = Some(Progress::new(self.out, "step", done, total));
     }
 
     fn step(&mut self, r: &StepReport) {
         let penalty = r
             .penalty
-            .map_or(String::new(), |p| format!(" penalty {p:.4}"));
+            .map_or(String::new(), |p| format!(", penalty {p:.4}"));
         let message = format!(
-            "loss {:.4}{penalty} {:.0} tokens/s",
+            "loss {:.4}{penalty}, {:.0} tokens/s",
             r.loss, r.tokens_per_second
         );
         if let Some(bar) = &mut self.bar {
-            bar.set(r.step, &message);
+            bar.set_after(r.step, r.seconds, &message);
         }
     }
 
@@ -244,6 +270,10 @@ impl Observer for Watch<'_> {
 
     fn eval(&mut self, step: u64, report: &EvalReport) {
         self.rows = None;
+        if step == self.total && !self.out.json {
+            // The table at the end has it.
+            return;
+        }
         let numbers: Vec<String> = metrics(report)
             .iter()
             .map(|(name, value)| format!("{name} {value:.4}"))

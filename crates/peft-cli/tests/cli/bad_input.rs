@@ -212,6 +212,60 @@ fn what_cannot_be_merged_is_named() {
 }
 
 #[test]
+fn outputs_that_would_replace_something() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = copy_adapter("llama-qv", &temp.path().join("adapter"));
+    let before = listing(&folder);
+    let llama = model("llama");
+    let merge = |output: &str, more: &[&str]| {
+        let args = [
+            "merge",
+            "--model",
+            &llama,
+            "--adapter",
+            &folder,
+            "--output",
+            output,
+        ];
+        peft(args.iter().chain(more).copied())
+    };
+    for more in [&[][..], &["--overwrite"]] {
+        merge(&folder, more).fails(1, &[&folder, "folder of an adapter"]);
+    }
+    assert_eq!(listing(&folder), before);
+    let out = text(temp.path().join("out"));
+    merge(&out, &[]).ok();
+    let there = listing(&out);
+    merge(&out, &[]).fails(1, &["model.safetensors", "already", "--overwrite"]);
+    assert_eq!(listing(&out), there);
+    merge(&out, &["--overwrite"]).ok();
+    let file = temp.path().join("file");
+    write(&file, "");
+    merge(&text(&file), &[]).fails(1, &["is a file", "folder"]);
+    let below = text(file.join("below"));
+    merge(&below, &[]).fails(1, &[&below]);
+}
+
+#[test]
+fn an_override_of_a_field_that_is_none() {
+    let temp = tempfile::tempdir().unwrap();
+    let config = format!("{}/adapter_config.json", adapter("llama-qv"));
+    let llama = model("llama");
+    let out = text(temp.path().join("out"));
+    let init = ["init", "--model", &llama, "--output", &out];
+    let inspect = ["inspect", "--model", &llama];
+    for verb in [&init[..], &inspect] {
+        let set = |set: &'static str| {
+            let more = ["--config", &config, "--set", set];
+            peft(verb.iter().copied().chain(more))
+        };
+        set("rx=1").fails(2, &["--set `rx`", "nearest: r"]);
+        set("r=x").fails(1, &["`r`", "a whole number"]);
+        assert!(!Path::new(&out).exists());
+    }
+}
+
+#[test]
 fn inputs_of_logits() {
     let temp = tempfile::tempdir().unwrap();
     let input = temp.path().join("i.json");

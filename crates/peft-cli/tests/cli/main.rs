@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod common;
+#[cfg(unix)]
+mod interrupted;
 mod looking;
 mod merging;
 mod quantising;

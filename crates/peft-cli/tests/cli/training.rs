@@ -242,13 +242,14 @@ fn generation_follows_its_options() {
     peft([
         "generate", "--model", &model, "--prompt", "x", "--top-p", "7",
     ])
-    .fails(1, &["top_p"]);
+    .fails(2, &["--top-p", "above 0, and at most 1"]);
     peft([
         "generate", "--model", &model, "--prompt", "x", "--raw", "--chat",
     ])
     .fails(2, &["--raw"]);
     std::fs::remove_file(temp.path().join("m/tokenizer_config.json")).unwrap();
-    peft(["generate", "--model", &model, "--prompt", "x", "--chat"]).fails(1, &["chat template"]);
+    peft(["generate", "--model", &model, "--prompt", "x", "--chat"])
+        .fails(1, &["--chat", "chat template"]);
     std::fs::remove_file(temp.path().join("m/tokenizer.json")).unwrap();
     peft(["generate", "--model", &model, "--prompt", "x"]).fails(1, &["tokenizer.json"]);
 }
@@ -366,4 +367,83 @@ fn a_forecast_is_made_and_a_limit_held_to() {
     peft(["train", &text(&file), "--memory-limit", "4GiB"]).ok();
     peft(["train", &text(&file), "--memory-limit", "much"]).fails(2, &["--memory-limit", "GiB"]);
     peft(["inspect"]).fails(2, &["--model"]);
+}
+
+#[test]
+fn a_wrong_setting_is_told_where_it_was_made() {
+    let temp = tempfile::tempdir().unwrap();
+    let file = temp.path().join("train.json");
+    write(&file, &setting(temp.path()).to_string());
+    let file = text(&file);
+    let whole = "a whole number that is not negative";
+    for (more, code, words) in [
+        (
+            vec!["--set", "train.steps=-3"],
+            2,
+            vec!["--set `train.steps`", "-3", whole],
+        ),
+        (
+            vec!["--set", "train.learning_rate=fast"],
+            2,
+            vec!["--set `train.learning_rate`", "fast", "expected a number"],
+        ),
+        (
+            vec!["--set", "train.stpes=3"],
+            2,
+            vec!["--set `train.stpes`", "train.steps"],
+        ),
+        (
+            vec!["--set", "train.schedule=wavy"],
+            2,
+            vec!["--set `train.schedule`", "wavy", "cosine"],
+        ),
+        (vec!["--device", "tpu"], 2, vec!["--device", "tpu", "cpu"]),
+        (
+            vec!["--set", "adapter.r=four"],
+            1,
+            vec!["`r`", "four", whole],
+        ),
+        (
+            vec!["--set", "adapter.rr=4"],
+            1,
+            vec!["adapter.rr", "nearest: r"],
+        ),
+        // Nothing is like it, so all there is is named.
+        (
+            vec!["--set", "adapter.target_modules=[\"zzz\"]"],
+            1,
+            vec!["zzz", "there are", "q_proj", "down_proj"],
+        ),
+        (
+            vec!["--set", "data.train=nobody.jsonl"],
+            1,
+            vec!["nobody.jsonl"],
+        ),
+        (
+            vec!["--set", "model.path=/no/model"],
+            1,
+            vec!["/no/model", "config.json"],
+        ),
+        (
+            vec!["--set", &format!("model.path={file}")],
+            1,
+            vec!["train.json", "is no model", ".gguf"],
+        ),
+    ] {
+        let args = ["train", &file].into_iter().chain(more.iter().copied());
+        peft(args).fails(code, &words);
+        assert!(!temp.path().join("out").exists(), "{more:?}");
+    }
+    let mut config = setting(temp.path());
+    config["train"]["steps"] = json!(-3);
+    write(&file, &config.to_string());
+    peft(["train", &file]).fails(2, &["train.json: `train.steps`"]);
+    let empty = temp.path().join("empty.jsonl");
+    write(&empty, "");
+    write(&file, &setting(temp.path()).to_string());
+    let set = format!("data.train={}", text(&empty));
+    peft(["train", &file, "--set", &set]).fails(1, &["empty.jsonl", "no rows"]);
+    let set = format!("data.train={}", text(temp.path()));
+    peft(["train", &file, "--set", &set]).fails(1, &["directory"]);
+    assert!(!temp.path().join("out").exists());
 }

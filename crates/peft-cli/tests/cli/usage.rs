@@ -35,6 +35,16 @@ fn wrong_arguments_exit_with_2() {
     ])
     .fails(2, &["5XB", "MiB"]);
     peft(["eval", "--model", "m", "--data", "d", "--batch-size", "0"]).fails(2, &["from 1"]);
+    peft(["eval", "--model", "m", "--data", "d", "--vote"]).fails(2, &["--adapter"]);
+    for (option, value) in [
+        ("--temperature", "-1"),
+        ("--top-p", "0"),
+        ("--repetition-penalty", "nan"),
+    ] {
+        peft(["generate", "--model", "m", "--prompt", "p", option, value])
+            .fails(2, &[option, value, "has to be a number"]);
+    }
+    peft(["devices", "--bench", "abacus"]).fails(2, &["--bench abacus", "cpu"]);
     assert_eq!(peft::<&str>([]).code, 2);
 }
 

@@ -114,6 +114,13 @@ fn open_file(path: &Path) -> Result<Checkpoint> {
             "is a git-lfs pointer, not the file itself; run `git lfs pull`",
         ));
     }
+    // Behind the length of its header, a safetensors file begins with `{`.
+    if extension != "safetensors" && bytes.get(8) != Some(&b'{') {
+        return Err(Error::unsupported(
+            path,
+            "is no model: give a folder with config.json and weights, a .safetensors file or a .gguf file",
+        ));
+    }
     let header = header::parse(path, &bytes)?;
     let mut checkpoint = Checkpoint {
         files: vec![(path.to_owned(), bytes)],

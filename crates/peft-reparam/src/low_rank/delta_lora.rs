@@ -164,10 +164,10 @@ impl Moving {
 }
 
 impl Adapter for Moving {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let (a, b) = (self.pair.a.tensor(), self.pair.b.tensor());
-        let moved = w.add(&self.moved(&a.detach(), &b.detach())?)?;
-        self.pair.weight(&moved)
+        let moved = w.plus(&self.moved(&a.detach(), &b.detach())?)?;
+        self.pair.weight(moved)
     }
 
     fn bias(&self, b: Option<Tensor>) -> Result<Option<Tensor>> {

@@ -159,8 +159,8 @@ impl Directed {
 struct Below(OnceLock<Tensor>);
 
 impl Adapter for Below {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        let _ = self.0.set(w.clone());
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
+        let _ = self.0.set(w);
         Ok(None)
     }
 }
@@ -207,7 +207,7 @@ impl Decomposed {
 }
 
 impl Adapter for Decomposed {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let Some(turned) = self.directed.pair.weight(w)? else {
             return Ok(None);
         };

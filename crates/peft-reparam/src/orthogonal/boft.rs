@@ -167,8 +167,7 @@ impl At {
 }
 
 impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        let mut w = w.clone();
+    fn weight(&self, mut w: Tensor) -> Result<Option<Tensor>> {
         for (i, blocks) in self.rotations()?.iter().enumerate() {
             w = self.factor(&w, i, blocks, true)?;
         }

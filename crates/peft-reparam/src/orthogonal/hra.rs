@@ -147,7 +147,7 @@ fn orthonormal(u: &Tensor) -> Result<Tensor> {
 }
 
 impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         let (u, t) = self.chain()?;
         Ok(Some(w.sub(&w.matmul(&u)?.matmul(&t)?.matmul_t(&u)?)?))
     }

@@ -231,9 +231,9 @@ impl At {
 }
 
 impl Adapter for At {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         // A row of the table is turned as it is read; a linear layer's weight undoes the turn of its input.
-        rotate(w, &self.rotations()?, !self.embedding).map(Some)
+        rotate(&w, &self.rotations()?, !self.embedding).map(Some)
     }
 
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {

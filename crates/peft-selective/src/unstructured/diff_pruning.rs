@@ -200,8 +200,9 @@ impl Gated {
     }
 
     /// `W + z z_g D`.
-    fn on(&self, w: &Tensor, key: Option<RngKey>) -> Result<Tensor> {
-        Ok(w.add(&self.change(key)?.reshape(w.shape())?)?)
+    fn on(&self, w: Tensor, key: Option<RngKey>) -> Result<Tensor> {
+        let change = self.change(key)?.reshape(w.shape())?;
+        Ok(w.plus(&change)?)
     }
 }
 
@@ -209,7 +210,7 @@ impl Gated {
 struct Pruned(Arc<Gated>);
 
 impl Adapter for Pruned {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         match self.0.at.is_dense() {
             true => self.0.on(w, None).map(Some),
             false => At(self.0.at.clone()).weight(w),
@@ -246,7 +247,7 @@ struct Sampled<'a> {
 }
 
 impl Adapter for Sampled<'_> {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
         self.gated.on(w, self.key).map(Some)
     }
 }

@@ -65,6 +65,11 @@ impl Chunk {
         self.map.len() / size_of::<f32>()
     }
 
+    /// Pages that are resident.
+    fn pages(&self) -> usize {
+        self.resident.iter().filter(|page| **page).count()
+    }
+
     fn is_idle(&self) -> bool {
         self.free.get(&0) == Some(&self.len())
     }
@@ -92,8 +97,8 @@ impl Chunk {
                 if released == most {
                     return released;
                 }
-                if std::mem::replace(&mut self.resident[page], false) {
-                    give_back(&self.map, page);
+                if self.resident[page] && give_back(&self.map, page) {
+                    self.resident[page] = false;
                     released += 1;
                 }
             }
@@ -114,18 +119,21 @@ impl Chunk {
     }
 }
 
-/// Gives a page to the system that no place has a part of.
-#[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
-fn give_back(map: &MmapRaw, page: usize) {
-    #[cfg(target_os = "linux")]
-    {
-        let bytes = PAGE * size_of::<f32>();
-        let what = memmap2::UncheckedAdvice::DontNeed;
-        // SAFETY: nobody has a reference into a free range; its content becomes zeros, and any will do. The mapping has
-        // whole pages, and a kernel that refuses leaves this one where it is.
-        #[allow(unsafe_code, reason = "madvise(DONTNEED) has no safe interface")]
-        let _ = unsafe { map.unchecked_advise_range(what, page * bytes, bytes) };
-    }
+/// Gives a page to the system that no place has a part of; false where it stays.
+#[cfg(target_os = "linux")]
+fn give_back(map: &MmapRaw, page: usize) -> bool {
+    let bytes = PAGE * size_of::<f32>();
+    let what = memmap2::UncheckedAdvice::DontNeed;
+    // SAFETY: nobody has a reference into a free range; its content becomes zeros, and any will do. The mapping has
+    // whole pages, and a kernel that refuses leaves this one where it is.
+    #[allow(unsafe_code, reason = "madvise(DONTNEED) has no safe interface")]
+    unsafe { map.unchecked_advise_range(what, page * bytes, bytes) }.is_ok()
+}
+
+/// Elsewhere such advice frees nothing at once, or there is none: only whole mappings go back.
+#[cfg(not(target_os = "linux"))]
+fn give_back(_map: &MmapRaw, _page: usize) -> bool {
+    false
 }
 
 /// The mappings.
@@ -204,8 +212,21 @@ impl Arena {
             let over = self.resident.saturating_sub(most / PAGE);
             self.resident -= chunk.release(over);
         }
-        self.chunks
-            .retain(|c| !c.is_idle() || c.resident.contains(&true));
+        self.unmap_idle(most);
+    }
+
+    /// Unmaps idle mappings: those without a resident page, and others, which a system did not take page by page, as long as
+    /// more than `most` values are resident.
+    fn unmap_idle(&mut self, most: usize) {
+        let resident = &mut self.resident;
+        self.chunks.retain(|chunk| {
+            let pages = chunk.pages();
+            if !chunk.is_idle() || pages > resident.saturating_sub(most / PAGE) {
+                return true;
+            }
+            *resident -= pages;
+            false
+        });
     }
 }
 
@@ -289,7 +310,35 @@ mod tests {
         arena.give(place);
     }
 
+    /// What is left to do where pages are not taken one by one.
     #[test]
+    fn idle_mappings_go_whole_and_are_counted() {
+        let mut arena = Arena::new();
+        arena.grow(1).unwrap();
+        let (a, _) = arena.take(CHUNK - STEP).unwrap();
+        arena.grow(1).unwrap();
+        let (b, _) = arena.take(3 * PAGE).unwrap();
+        let pages = CHUNK / PAGE;
+        assert_eq!(arena.resident(), CHUNK + 3 * PAGE);
+        arena.unmap_idle(0);
+        assert_eq!(arena.chunks.len(), 2, "something is in both");
+        arena.give(a);
+        // A mapping is more than what is to go.
+        arena.unmap_idle(4 * PAGE);
+        assert_eq!(arena.chunks.len(), 2);
+        assert_eq!(arena.resident(), CHUNK + 3 * PAGE);
+        arena.unmap_idle(3 * PAGE);
+        assert_eq!(arena.chunks.len(), 1);
+        assert_eq!(arena.resident(), 3 * PAGE);
+        assert!(pages > 3);
+        arena.give(b);
+        arena.unmap_idle(0);
+        assert_eq!(arena.resident(), 0);
+        assert!(arena.chunks.is_empty());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
     fn pages_without_a_place_are_given_back_from_the_end() {
         let mut arena = Arena::new();
         arena.grow(1).unwrap();

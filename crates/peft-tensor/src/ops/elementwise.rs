@@ -146,6 +146,27 @@ impl Tensor {
         self.binary(rhs, Binary::Add)
     }
 
+    /// self + rhs, both of one shape, in the memory of self where nobody else holds it.
+    ///
+    /// # Errors
+    /// If the shapes differ.
+    pub fn plus(self, rhs: &Tensor) -> Result<Tensor> {
+        self.same_device(rhs, "plus")?;
+        if self.shape() != rhs.shape() {
+            return shape_err("plus", format!("{:?} + {:?}", self.shape(), rhs.shape()));
+        }
+        let (place, device) = (self.detach_place(), self.device().clone());
+        let data = device.backend().accumulate(self.data, &rhs.data)?;
+        let shape = rhs.shape().to_vec();
+        Ok(record(data, shape, &device, &[&place, rhs], || {
+            let (a, b) = (place.target.clone(), rhs.target.clone());
+            Box::new(move |dy, sink| {
+                sink.add(&a, dy.clone())?;
+                sink.add(&b, dy.clone())
+            })
+        }))
+    }
+
     /// self - rhs, broadcasting.
     ///
     /// # Errors

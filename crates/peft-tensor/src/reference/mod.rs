@@ -10,6 +10,24 @@ use crate::{FrozenWeight, Result, RngKey, TensorError};
 /// Plain loops.
 pub(crate) struct ReferenceBackend;
 
+/// What a test runs on, where `name` has opened; None, said so that nobody overlooks it, where it has not.
+///
+/// # Panics
+/// If it has not, and `PEFT_REQUIRE_GPU` is 1.
+pub fn tested<T>(name: &str, opened: Result<T>) -> Option<T> {
+    let why = match opened {
+        Ok(device) => return Some(device),
+        Err(why) => why,
+    };
+    let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
+    assert!(
+        !required,
+        "PEFT_REQUIRE_GPU=1, and {name} does not open: {why}"
+    );
+    eprintln!("NOTHING IS TESTED ON {name}: {why}");
+    None
+}
+
 fn put(values: Vec<f64>) -> Buffer {
     Buffer::new(values)
 }

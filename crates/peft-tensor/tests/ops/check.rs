@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use peft_tensor::{Device, Result, RngKey, Tensor};
+use peft_tensor::{Device, Result, RngKey, Tensor, tested};
 
 /// An input: values that f32 holds exactly, and their shape.
 #[derive(Clone, Debug)]
@@ -111,7 +111,7 @@ pub(crate) fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let others = Device::names().into_iter().filter(|name| *name != "cpu");
-        let opened = others.filter_map(opened_or_said);
+        let opened = others.filter_map(|name| tested(name, Device::by_name(name)));
         let opened: Vec<Device> = opened.collect();
         if opened.is_empty() {
             vec![Device::cpu()]
@@ -119,22 +119,6 @@ pub(crate) fn devices() -> &'static [Device] {
             opened
         }
     })
-}
-
-/// The device, or a line that nobody overlooks; a failure where `PEFT_REQUIRE_GPU` asks for one.
-fn opened_or_said(name: &str) -> Option<Device> {
-    match Device::by_name(name) {
-        Ok(device) => Some(device),
-        Err(why) => {
-            let required = std::env::var("PEFT_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(
-                !required,
-                "PEFT_REQUIRE_GPU=1, and {name} does not open: {why}"
-            );
-            eprintln!("NOTHING IS TESTED ON {name}: {why}");
-            None
-        }
-    }
 }
 
 /// Values of the device against the reference's, its gradients against the reference's, and those against

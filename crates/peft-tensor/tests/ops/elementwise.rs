@@ -120,6 +120,33 @@ fn large_broadcasts() {
 }
 
 #[test]
+fn a_sum_goes_where_its_left_side_was() {
+    for shape in [vec![3, 5], vec![70_000]] {
+        let inputs = [input(1, -1.0, 1.0, &shape), input(2, -1.0, 1.0, &shape)];
+        check(&inputs, TIGHT, |x| x[0].clone().plus(&x[1]));
+        // Beside another use of what is written over, which has to keep its values.
+        check(&inputs, TIGHT, |x| {
+            let y = x[0].square()?;
+            y.clone().plus(&x[1])?.mul(&y)
+        });
+    }
+    let cpu = Device::cpu();
+    let x = |shape: &[usize]| Tensor::full(1.0, shape, &cpu).unwrap();
+    let place = |t: &Tensor| t.values().unwrap().as_ptr();
+    let (a, b) = (x(&[4, 5]), x(&[4, 5]));
+    let before = place(&a);
+    let sum = a.plus(&b).unwrap();
+    assert_eq!(place(&sum), before, "nobody else had it");
+    let held = sum.clone();
+    let more = sum.plus(&b).unwrap();
+    assert_ne!(place(&more), before, "`held` has it");
+    assert_eq!(held.to_vec().unwrap(), [2.0; 20]);
+    assert_eq!(more.to_vec().unwrap(), [3.0; 20]);
+    // What would have to be repeated is refused: the result has the shape of the left side.
+    assert!(x(&[4, 5]).plus(&x(&[5])).is_err());
+}
+
+#[test]
 fn dropout_over_many_chunks() {
     // Enough elements that a threshold off by a thousandth drops or keeps some it should not.
     check(&[input(1, -2.0, 2.0, &[101, 997])], TIGHT, |x| {

@@ -1,7 +1,7 @@
 //! Names of configuration keys: which there are, what a wrong one may have meant, and which one a type error
 //! is about. The list of names is the default configuration's own.
 
-use peft_core::{Error, Result, nearest};
+use peft_core::{Error, Result, in_words, nearest};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
@@ -153,10 +153,10 @@ pub(super) fn blame(value: &Value, error: &serde_json::Error) -> Error {
         }
         let alone = Value::Object(Map::from_iter([(key.clone(), section.clone())]));
         if let Err(e) = serde_json::from_value::<TrainConfig>(alone) {
-            return Error::config(key, e.to_string());
+            return Error::config(key, in_words(&e));
         }
     }
-    Error::config("configuration", error.to_string())
+    Error::config("configuration", in_words(error))
 }
 
 fn first_bad<T: DeserializeOwned>(section: &Value) -> Option<(String, String)> {
@@ -164,7 +164,7 @@ fn first_bad<T: DeserializeOwned>(section: &Value) -> Option<(String, String)> {
         let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
         serde_json::from_value::<T>(alone)
             .err()
-            .map(|e| (key.clone(), e.to_string()))
+            .map(|e| (key.clone(), in_words(&e)))
     })
 }
 

@@ -95,15 +95,12 @@ impl Norm {
 
 impl Optimizer {
     /// Without history, on the device if it moves parameters itself. Moments in 8 bits are the processor's.
-    ///
-    /// # Errors
-    /// Whatever the device says.
-    pub fn new(betas: [f64; 2], eps: f64, eight_bit: bool, device: &Device) -> Result<Self> {
-        let can = !eight_bit && DeviceAdamW::new(device, &[])?.is_some();
-        Ok(Self {
+    pub fn new(betas: [f64; 2], eps: f64, eight_bit: bool, device: &Device) -> Self {
+        let can = !eight_bit && device.backend().has_adamw();
+        Self {
             host: AdamW::new(betas, eps, eight_bit),
             device: can.then(|| OnDevice::new(device)),
-        })
+        }
     }
 
     /// Keeps moments in `file` from now on, and forgets those there are: the processor's work.
@@ -113,18 +110,15 @@ impl Optimizer {
     }
 
     /// What a user should know of where it is computed.
-    ///
-    /// # Errors
-    /// Whatever the device says.
-    pub fn note(&self, device: &Device) -> Result<Option<String>> {
-        let could = self.device.is_none() && DeviceAdamW::new(device, &[])?.is_some();
-        Ok(could.then(|| {
+    pub fn note(&self, device: &Device) -> Option<String> {
+        let could = self.device.is_none() && device.backend().has_adamw();
+        could.then(|| {
             format!(
                 "moments in 8 bits or on disk are the processor's: each step waits for the gradients from {} and sends \
                  it all parameters",
                 device.backend().name()
             )
-        }))
+        })
     }
 
     /// Moves `params` along their gradients after clipping all of them to `max_norm` (0 = no limit). Also returned, if they

@@ -205,7 +205,7 @@ impl<'a> Trainer<'a> {
                 plan.memory.describe()
             ));
         }
-        if let Some(note) = progress.optimizer.note(self.model.device())? {
+        if let Some(note) = progress.optimizer.note(self.model.device()) {
             observer.message(&note);
         }
         let newest = if resume {
@@ -304,7 +304,7 @@ impl<'a> Trainer<'a> {
                 train.eps,
                 train.optimizer.eight_bit(),
                 self.model.device(),
-            )?,
+            ),
             hooks,
             step: 0,
             earlier: 0.0,

@@ -121,6 +121,7 @@ impl Trainer<'_> {
         shown.together = (fit as usize).clamp(1, MOST);
         for pending in shown.waiting.drain(..) {
             let mut report = self.settled(pending)?;
+            report.seconds = seconds / count as f64;
             report.tokens_per_second = tokens as f64 / seconds;
             report.elapsed_s = progress.elapsed();
             progress.first_loss = progress.first_loss.or(Some(report.loss));

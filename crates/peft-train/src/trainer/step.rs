@@ -131,6 +131,7 @@ impl Trainer<'_> {
             learning_rate,
             grad_norm: f64::NAN,
             tokens,
+            seconds: 0.0,
             tokens_per_second: 0.0,
             elapsed_s: 0.0,
         };

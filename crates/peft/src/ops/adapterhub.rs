@@ -91,7 +91,7 @@ pub fn export_adapterhub(
     if taken && !overwrite {
         return Err(Error::file(
             output,
-            "the folder already holds an adapter; choose another folder or allow overwriting",
+            "the folder already holds an adapter; choose another folder or allow overwriting (--overwrite)",
         ));
     }
     let (subject, opened) = Subject::with_adapters(model, &[adapter.to_owned()], false)?;

@@ -65,7 +65,7 @@ pub(super) fn check_free(folder: &Path, overwrite: bool) -> Result<()> {
     if !overwrite && files.iter().any(|file| folder.join(file).exists()) {
         return Err(Error::file(
             folder,
-            "the folder already holds an adapter; choose another folder or allow overwriting",
+            "the folder already holds an adapter; choose another folder or allow overwriting (--overwrite)",
         ));
     }
     Ok(())

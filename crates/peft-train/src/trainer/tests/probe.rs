@@ -71,8 +71,8 @@ struct Delta {
 }
 
 impl Adapter for Delta {
-    fn weight(&self, w: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(w.add(&self.delta.tensor())?))
+    fn weight(&self, w: Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(w.plus(&self.delta.tensor())?))
     }
 
     fn forward(&self, call: &Call<'_>) -> Result<Tensor> {

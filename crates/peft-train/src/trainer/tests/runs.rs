@@ -346,6 +346,12 @@ fn the_log_has_what_is_promised_and_old_checkpoints_go() {
     }
     // Three batches an epoch.
     assert!((watcher.steps[3].epoch - 4.0 / 3.0).abs() < 1e-12);
+    // What steps take is told without what happens between them.
+    let each = |s: &StepReport| (s.tokens as f64 / s.tokens_per_second - s.seconds).abs();
+    assert!(watcher.steps.iter().all(|s| each(s) < 1e-9 * s.seconds));
+    let taken: f64 = watcher.steps.iter().map(|s| s.seconds).sum();
+    let beside: f64 = watcher.evals.iter().map(|(_, report)| report.seconds).sum();
+    assert!(taken > 0.0 && taken + beside <= summary.elapsed_s);
     let evals: Vec<u64> = watcher.evals.iter().map(|(step, _)| *step).collect();
     assert_eq!(evals, [2, 4, 5]);
     let lines: Vec<Value> = place

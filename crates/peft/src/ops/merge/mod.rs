@@ -154,6 +154,10 @@ pub fn merge(
         Onto::AsIs | Onto::Dequantized => Subject::with_adapters(model, adapters, false)?,
     };
     refuse(&subject, output)?;
+    if opened.iter().any(|adapter| same(&adapter.folder, output)) {
+        let detail = "is the folder of an adapter; write the merged model elsewhere";
+        return Err(Error::file(output, detail));
+    }
     let folder = options.rest.as_deref();
     if folder.is_some_and(|folder| folder == output || same(folder, output)) {
         let detail = "has to be another folder than the merged model's";
