@@ -1,7 +1,8 @@
 //! Bringing both sides of a product into panels.
 //!
 //! A panel side is cut into strips of as many rows (of `x`) or columns (of the result) as a tile has; in a strip, the units
-//! of one step along the inner dimension stand together. What is missing at the ends is zero.
+//! of one step along the inner dimension stand together. What is missing at the end of the inner dimension is zero; what is
+//! missing of a last strip is anything.
 
 use std::ops::Range;
 
@@ -183,39 +184,47 @@ impl<L: Lanes, T: Item> Work<L> for Strip<'_, T> {
     fn on(self, l: L) {
         let (take, wide) = (self.take, T::REGISTER);
         for group in (0..take).step_by(WIDTH) {
-            let mut rows = [&self.rows[..0]; WIDTH];
-            let there = self.count.saturating_sub(group).min(WIDTH);
-            for (i, row) in rows[..there].iter_mut().enumerate() {
-                *row = &self.rows[(group + i) * self.stride..][..self.inside];
+            // Where the rows begin. Instead of one that is not there the last is taken: nobody looks at what comes of it.
+            let mut starts = [0; WIDTH];
+            for (i, start) in starts.iter_mut().enumerate() {
+                *start = (group + i).min(self.count - 1) * self.stride;
             }
             let out = &mut self.out[group..];
             for at in (0..self.inside).step_by(wide) {
+                let out = &mut out[at / wide * WIDTH * take..];
                 let mut square = [l.zero(); WIDTH];
-                for i in 0..WIDTH {
-                    if i < there {
-                        square[i] = match rows[i].get(at..at + wide) {
-                            Some(items) => T::register(l, items),
-                            None => remainder(l, &rows[i][at..]),
-                        };
+                if at + wide <= self.inside {
+                    for i in 0..WIDTH {
+                        square[i] = T::register(l, &self.rows[starts[i] + at..]);
+                    }
+                } else {
+                    for i in 0..WIDTH {
+                        let row = &self.rows[starts[i]..][..self.inside];
+                        square[i] = remainder(l, &row[at..]);
                     }
                 }
                 transpose(l, &mut square);
-                let out = &mut out[at / wide * WIDTH * take..];
                 // A strip narrower than a register is overwritten by the step after it, but for the last steps.
                 if out.len() >= (WIDTH - 1) * take + WIDTH {
                     for i in 0..WIDTH {
                         l.store(square[i], &mut out[i * take..]);
                     }
                 } else {
-                    for (register, out) in square.into_iter().zip(out.chunks_mut(take)) {
-                        let mut whole = [0; WIDTH];
-                        l.store(register, &mut whole);
-                        let len = out.len().min(WIDTH);
-                        out[..len].copy_from_slice(&whole[..len]);
-                    }
+                    cut(l, square, take, out);
                 }
             }
         }
+    }
+}
+
+/// Stores what there is room for.
+#[inline(never)]
+fn cut<L: Lanes>(l: L, square: [L::V; WIDTH], take: usize, out: &mut [u32]) {
+    for (register, out) in square.into_iter().zip(out.chunks_mut(take)) {
+        let mut whole = [0; WIDTH];
+        l.store(register, &mut whole);
+        let len = out.len().min(WIDTH);
+        out[..len].copy_from_slice(&whole[..len]);
     }
 }
 

@@ -101,10 +101,11 @@ impl<L: Lanes> Work<L> for Task<'_> {
                 for row in first..last {
                     let rows = (m - row * ROWS).min(ROWS);
                     let out = &mut out[(row - first) * ROWS * width + column * wide..];
-                    for i in 0..rows {
-                        // Both ends: rows need not begin at a cache line.
-                        l.prefetch(&out[i * width]);
-                        l.prefetch(&out[i * width + cols - 1]);
+                    for i in 0..ROWS {
+                        // Both ends: rows need not begin at a cache line. Where there is no such row, nothing happens.
+                        let row = out.as_ptr().wrapping_add(i * width);
+                        l.prefetch(row);
+                        l.prefetch(row.wrapping_add(cols - 1));
                     }
                     let mut sums = [[l.zero(); 2]; ROWS];
                     for piece in right.side.pieces(&block) {
@@ -149,25 +150,45 @@ fn finish<L: Lanes>(
     cols: usize,
     add: bool,
 ) {
+    let out: &mut [u32] = bytemuck::cast_slice_mut(out);
+    if cols < 2 * WIDTH {
+        // A copy: what is lent to a call does not stay in registers.
+        let sums = *sums;
+        return cut(l, &sums, out, width, rows, cols, add);
+    }
     for i in 0..ROWS {
         if i >= rows {
             break;
         }
-        let out: &mut [u32] = bytemuck::cast_slice_mut(&mut out[i * width..][..cols]);
-        if cols == 2 * WIDTH {
-            let (low, high) = out.split_at_mut(WIDTH);
-            for (out, sum) in [(low, sums[i][0]), (high, sums[i][1])] {
-                let sum = if add { l.add(sum, l.load(out)) } else { sum };
-                l.store(sum, out);
-            }
-        } else {
-            let mut whole = [0; 2 * WIDTH];
-            l.store(sums[i][0], &mut whole);
-            l.store(sums[i][1], &mut whole[WIDTH..]);
-            for (out, sum) in out.iter_mut().zip(whole) {
-                let before = if add { f32::from_bits(*out) } else { 0.0 };
-                *out = (before + f32::from_bits(sum)).to_bits();
-            }
+        let out = &mut out[i * width..][..2 * WIDTH];
+        let (mut low, mut high) = (sums[i][0], sums[i][1]);
+        if add {
+            low = l.add(low, l.load(out));
+            high = l.add(high, l.load(&out[WIDTH..]));
+        }
+        l.store(low, out);
+        l.store(high, &mut out[WIDTH..]);
+    }
+}
+
+/// [`finish`] at the right edge.
+#[inline(never)]
+fn cut<L: Lanes>(
+    l: L,
+    sums: &[[L::V; 2]; ROWS],
+    out: &mut [u32],
+    width: usize,
+    rows: usize,
+    cols: usize,
+    add: bool,
+) {
+    for (i, sums) in sums.iter().enumerate().take(rows) {
+        let mut whole = [0; 2 * WIDTH];
+        l.store(sums[0], &mut whole);
+        l.store(sums[1], &mut whole[WIDTH..]);
+        for (out, sum) in out[i * width..][..cols].iter_mut().zip(whole) {
+            let before = if add { f32::from_bits(*out) } else { 0.0 };
+            *out = (before + f32::from_bits(sum)).to_bits();
         }
     }
 }
