@@ -598,28 +598,3 @@ fn texts_that_share_a_row_do_not_see_each_other() {
         }
     }
 }
-
-/// Gemma 2 caps its language model's logits, not a classifier's scores.
-#[test]
-fn scores_are_not_capped() {
-    let output = |cap: Value, task: Task| {
-        let mut json = tiny("gemma2").json().clone();
-        json["final_logit_softcapping"] = cap;
-        let options = LoadOptions {
-            task: Some(task),
-            seed: 3,
-            ..LoadOptions::default()
-        };
-        let model = Model::from_config(&ModelConfig::from_json(&json).unwrap(), &options).unwrap();
-        let logits = model.logits(&Batch::single(vec![5, 2, 9]), &Pass::eval());
-        logits.unwrap().to_vec().unwrap()
-    };
-    let classes = Task::SequenceClassification { num_labels: 3 };
-    let (capped, free) = (
-        output(json!(0.1), classes.clone()),
-        output(json!(null), classes),
-    );
-    assert_eq!(capped, free);
-    let tokens = output(json!(0.1), Task::CausalLm);
-    assert!(tokens.iter().all(|y| y.abs() <= 0.1));
-}
