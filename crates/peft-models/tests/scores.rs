@@ -23,10 +23,7 @@ fn scores_are_not_capped() {
         logits.unwrap().to_vec().unwrap()
     };
     let classes = Task::SequenceClassification { num_labels: 3 };
-    let (capped, free) = (
-        output(json!(0.1), classes.clone()),
-        output(json!(null), classes),
-    );
+    let (capped, free) = (output(json!(0.1), classes), output(json!(null), classes));
     assert_eq!(capped, free);
     let tokens = output(json!(0.1), Task::CausalLm);
     assert!(tokens.iter().all(|y| y.abs() <= 0.1));
