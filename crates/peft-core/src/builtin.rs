@@ -40,18 +40,27 @@ fn train_biases(cx: &mut Injector<'_>, first: usize) -> Result<()> {
         any = true;
     }
     if any {
-        Ok(())
-    } else {
-        Err(Error::config(
-            "bias",
-            "none of these modules has a bias to train",
-        ))
+        return Ok(());
     }
+    cx.common.unused(Error::config(
+        "bias",
+        "none of these modules has a bias to train",
+    ))
 }
 
 /// `modules_to_save`, and a fresh classification head, which is useless untrained.
 fn save_modules(cx: &mut Injector<'_>) -> Result<()> {
-    let names = cx.common.saved_modules(cx.tree());
+    let mut names = cx.common.saved_modules(cx.tree());
+    if cx.common.finished {
+        let known = |name: &String| {
+            cx.tree()
+                .subtree("modules_to_save", std::slice::from_ref(name))
+        };
+        for error in names.iter().filter_map(|name| known(name).err()) {
+            cx.common.unused(error)?;
+        }
+        names.retain(|name| known(name).is_ok());
+    }
     for id in cx.tree().subtree("modules_to_save", &names)? {
         let info = cx.tree().info(id);
         for (slot, name) in [(Slot::Weight, &info.weight), (Slot::Bias, &info.bias)] {

@@ -34,6 +34,9 @@ pub struct Common {
     pub ensure_weight_tying: bool,
     /// Whether the configuration comes from a saved adapter: HF writes true into every file.
     pub inference_mode: bool,
+    /// Whether the parameters of a file follow. What it was trained with is settled then: HF writes names and patterns that
+    /// meant nothing on the model into the file, so they are told of and not refused.
+    pub finished: bool,
     /// Whether a classification task brings its head along.
     pub(crate) implies_head: bool,
 }
@@ -146,10 +149,15 @@ impl Common {
             bias,
             ensure_weight_tying: field(config, "ensure_weight_tying")?.unwrap_or(false),
             inference_mode: field(config, "inference_mode")?.unwrap_or(false),
+            finished: false,
             implies_head: true,
         };
         // HF's configurations without that field train no head, and their files hold none.
         common.implies_head = !common.inference_mode || config.get("modules_to_save").is_some();
+        // HF reads an empty name as none.
+        common
+            .layers_pattern
+            .retain(|name: &String| !name.is_empty());
         if !common.layers_pattern.is_empty() && common.layers_to_transform.is_none() {
             return Err(Error::config("layers_pattern", "needs layers_to_transform"));
         }
@@ -197,10 +205,19 @@ impl Common {
             .unwrap_or(default))
     }
 
+    /// What becomes of a part of the configuration that means nothing on the model: an error, or a word about it where the
+    /// adapter is finished.
+    ///
+    /// # Errors
+    /// The one given, unless [`Common::finished`].
+    pub fn unused(&self, error: Error) -> Result<()> {
+        matcher::unused(self.finished, error)
+    }
+
     /// Checks that every pattern is used by one of these modules.
     ///
     /// # Errors
-    /// If one is not, with the nearest names.
+    /// If one is not, with the nearest names; none where the adapter is [finished](Common::finished).
     pub fn check_patterns<'a>(&self, paths: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
         let keys = self
             .rank_pattern
@@ -218,11 +235,11 @@ impl Common {
             }
             if !used {
                 let nearest = crate::nearest(key, paths.clone());
-                return Err(Error::NoMatch {
+                self.unused(Error::NoMatch {
                     field: field.to_owned(),
                     name: key.clone(),
                     nearest,
-                });
+                })?;
             }
         }
         Ok(())

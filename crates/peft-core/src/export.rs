@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 use crate::attach::{Slot, Store};
 use crate::config::HF_HEADS;
 use crate::network::Attached;
-use crate::{Common, Error, MethodEntry, Network, Param, Parsed, Result, Tensors};
+use crate::param::Role;
+use crate::{Common, Error, MethodEntry, ModuleId, Network, Param, Parsed, Result, Tensors};
 
 /// The version of HF PEFT whose files these are.
 const PEFT_VERSION: &str = "0.21.2";
@@ -120,7 +121,7 @@ impl Network {
     ) -> Result<()> {
         let mut attached = self.build(name, config, 0, true)?;
         let mut tensors = attached.method.load(tensors)?;
-        self.take_base_layers(&mut attached, &mut tensors)?;
+        self.take_embeddings(&mut attached, &mut tensors)?;
         self.fill(&attached, tensors, name)?;
         attached
             .store
@@ -166,7 +167,11 @@ impl Network {
         let mut values = Vec::new();
         // With `bias = "all"` HF's filter, which looks for "bias" anywhere in a key, also takes its wrapper's two copies of
         // a saved module's bias.
-        for wrapper in [".modules_to_save.", ".original_module."] {
+        for wrapper in [
+            ".modules_to_save.default.",
+            ".modules_to_save.",
+            ".original_module.",
+        ] {
             let copies = tensors
                 .keys()
                 .filter(|k| tensors.contains_key(&k.replacen(wrapper, ".", 1)));
@@ -213,39 +218,85 @@ impl Network {
             .try_for_each(|(param, t)| param.set(t.to_device(self.device())?))
     }
 
-    /// HF saves a whole embedding beside a LoRA on it (`<module>.base_layer.weight`). It stands in for the base's, as
-    /// it does when HF loads the file, and is written back when the adapter is saved.
-    fn take_base_layers(&self, attached: &mut Attached, tensors: &mut Tensors) -> Result<()> {
+    /// Embeddings that HF saves whole beside what was trained: where the adapter sits on one (`<module>.base_layer.weight`),
+    /// or with `save_embedding_layers` (`<module>.weight`). As when HF loads the file, they stand in for the base's, they
+    /// are not trained, and they are written back when the adapter is saved.
+    fn take_embeddings(&self, attached: &mut Attached, tensors: &mut Tensors) -> Result<()> {
         let keys: Vec<String> = tensors
             .keys()
-            .filter(|k| k.ends_with(".base_layer.weight"))
+            .filter(|k| k.ends_with(".weight") && attached.store.get(k).is_none())
             .cloned()
             .collect();
+        drop_tied_rows(attached, tensors)?;
         for key in keys {
-            let path = key
-                .strip_prefix("base_model.model.")
-                .and_then(|k| k.strip_suffix(".base_layer.weight"));
-            let Some(id) = path.and_then(|p| self.tree().get(p)) else {
+            let Some((id, value)) = self.embedding_of(&key).zip(tensors.get(&key)) else {
                 continue;
             };
-            if attached.store.get(&key).is_some()
-                || attached.store.selected.contains_key(&(id, Slot::Weight))
-            {
-                continue;
-            }
             let info = self.tree().info(id);
-            let Some(value) = tensors.get(&key) else {
-                continue;
-            };
-            if value.shape() != info.weight_shape() {
+            let Some(name) = &info.weight else { continue };
+            if attached.store.selected.contains_key(&(id, Slot::Weight)) {
                 continue;
             }
-            let param =
-                attached
-                    .store
-                    .insert(Param::new(key, &value.to_device(self.device())?, true))?;
-            attached.store.selected.insert((id, Slot::Weight), param);
+            if value.shape() != info.weight_shape() {
+                let misshaped = format!(
+                    "{key}: {:?}, expected {:?}: the adapter was trained on another vocabulary and needs the model \
+                     that has it",
+                    value.shape(),
+                    info.weight_shape()
+                );
+                return Err(Error::Load {
+                    what: format!("adapter {:?}", attached.name),
+                    missing: Vec::new(),
+                    unexpected: Vec::new(),
+                    misshaped: vec![misshaped],
+                });
+            }
+            let value = value.to_device(self.device())?;
+            let same = self.base().hf_values(name)?.to_vec()? == value.to_vec()?;
+            let param = Param::with_role(key, &value, Role::Frozen);
+            let param = attached.store.insert(param)?;
+            // What the base has already needs no stand-in, which would untie it.
+            if !same {
+                attached.store.selected.insert((id, Slot::Weight), param);
+            }
         }
         Ok(())
     }
+
+    /// The module whose own weight HF saves under that key.
+    fn embedding_of(&self, key: &str) -> Option<ModuleId> {
+        let path = key.strip_prefix("base_model.model.")?;
+        if let Some(adapted) = path.strip_suffix(".base_layer.weight") {
+            let module = adapted.strip_suffix(".token_adapter").unwrap_or(adapted);
+            return self.tree().get(module);
+        }
+        let path = path.strip_suffix(".weight")?;
+        let facts = self.tree().facts();
+        let sides = [&facts.input_embedding, &facts.output_embedding];
+        let embedding = sides.into_iter().flatten().any(|side| side == path);
+        embedding.then(|| self.tree().get(path)).flatten()
+    }
+}
+
+/// With `save_embedding_layers` HF writes trained rows a second time, under the other side of a tied pair.
+fn drop_tied_rows(attached: &Attached, tensors: &mut Tensors) -> Result<()> {
+    const ROWS: &str = ".token_adapter.trainable_tokens_delta";
+    let own = |key: &str| attached.store.get(key).is_some();
+    let rows = |mine: bool| {
+        let keys = tensors.keys().filter(|key| key.ends_with(ROWS));
+        keys.filter(move |key| own(key) == mine).cloned()
+    };
+    let (copies, kept): (Vec<String>, Vec<String>) = (rows(false).collect(), rows(true).collect());
+    let mut same = Vec::new();
+    for copy in copies {
+        for key in &kept {
+            let (a, b) = (&tensors[&copy], &tensors[key]);
+            if a.shape() == b.shape() && a.to_vec()? == b.to_vec()? {
+                same.push(copy);
+                break;
+            }
+        }
+    }
+    same.iter().for_each(|key| drop(tensors.remove(key)));
+    Ok(())
 }

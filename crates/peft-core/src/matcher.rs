@@ -1,7 +1,8 @@
 //! Which modules a configuration names: Hugging Face PEFT's matching over dotted paths.
 //!
 //! The rules are those of `peft` 0.21.2 (`check_target_module_exists`, `get_pattern_key`), with two differences: a
-//! name, pattern or layer that matches nothing is an error that says what there is, and `modules_to_save` keeps to
+//! name, pattern or layer that matches nothing is an error that says what there is (a warning where the adapter is finished
+//! and its parameters follow from a file), and `modules_to_save` keeps to
 //! whole dotted parts everywhere.
 //!
 //! A target list is literal: an entry means the module of exactly that path, or any whose path ends in `.` and the
@@ -102,6 +103,18 @@ pub struct MatchSpec<'a> {
     pub layers_pattern: &'a [String],
     /// `modules_to_save`
     pub modules_to_save: &'a [String],
+    /// Whether parameters of a file follow: a name, pattern or layer that matches nothing beside others that do is then
+    /// warned of, not refused.
+    pub finished: bool,
+}
+
+/// An error, or a warning where the adapter is finished.
+pub(crate) fn unused(finished: bool, error: Error) -> Result<()> {
+    if !finished {
+        return Err(error);
+    }
+    tracing::warn!("{error}; the adapter was trained without it");
+    Ok(())
 }
 
 /// Whether a literal `name` means the module at `path`: the whole path or its last dotted parts.
@@ -115,7 +128,7 @@ pub fn matches_name(path: &str, name: &str) -> bool {
 /// The modules that a configuration names, as indices into `candidates`, in their order.
 ///
 /// # Errors
-/// If a name, pattern or layer matches nothing, if nothing is left to adapt, if fields contradict each other, or if a
+/// If a name, pattern or layer matches nothing (see [`MatchSpec::finished`]), if nothing is left to adapt, if fields contradict each other, or if a
 /// chosen module is not adaptable (under `all-linear` such a module is passed over).
 pub fn select(candidates: &[Candidate<'_>], spec: &MatchSpec<'_>) -> Result<Vec<usize>> {
     let Some(targets) = spec.targets else {
@@ -141,17 +154,22 @@ pub fn select(candidates: &[Candidate<'_>], spec: &MatchSpec<'_>) -> Result<Vec<
     let layers = Layers::new(spec)?;
 
     let paths = || candidates.iter().map(|c| c.path);
-    wanted.check(candidates)?;
+    let told = |checked: Result<()>| checked.or_else(|error| unused(spec.finished, error));
+    match wanted.check(candidates) {
+        Err(error) if candidates.iter().any(|c| wanted.means(c)) => unused(spec.finished, error)?,
+        checked => checked?,
+    }
     if let Some(excluded) = &excluded {
-        excluded.check(candidates)?;
+        told(excluded.check(candidates))?;
     }
     for (name, regex) in spec.modules_to_save.iter().zip(&saved) {
-        if !paths().any(|path| regex.is_match(path)) {
+        // Of a finished adapter's, those are told of where they are attached.
+        if !spec.finished && !paths().any(|path| regex.is_match(path)) {
             return Err(no_match("modules_to_save", name, candidates));
         }
     }
     if let Some(layers) = &layers {
-        layers.check(candidates)?;
+        told(layers.check(candidates))?;
     }
 
     let mut left_out = LeftOut::default();

@@ -31,7 +31,10 @@ impl<'a> Injector<'a> {
         let parsed = entry_for(config)
             .and_then(|entry| (entry.parse)(config))
             .map_err(inside)?;
-        let common = Common::from_config(config).map_err(inside)?;
+        let common = Common {
+            finished: self.loading,
+            ..Common::from_config(config).map_err(inside)?
+        };
         let mut cx = self.inner(&common, scope, parsed.method.module_prefix());
         builtin::inject(&*parsed.method, &mut cx).map_err(inside)?;
         Ok(parsed.method)

@@ -154,7 +154,10 @@ impl Network {
         }
         let entry = entry_for(config)?;
         let parsed = (entry.parse)(config)?;
-        let common = Common::from_config(config)?;
+        let common = Common {
+            finished: loading,
+            ..Common::from_config(config)?
+        };
         let mut store = Store::default();
         let mut cx = Injector {
             base: &self.base,

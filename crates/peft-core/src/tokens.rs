@@ -122,10 +122,16 @@ impl Adapter for TokenRows {
             }
         }
         let base = call.base()?;
-        if positions.is_empty() {
-            return Ok(base);
-        }
         let rows = base.shape()[0];
+        if positions.is_empty() {
+            // Rows that do not occur have a gradient, of zeros: a batch without any is a step like others.
+            let own = self.rows.tensor();
+            if rows == 0 || !own.requires_grad() {
+                return Ok(base);
+            }
+            let nothing = own.gather_rows(&[0])?.scale(0.0)?;
+            return Ok(base.add(&nothing.scatter_rows(&[0], rows)?)?);
+        }
         let change = self
             .rows
             .tensor()

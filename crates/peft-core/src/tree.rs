@@ -317,6 +317,7 @@ impl ModuleTree {
             layers_to_transform: common.layers_to_transform.as_deref(),
             layers_pattern: &common.layers_pattern,
             modules_to_save: &saved,
+            finished: common.finished,
         };
         let picked = matcher::select(&candidates, &spec)?;
         Ok(picked.into_iter().map(|i| self.site(ModuleId(i))).collect())

@@ -49,6 +49,7 @@ fn chosen(candidates: &[Candidate<'_>], config: &Value) -> Result<Vec<String>> {
             layers_to_transform: layers.as_deref(),
             layers_pattern: &pattern,
             modules_to_save: &saved,
+            finished: config["finished"] == true,
         },
     )?;
     Ok(picked
@@ -433,4 +434,21 @@ proptest! {
             let _ = regex.is_match(&path);
         }
     }
+}
+
+#[test]
+fn what_a_finished_adapter_names_in_vain_is_passed_over() {
+    let modules = linears(&LLAMA);
+    let config = |finished: bool| {
+        json!({
+            "target_modules": ["q_proj", "query_key_value"], "exclude_modules": ["c_attn"],
+            "modules_to_save": ["score"], "layers_to_transform": [1, 40], "finished": finished
+        })
+    };
+    let found = chosen(&modules, &config(true)).unwrap();
+    assert_eq!(found, ["model.layers.1.self_attn.q_proj"]);
+    assert!(message(&modules, config(false)).contains("query_key_value"));
+    // Nothing at all is a mistake still.
+    let nothing = json!({"target_modules": ["query_key_value"], "finished": true});
+    assert!(message(&modules, nothing).contains("query_key_value"));
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use peft_core::{AttentionCall, ModuleId, Network, Pass, ProjectFn, Result, Tokens};
+use peft_core::{AttentionCall, Error, ModuleId, Network, Pass, ProjectFn, Result, Tokens};
 use peft_tensor::{Attention, Mask, Tensor, concat};
 
 /// Keys and values of the tokens a model has seen, one entry per layer.
@@ -101,6 +101,9 @@ pub(crate) struct Sublayer<'a> {
     pub(crate) project: ProjectFn<'a>,
 }
 
+/// Why rows with a prefix are not shared where a window slides.
+const SLIDES: &str = "this model's attention has a window, and how far a text is from the prefix is not known in a row of several";
+
 /// Attention of `q` over the layer's prefix, the cached keys and `k`, `v`; all `[B, S, width]`, keys rotated already.
 pub(crate) fn attend(
     network: &Network,
@@ -124,8 +127,13 @@ pub(crate) fn attend(
             None => (k, v, 0),
         },
     };
+    // A window slides over the prefix as over any keys in front, as it does in HF's caches.
+    let slides = spec.window.is_some() && prefix > 0;
+    if slides && rows.segments.is_some() {
+        return Err(Error::config("segments", SLIDES));
+    }
     let spec = Attention {
-        prefix,
+        prefix: if slides { 0 } else { prefix },
         mask: rows.mask(prefix),
         ..spec.clone()
     };

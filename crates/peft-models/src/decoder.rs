@@ -426,8 +426,11 @@ impl Architecture for Decoder {
         };
         let logits = network.linear(head, rows, pass)?;
         match self.config.logit_softcap {
-            Some(cap) => Ok(logits.scale(1.0 / cap)?.tanh()?.scale(cap)?),
-            None => Ok(logits),
+            // A classifier's scores are not capped.
+            Some(cap) if network.tree().facts().task_heads.is_empty() => {
+                Ok(logits.scale(1.0 / cap)?.tanh()?.scale(cap)?)
+            }
+            _ => Ok(logits),
         }
     }
 

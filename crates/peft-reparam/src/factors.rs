@@ -1,6 +1,7 @@
 //! Two thin factors at one module: the fields of a configuration, how the factors are made, and how they run. The
 //! methods that are built on such a pair share it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use peft_core::serde_json::{Map, Value, json};
@@ -258,7 +259,16 @@ impl LowRank {
     }
 
     /// The inverse of [`LowRank::save`].
-    pub(crate) fn load(&self, params: Tensors) -> Tensors {
+    pub(crate) fn load(&self, mut params: Tensors) -> Tensors {
+        // HF saves an adapted head whole, after its start was taken out of it; here that is subtracted beside the base.
+        if init::comes_out_of_the_weight(&self.init_lora_weights) {
+            let factors = |key: &str| {
+                let module = key.strip_suffix(".base_layer.weight");
+                module.map(|m| format!("{m}.lora_A.weight"))
+            };
+            let kept = params.keys().cloned().collect::<BTreeSet<_>>();
+            params.retain(|key, _| factors(key).is_none_or(|a| !kept.contains(&a)));
+        }
         self.tied.load(params)
     }
 

@@ -46,21 +46,21 @@ pub(crate) fn start(
         })
     };
     let name = match which {
+        // Both at PyTorch's default: not the identity, for tests. HF reads null as false.
+        Value::Null | Value::Bool(false) => {
+            return plain(
+                Init::LinearDefault {
+                    fan_in: shape.inside,
+                },
+                Init::LinearDefault { fan_in: shape.rank },
+            );
+        }
         Value::Bool(true) => {
             return plain(
                 Init::LinearDefault {
                     fan_in: shape.inside,
                 },
                 Init::Zeros,
-            );
-        }
-        // Both at PyTorch's default: not the identity, for tests.
-        Value::Bool(false) => {
-            return plain(
-                Init::LinearDefault {
-                    fan_in: shape.inside,
-                },
-                Init::LinearDefault { fan_in: shape.rank },
             );
         }
         Value::String(name) => name.to_ascii_lowercase(),
@@ -96,6 +96,8 @@ pub(crate) fn start(
             olora(shape, cx)
         }
         "orthogonal" => orthogonal(shape, cx),
+        // Found from data, it leaves the base alone: a file of it is a plain pair.
+        "eva" if cx.loading() => plain(Init::Zeros, Init::Zeros),
         "loftq" => {
             fits()?;
             crate::loftq::start(loftq, shape, cx, module)
@@ -128,6 +130,12 @@ pub(crate) fn start(
             )),
         },
     }
+}
+
+/// Whether a start takes its product out of the base weight.
+pub(crate) fn comes_out_of_the_weight(which: &Value) -> bool {
+    let name = which.as_str().unwrap_or_default().to_ascii_lowercase();
+    name == "olora" || name.starts_with("pissa")
 }
 
 /// The base weight, `[out, in]`.

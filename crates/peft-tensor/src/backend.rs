@@ -162,7 +162,7 @@ pub struct Attention {
     pub causal: bool,
     /// Sliding window (Mistral, Gemma 2): how many keys back a query sees, itself included.
     pub window: Option<usize>,
-    /// Keys at the front that every query sees (prefix tuning), whatever the window.
+    /// Keys at the front that every query sees (prefix tuning), whatever the window and the segments.
     pub prefix: usize,
     /// Gemma 2's `softcap * tanh(score / softcap)`.
     pub softcap: Option<f32>,

@@ -44,6 +44,11 @@ def plain():
     yield Case("llama-lm-head-lean", "llama", 115, lora(r=5, lora_alpha=10, target_modules=["lm_head", "v_proj"]),
                save_kwargs={"save_embedding_layers": False})
 
+    yield Case("llama-unused-names", "llama", 116, lora(
+        r=3, lora_alpha=6, target_modules=["q_proj", "query_key_value"], exclude_modules=["c_attn"], modules_to_save=["pre_head"],
+        rank_pattern={"up_proj": 5, "layers.1.self_attn.q_proj": 2}, alpha_pattern={"c_fc": 9}, bias="lora_only",
+        layers_to_transform=[0, 1, 40]), notes="HF passes over what means nothing on the model, and writes it into the file")
+
     yield Case("qwen2-qv", "qwen2", 201, lora(r=3, lora_alpha=6, target_modules=QV), pad="right")
     yield Case("qwen2-all-linear", "qwen2", 202, lora(r=2, lora_alpha=5, target_modules="all-linear"), pad="right")
     yield Case("qwen2-regex", "qwen2", 203, lora(r=3, lora_alpha=6, target_modules=r".*(k_proj|down_proj)"))
@@ -113,6 +118,9 @@ def biases():
     yield Case("gpt2-lora-bias", "gpt2", 808, lora(
         r=3, lora_alpha=6, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, lora_bias=True))
     yield Case("bert-cls-bias-all", "bert-cls", 809, lora("SEQ_CLS", r=3, lora_alpha=6, target_modules=["query"], bias="all"), pad="right")
+    yield Case("bert-cls-bias-all-pooler", "bert-cls", 811, lora(
+        "SEQ_CLS", r=3, lora_alpha=6, target_modules=["query"], bias="all", modules_to_save=["pooler"]), lengths=(5, 3), keep_merged=False,
+        notes="the wrapper of a module with children writes its biases twice, with its own name inside")
     yield Case("bert-cls-bias-lora-only", "bert-cls", 810, lora(
         "SEQ_CLS", r=3, lora_alpha=6, target_modules=["query", "value"], bias="lora_only"))
 
@@ -135,6 +143,8 @@ def embeddings():
     yield Case("llama-tied-embed", "llama-tied", 908, lora(r=3, lora_alpha=6, target_modules=["embed_tokens"]), pad="right",
                merge="hf_wrong", save_kwargs={"save_embedding_layers": False},
                notes="tied: the adapter acts on the input side alone; HF's merge changes both")
+    yield Case("llama-tied-saved-embed", "llama-tied", 918, lora(r=3, lora_alpha=6, target_modules=["v_proj"]), pad="right",
+               save_kwargs={"save_embedding_layers": True}, notes="both sides are saved whole, though nothing sits on them")
     yield Case("llama-tied-ensure-tying", "llama-tied", 909, lora(
         r=3, lora_alpha=6, target_modules=["embed_tokens", "v_proj"], ensure_weight_tying=True), merge="hf_wrong",
         notes="lm_head gets A = B_emb^T, B = A_emb^T; HF's merge adds the change twice")
@@ -188,6 +198,9 @@ def initialisations():
         notes="saved with path_initial_model_for_weight_conversion: a plain LoRA of twice the rank")
     yield Case("llama-olora", "llama", 1011, lora(r=3, lora_alpha=6, target_modules=QV, init_lora_weights="olora"), **small)
     yield Case("gemma-olora", "gemma", 1012, lora(r=5, lora_alpha=4, target_modules=["o_proj", "up_proj"], init_lora_weights="olora"), **small)
+    yield Case("llama-olora-head", "llama", 1014, lora(
+        r=3, lora_alpha=4, target_modules=["v_proj", "lm_head"], init_lora_weights="olora"), **small,
+        notes="HF saves the head whole as the start left it")
     yield Case("llama-olora-converted", "llama", 1013, lora(
         r=2, lora_alpha=3, use_rslora=True, target_modules=["v_proj"], init_lora_weights="olora"), convert=True, **small,
         notes="saved with path_initial_model_for_weight_conversion: a plain LoRA of twice the rank")

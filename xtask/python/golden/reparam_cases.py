@@ -201,6 +201,10 @@ def fourier_cases():
     """FourierFT: places from torch's permutation of all of them."""
     fourier = lambda task=LM, **k: made(FourierFTConfig, task, **k)  # noqa: E731
     yield small("llama-fourier", "llama", 1481, fourier(n_frequency=19, target_modules=QV), pad="right")
+    yield small("llama-fourier-patterns", "llama", 1484, fourier(
+        n_frequency=19, target_modules=["k_proj", "v_proj", "up_proj"], n_frequency_pattern={
+            "^model.layers.0.self_attn.v_proj": 3, "model.layers.1.self_attn.v_proj": 5, "mlp|nothing": 7, r"0\..*k_proj": 4}),
+        pad="right", notes="asked with `.*\\.` in front: the first never matches, a whole path only as it stands")
     yield small("gpt2-fourier", "gpt2", 1482, fourier(
         n_frequency=31, scaling=90.0, random_loc_seed=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), pad="right")
     yield small("bert-cls-fourier", "bert-cls", 1483, fourier(

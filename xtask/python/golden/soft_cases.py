@@ -29,6 +29,9 @@ def cases():
         num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=9), **loud,
         notes="the projection is folded into prompt_embeddings when saved")
     yield Case("gemma-prefix", "gemma", 1104, prefix(num_virtual_tokens=3), pad="right", **loud)
+    for name, seed, tokens in [("mistral", 1108, 3), ("gemma2", 1109, 5)]:
+        yield Case(f"{name}-prefix", name, seed, prefix(num_virtual_tokens=tokens), pad="right", lengths=(5, 3), **loud,
+                   notes="the window slides over the prefix as over tokens")
     yield Case("gpt2-prefix", "gpt2", 1105, prefix(num_virtual_tokens=3), pad="right", **loud)
     yield Case("gpt2-prefix-projection", "gpt2", 1106, prefix(
         num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=7), **loud)

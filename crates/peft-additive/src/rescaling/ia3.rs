@@ -143,11 +143,11 @@ impl PeftMethod for Ia3 {
             for name in names {
                 if !sites.iter().any(|s| s.path.ends_with(name.as_str())) {
                     let paths = sites.iter().map(|s| s.path.as_str());
-                    return Err(Error::NoMatch {
+                    cx.common().unused(Error::NoMatch {
                         field: FIELD.to_owned(),
                         name: name.clone(),
                         nearest: peft_core::nearest(name, paths),
-                    });
+                    })?;
                 }
             }
         }

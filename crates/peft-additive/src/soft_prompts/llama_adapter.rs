@@ -19,7 +19,8 @@
 //!
 //! # Differences from HF
 //! HF knows Llama, Mistral and GPT-2; here every attention will do, BERT's too. Several such adapters can act together,
-//! which HF refuses. The place of the term on GPT-2, which the paper does not have, is HF's.
+//! which HF refuses. The place of the term on GPT-2, which the paper does not have, is HF's. Where
+//! the output projection has a bias, HF adds it a second time with the prompts' term, at a gate of zero too; here once.
 //!
 //! # Limits
 //! One gate for a layer, as HF; the paper's code has one for each head.

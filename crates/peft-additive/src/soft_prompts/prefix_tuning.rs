@@ -17,6 +17,7 @@
 //! # Differences from HF
 //! With `task_type` `SEQ_CLS`, which trains a head along, the same file is P-Tuning v2 here. Works with gradient
 //! checkpointing, which HF refuses. A saved prefix can be trained further, without its projection.
+//! A sliding window passes over the prefix as it does in HF; texts do not share a row then.
 //!
 //! # Limits
 //! With `prefix_projection` the file holds the evaluated prefix only, as HF's does; training checkpoints keep the

@@ -20,7 +20,8 @@
 //! # Differences from HF
 //! A saved prompt can be trained further; HF refuses to load one trainable. `TEXT` uses the model's own tokenizer,
 //! whatever `tokenizer_name_or_path` and `tokenizer_kwargs` say. HF has no `CLASS_LABELS`; it loads such a file all the
-//! same.
+//! same. A decoder reads a text's class from its last token; HF, with virtual tokens in front, from the last column, be
+//! it padding (so with every method that puts tokens in front).
 //!
 //! # Limits
 //! Encoder-decoder models are not there yet. A prompt takes its positions from the text's, but for AdapterHub's places in

@@ -35,8 +35,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
-    Adapter, Attach, Device, Error, Init, Injector, ModuleTree, PeftMethod, Result, Site, Tensor,
-    Tensors, TrainCx, TrainHooks, register,
+    Adapter, Attach, Common, Device, Error, Init, Injector, ModuleTree, PeftMethod, Result, Site,
+    Tensor, Tensors, TrainCx, TrainHooks, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -131,7 +131,7 @@ struct State {
 }
 
 impl AdaLora {
-    fn check(&self) -> Result<()> {
+    fn check(&self, common: &Common) -> Result<()> {
         let wrong = |field: &str, detail: &str| Err(Error::config(field, detail));
         fields::probability("lora_dropout", self.lora_dropout)?;
         fields::finite("lora_alpha", self.lora_alpha)?;
@@ -148,7 +148,8 @@ impl AdaLora {
         }
         if self.target_r > self.init_r {
             let detail = format!("{} is above init_r; 0 to {}", self.target_r, self.init_r);
-            return Err(Error::config("target_r", detail));
+            // HF's own default of `target_r` is above many a rank; training goes on with the first then.
+            common.unused(Error::config("target_r", detail))?;
         }
         if self.deltaT == 0 {
             return wrong("deltaT", "has to be at least 1");
@@ -192,7 +193,7 @@ impl AdaLora {
 
 impl PeftMethod for AdaLora {
     fn inject(&self, cx: &mut Injector<'_>) -> Result<()> {
-        self.check()?;
+        self.check(cx.common())?;
         let sites = self.sites(cx.tree(), cx.common())?;
         cx.attach_all(sites, |site, cx| self.attach(site, cx))
     }
@@ -303,7 +304,9 @@ impl TrainHooks for Allocator {
         for module in &state.modules {
             norms.extend(module.distances()?);
         }
-        let weight = self.config.orth_reg_weight / norms.len().max(1) as f32;
+        // Modules that no triplet is left of count along, as in HF.
+        let factors = 2 * state.modules.len();
+        let weight = self.config.orth_reg_weight / factors.max(1) as f32;
         let mut sum: Option<Tensor> = None;
         for norm in norms.into_iter().filter(|_| weight > 0.0) {
             let norm = norm.scale(weight)?;

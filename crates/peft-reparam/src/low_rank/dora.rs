@@ -29,7 +29,7 @@ use peft_core::peft_tensor::concat;
 use peft_core::serde_json::{Map, Value, json};
 use peft_core::{
     Adapter, Attach, Call, Error, Init, Injector, ModuleKind, ModuleTree, Param, PeftMethod,
-    Result, Site, Tensor, register,
+    Result, Site, Tensor, Tensors, register,
 };
 use serde::{Deserialize, Serialize};
 
@@ -108,6 +108,20 @@ impl PeftMethod for Dora {
             directed,
             magnitude,
         }))
+    }
+
+    /// Magnitudes come with `.weight` behind their key too: as peft 0.12 wrote them, or a second time where
+    /// `save_embedding_layers` takes whatever is on an embedding.
+    fn load(&self, mut params: Tensors) -> Result<Tensors> {
+        let wrapped = |key: &&String| key.ends_with(".lora_magnitude_vector.weight");
+        let keys: Vec<String> = params.keys().filter(wrapped).cloned().collect();
+        for key in keys {
+            let plain = key.trim_end_matches(".weight").to_owned();
+            if let Some(value) = params.remove(&key) {
+                params.entry(plain).or_insert(value);
+            }
+        }
+        Ok(self.0.load(params))
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, tree: &ModuleTree) {

@@ -22,10 +22,11 @@
 //! adapter is loaded, so the model to give is the one from before the quantisation (with `model.quantize` in training,
 //! which one round shares); the pair is divided by the scaling, HF's is not, which is the same for `lora_alpha = r`.
 //! A tied embedding adapted on one side merges into that side alone; `ensure_weight_tying` adapts both by one pair.
+//! HF takes a start out of the one weight of a tied pair, so that the other side changes as well; here it does not.
 //!
 //! # Limits
-//! The starts `eva`, `corda`, `lora_ga` and `mica` are refused by name, and so are HF's variants of LoRA that
-//! have no method of their own here.
+//! The starts `eva` (but for a finished adapter), `corda`, `lora_ga` and `mica` are refused by name, and so are HF's
+//! variants of LoRA that have no method of their own here.
 
 use peft_core::serde_json::{Map, Value};
 use peft_core::{

@@ -98,6 +98,18 @@ impl FourierFt {
         };
         self.n_frequency_pattern.iter().map(read).collect()
     }
+
+    /// The coefficients that the first matching pattern gives a module. HF asks another way here than for ranks:
+    /// `re.match(rf".*\.{pattern}$", path)`, or the whole path as it stands.
+    fn of_pattern(patterns: &[(String, usize)], path: &str) -> Result<Option<usize>> {
+        for (key, n) in patterns {
+            if matcher::compile(PATTERN, &format!(r"(?:.*\.{key}$).*"))?.is_match(path) {
+                return Ok(Some(*n));
+            }
+        }
+        let whole = patterns.iter().find(|(key, _)| key == path);
+        Ok(whole.map(|(_, n)| *n))
+    }
 }
 
 impl PeftMethod for FourierFt {
@@ -117,16 +129,16 @@ impl PeftMethod for FourierFt {
             let one = [pattern];
             let mut used = false;
             for site in &sites {
-                used |= matcher::pattern_value(&one, &site.path)?.is_some();
+                used |= Self::of_pattern(&one, &site.path)?.is_some();
             }
             if !used {
                 let [(name, _)] = one;
                 let nearest = peft_core::nearest(&name, sites.iter().map(|s| s.path.as_str()));
-                return Err(Error::NoMatch {
+                cx.common().unused(Error::NoMatch {
                     field: PATTERN.to_owned(),
                     name,
                     nearest,
-                });
+                })?;
             }
         }
         cx.attach_all(sites, |site, cx| self.attach(site, cx))
@@ -135,8 +147,8 @@ impl PeftMethod for FourierFt {
     fn attach(&self, site: &Site, cx: &mut Attach<'_>) -> Result<Box<dyn Adapter>> {
         let (out, inside) = (site.out_features, site.in_features);
         let patterns = self.patterns()?;
-        let (field, n) = match matcher::pattern_value(&patterns, &site.path)? {
-            Some(&n) => (PATTERN, n),
+        let (field, n) = match Self::of_pattern(&patterns, &site.path)? {
+            Some(n) => (PATTERN, n),
             None => ("n_frequency", self.n_frequency),
         };
         rank_fits(field, n, out * inside, site)?;

@@ -192,6 +192,21 @@ mod tests {
         assert_eq!(run(&network), [7.0, 8.0, 3.0, 4.0, -1.0, -2.0]);
     }
 
+    /// A batch without any of the tokens is a step like others: their gradient is zero, and there is one.
+    #[test]
+    fn tokens_that_do_not_occur() {
+        let mut network = network();
+        let config = json!({"peft_type": "TRAINABLE_TOKENS", "target_modules": ["emb"], "token_indices": [2, 0]});
+        network.attach("a", &config, 0).expect("attaches");
+        let rows = network.parameters()[0].clone();
+        let id = network.module("emb").expect("there");
+        let out = network.embed(id, &[1, 1], &Pass::eval()).expect("runs");
+        assert_eq!(out.to_vec().expect("values"), [3.0, 4.0, 3.0, 4.0]);
+        let grads = out.sum_all().expect("a sum").backward().expect("goes back");
+        let grad = grads.get(&rows.tensor()).expect("a gradient");
+        assert_eq!(grad.to_vec().expect("values"), [0.0; 4]);
+    }
+
     #[test]
     fn tokens_that_are_not_there() {
         for (tokens, named) in [

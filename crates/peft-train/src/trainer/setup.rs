@@ -142,11 +142,13 @@ fn model_labels(path: &Path) -> Result<Option<LabelNames>> {
     let classifier = json["architectures"][0]
         .as_str()
         .is_some_and(|name| name.ends_with("ForSequenceClassification"));
-    Ok(if classifier {
-        LabelNames::from_config(&json)
-    } else {
-        None
-    })
+    if !classifier {
+        return Ok(None);
+    }
+    // transformers writes no names for its default of two classes.
+    let two = || LabelNames::new((0..2).map(|i| format!("LABEL_{i}")).collect());
+    let stated = json.get("id2label").is_some() || json.get("num_labels").is_some();
+    Ok(LabelNames::from_config(&json).or_else(|| (!stated).then(two)))
 }
 
 fn load(config: &TrainConfig, path: &Path, task: Task, device: Device) -> Result<Model> {
@@ -205,6 +207,15 @@ fn attach(config: &TrainConfig, model: &mut Model) -> Result<Option<String>> {
     };
     // What the run's file says counts, so that dropout may differ; what makes other parameters fails when they load.
     saved.extend(fields);
+    // One that was trained without a head of its own goes on without.
+    let heads = &network.tree().facts().task_heads;
+    let brings_head = |head: &String| {
+        let end = format!(".{head}.weight");
+        files.tensors.keys().any(|key| key.ends_with(&end))
+    };
+    if !heads.iter().any(brings_head) {
+        defaults.retain(|(field, value)| *field != "task_type" || value != "SEQ_CLS");
+    }
     fill(&mut saved, defaults);
     let device = network.device().clone();
     let mut tensors = Tensors::new();

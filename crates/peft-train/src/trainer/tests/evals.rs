@@ -268,3 +268,31 @@ fn a_loss_that_is_not_finite_is_an_error_with_its_row() {
         .to_string();
     assert!(message.contains("rows.jsonl line 2"), "{message}");
 }
+
+/// transformers writes neither names nor a number for its default of two classes.
+#[test]
+fn a_classifier_without_names_has_two_classes() {
+    let place = Place::new(1);
+    let mut config = llama();
+    config["architectures"] = json!(["LlamaForSequenceClassification"]);
+    place.write("model/config.json", &config.to_string());
+    classified(&place, "train.jsonl", 4, |_| json!(0));
+    place.train(&["adapter.modules_to_save=[\"score\"]", "train.steps=1"]);
+    let names = LabelNames::read(&place.path("out")).unwrap().unwrap();
+    assert_eq!(names.names(), ["LABEL_0", "LABEL_1"]);
+}
+
+/// An adapter whose file has no head, made without a task, is trained on as it is.
+#[test]
+fn an_adapter_without_a_head_goes_on_without() {
+    let place = Place::new(8);
+    place.train(&["output.dir=DIR/first"]);
+    let file = place.path("first").join(peft_io::ADAPTER_CONFIG);
+    let mut saved = peft_io::read_json(&file).unwrap();
+    saved["task_type"] = json!(null);
+    std::fs::write(&file, saved.to_string()).unwrap();
+    classified(&place, "train.jsonl", 4, |class| json!(class));
+    place.train(&["adapter={\"init_from\":\"DIR/first\"}", "train.steps=1"]);
+    let (before, after) = (place.adapter("first"), place.adapter("out"));
+    assert!(before.keys().eq(after.keys()));
+}
