@@ -51,7 +51,7 @@ def base(task):
             task["model"], num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     if task.get("quantize"):
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                    bnb_4bit_compute_dtype=torch.bfloat16)
+                                    bnb_4bit_compute_dtype=dtype(task))
         return AutoModelForCausalLM.from_pretrained(task["model"], quantization_config=config, device_map={"": "cpu"})
     return AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype(task))
 
