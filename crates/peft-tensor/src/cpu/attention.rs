@@ -1,9 +1,11 @@
 //! Multi-head attention by blocks of queries, forward and backward.
 //!
 //! A block's scores against the keys it can see are one tile of at most [`TILE`] values; keys that causality or
-//! the window hide from the whole block are never touched. The backward pass makes the tiles again from the
-//! log-sum-exp of each row (as in FlashAttention, Dao et al. 2022), so nothing of size `S * T` is ever kept.
+//! the window hide from the whole block are never touched, and many keys come part after part. The backward pass makes the
+//! tiles again from the log-sum-exp of each row (as in FlashAttention, Dao et al. 2022), so nothing of size `S * T` is
+//! ever kept. Heads that use the same keys are rows of one tile.
 
+mod grad;
 mod rows;
 
 use std::ops::Range;
@@ -11,18 +13,21 @@ use std::ops::Range;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+pub(super) use self::grad::attention_grad;
+use self::rows::LANES;
 pub(super) use self::rows::weights;
-use self::rows::{LANES, row_grad};
 use super::matmul::{View, gemm_into};
 use super::packed::{self, Kernel, Sides};
-use super::par;
 use super::pool::Floats;
-use super::simd::{add_into, dot};
+use super::simd::larger;
 use crate::Precision;
 use crate::backend::Attention;
 
-/// Values of a score tile aimed at: 256 KiB of f32, about a second-level cache.
+/// Most values of a score tile: 256 KiB of f32, half of a second-level cache, as the backward pass has two.
 const TILE: usize = 64 * 1024;
+
+/// Columns by which tiles differ.
+const PART: usize = 4 * LANES;
 
 /// Everything about a call but its values.
 pub(super) struct Geometry<'a> {
@@ -55,6 +60,35 @@ pub(super) struct Keys {
 }
 
 impl Keys {
+    /// In parts of about `TILE` values for so many rows, where each begins in the whole. A part's columns are whole blocks,
+    /// but for the last.
+    fn parts(&self, rows: usize) -> Vec<(usize, Self)> {
+        let step = (TILE / rows.max(1) / PART).max(1) * PART;
+        let part = |at: usize| {
+            let width = step.min(self.width - at);
+            let mut spans = [0..0, 0..0];
+            for ((first, len, column), span) in self.spans().zip(&mut spans) {
+                let cut = |c: usize| c.clamp(at, at + width).clamp(column, column + len) - column;
+                *span = first + cut(at)..first + cut(at + width);
+            }
+            let stride = width.next_multiple_of(LANES);
+            let bias = self
+                .bias
+                .as_ref()
+                .map(|bias| bias[at..at + stride].to_vec());
+            (
+                at,
+                Self {
+                    spans,
+                    width,
+                    stride,
+                    bias,
+                },
+            )
+        };
+        (0..self.width).step_by(step).map(part).collect()
+    }
+
     /// (first key, keys, first column of the tile) of each span.
     pub(super) fn spans(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
         let [front, near] = &self.spans;
@@ -69,12 +103,8 @@ impl Keys {
 
 impl<'a> Geometry<'a> {
     fn new(precision: Precision, b: usize, s: usize, t: usize, spec: &'a Attention) -> Self {
-        // Enough blocks for a few threads, small enough tiles.
-        let block = (b * s)
-            .div_ceil(8)
-            .clamp(16, 64)
-            .min((TILE / t.max(1)).max(16))
-            .min(s.max(1));
+        // Enough blocks for a few threads.
+        let block = (b * s).div_ceil(8).clamp(16, 64).min(s.max(1));
         let bias = spec.mask.keys.as_ref().map(|keys| {
             keys.iter()
                 .map(|k| if *k { 0.0 } else { f32::NEG_INFINITY })
@@ -134,6 +164,20 @@ impl<'a> Geometry<'a> {
         }
     }
 
+    /// [`columns`](Self::columns) of a part of the keys that begins at a column of the whole.
+    fn columns_of(
+        &self,
+        batch: usize,
+        i: usize,
+        keys: &Keys,
+        at: usize,
+        part: &Keys,
+    ) -> [Range<usize>; 2] {
+        let cut = |c: usize| c.clamp(at, at + part.width) - at;
+        self.columns(batch, i, keys)
+            .map(|range| cut(range.start)..cut(range.end))
+    }
+
     /// The columns of the tile that query i sees.
     pub(super) fn columns(&self, batch: usize, i: usize, keys: &Keys) -> [Range<usize>; 2] {
         let prefix = self.spec.prefix.min(self.t);
@@ -145,10 +189,27 @@ impl<'a> Geometry<'a> {
         [0..prefix, first - shift..end - shift]
     }
 
-    /// Head `h` of rows from `row` of q, out or their gradients.
-    fn q<'v>(&self, x: &'v [f32], row: usize, h: usize) -> View<'v> {
-        let first = row * self.q_width + h * self.spec.head_dim;
-        View::rows(&x[first..], self.q_width)
+    /// Where heads from `h` on begin in a row of q, out or their gradients.
+    fn place(&self, row: usize, h: usize) -> usize {
+        row * self.q_width + h * self.spec.head_dim
+    }
+
+    /// Some heads of some rows of q or a gradient, head after head: `[heads * queries, head_dim]`.
+    fn gather(
+        &self,
+        x: &[f32],
+        batch: usize,
+        queries: &Range<usize>,
+        heads: &Range<usize>,
+        out: &mut Vec<f32>,
+    ) {
+        let d = self.spec.head_dim;
+        out.clear();
+        for h in heads.clone() {
+            for i in queries.clone() {
+                out.extend_from_slice(&x[self.place(batch * self.s + i, h)..][..d]);
+            }
+        }
     }
 
     /// The head of k or v that query head `h` uses, rows from `row`.
@@ -175,18 +236,19 @@ impl<'a> Geometry<'a> {
         }
     }
 
-    /// `tile = rows keys^T` for the queries' rows and the keys' heads.
+    /// `tile = rows keys^T` for rows of heads that use the same keys, `h` the first of them.
     fn scores(
         &self,
         sides: &mut Sides,
-        rows: View<'_>,
-        count: usize,
+        rows: &[f32],
         x: &[f32],
         batch: usize,
         h: usize,
         keys: &Keys,
         tile: &mut [f32],
     ) {
+        let count = rows.len() / self.spec.head_dim;
+        let rows = View::rows(rows, self.spec.head_dim);
         for (first, len, column) in keys.spans() {
             let keys_t = self.kv(x, batch * self.t + first, h).t();
             let shape = (count, self.spec.head_dim, len);
@@ -195,26 +257,37 @@ impl<'a> Geometry<'a> {
         }
     }
 
-    /// `out = tile x` for k or v; rows of `out` are `width` apart.
+    /// `out = tile x` for k or v, `[rows of the tile, head_dim]`.
     fn product(
         &self,
         sides: &mut Sides,
         tile: &[f32],
-        count: usize,
         x: &[f32],
         batch: usize,
         h: usize,
         keys: &Keys,
         out: &mut [f32],
-        width: usize,
     ) {
-        let mut add = false;
+        out.fill(0.0);
+        self.add_product(sides, tile, x, batch, h, keys, out);
+    }
+
+    /// As [`product`](Self::product), added to `out`.
+    fn add_product(
+        &self,
+        sides: &mut Sides,
+        tile: &[f32],
+        x: &[f32],
+        batch: usize,
+        h: usize,
+        keys: &Keys,
+        out: &mut [f32],
+    ) {
+        let d = self.spec.head_dim;
         for (first, len, column) in keys.spans() {
             let tile = View::rows(&tile[column..], keys.stride);
             let values = self.kv(x, batch * self.t + first, h);
-            let shape = (count, len, self.spec.head_dim);
-            self.multiply(sides, shape, tile, values, out, width, add);
-            add = true;
+            self.multiply(sides, (out.len() / d, len, d), tile, values, out, d, true);
         }
     }
 }
@@ -271,9 +344,7 @@ pub(super) fn attention(
             v,
             batch,
             &(first..first + count),
-            0..heads,
             rows,
-            width,
             &mut lse,
         );
         (batch, first, count, lse)
@@ -287,7 +358,7 @@ pub(super) fn attention(
     (out, lse)
 }
 
-/// A block of queries for some heads: `out [queries, heads]` with rows `width` apart, `lse [heads, queries]`.
+/// A block of queries: `out [queries, heads]`, `lse [heads, queries]`. The heads that use the same keys are rows of one tile.
 fn block(
     g: &Geometry<'_>,
     q: &[f32],
@@ -295,218 +366,97 @@ fn block(
     v: &[f32],
     batch: usize,
     queries: &Range<usize>,
-    heads: Range<usize>,
     out: &mut [f32],
-    width: usize,
     lse: &mut [f32],
 ) {
     let (count, d) = (queries.len(), g.spec.head_dim);
+    let group = g.spec.heads / g.spec.kv_heads;
     let keys = g.keys(batch, queries);
     if keys.width == 0 {
         return lse.fill(f32::NEG_INFINITY);
     }
-    let mut tile = vec![0.0; count * keys.stride];
-    let mut inverse = vec![0.0; count];
+    let all = group * count;
+    let parts = keys.parts(all);
+    let widest = parts.iter().map(|(_, part)| part.stride).max().unwrap_or(0);
+    let (mut rows, mut sum) = (Vec::with_capacity(all * d), vec![0.0; all * d]);
+    let mut more = vec![0.0; if parts.len() > 1 { all * d } else { 0 }];
+    let mut tile = vec![0.0; all * widest];
+    let mut seen = vec![Seen::default(); all];
     let mut sides = Sides::default();
-    for (slot, h) in heads.enumerate() {
-        g.scores(
-            &mut sides,
-            g.q(q, batch * g.s + queries.start, h),
-            count,
-            k,
-            batch,
-            h,
-            &keys,
-            &mut tile,
-        );
-        for (r, row) in tile.chunks_mut(keys.stride).enumerate() {
-            let columns = g.columns(batch, queries.start + r, &keys);
-            (inverse[r], lse[slot * count + r]) = weights(
-                row,
-                &columns,
-                keys.bias.as_deref(),
-                g.spec.scale,
-                g.spec.softcap,
-            );
-        }
-        let out = &mut out[slot * d..];
-        g.product(&mut sides, &tile, count, v, batch, h, &keys, out, width);
-        for (r, inverse) in inverse.iter().enumerate() {
-            for o in &mut out[r * width..r * width + d] {
-                *o *= inverse;
+    for (h, lse) in (0..g.spec.heads).step_by(group).zip(lse.chunks_mut(all)) {
+        g.gather(q, batch, queries, &(h..h + group), &mut rows);
+        seen.fill(Seen::default());
+        for (n, (at, part)) in parts.iter().enumerate() {
+            let tile = &mut tile[..all * part.stride];
+            g.scores(&mut sides, &rows, k, batch, h, part, tile);
+            for (r, row) in tile.chunks_mut(part.stride).enumerate() {
+                let columns = g.columns_of(batch, queries.start + r % count, &keys, *at, part);
+                let bias = part.bias.as_deref();
+                let (max, sum) = weights(row, &columns, bias, g.spec.scale, g.spec.softcap);
+                seen[r].add(max, sum);
             }
-        }
-    }
-}
-
-/// What one task of the backward pass makes: a run of query heads that share a key/value head.
-struct Part {
-    /// `[S, heads of the task * head_dim]`
-    dq: Vec<f32>,
-    /// `[T, head_dim]`
-    dk: Vec<f32>,
-    /// `[T, head_dim]`
-    dv: Vec<f32>,
-}
-
-pub(super) fn attention_grad(
-    precision: Precision,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    out: &[f32],
-    lse: &[f32],
-    dout: &[f32],
-    b: usize,
-    s: usize,
-    t: usize,
-    spec: &Attention,
-) -> (Floats, Floats, Floats) {
-    let geometry = Geometry::new(precision, b, s, t, spec);
-    let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Floats::zeros(x.len()));
-    if q.is_empty() || k.is_empty() {
-        return (dq, dk, dv);
-    }
-    let group = spec.heads / spec.kv_heads;
-    // The heads of a task add to the same dk and dv; with few tasks each head gets its own, summed below.
-    let share = if b * spec.kv_heads >= 16 { group } else { 1 };
-    let per_batch = spec.heads / share;
-    let run = |i: usize| {
-        backward(
-            &geometry,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dout,
-            i / per_batch,
-            i % per_batch * share..(i % per_batch + 1) * share,
-        )
-    };
-    let parts: Vec<Part> = (0..b * per_batch).into_par_iter().map(run).collect();
-
-    let (q_width, kv_width, d) = (geometry.q_width, geometry.kv_width, spec.head_dim);
-    par::rows(&mut dq, q_width, q_width, |first, rows| {
-        for (i, row) in rows.chunks_mut(q_width).enumerate() {
-            let (batch, query) = ((first + i) / s, (first + i) % s);
-            for (p, row) in row.chunks_mut(share * d).enumerate() {
-                row.copy_from_slice(
-                    &parts[batch * per_batch + p].dq[query * share * d..][..share * d],
-                );
+            if n == 0 {
+                g.product(&mut sides, tile, v, batch, h, part, &mut sum);
+                continue;
             }
-        }
-    });
-    let shared = group / share;
-    par::rows2(
-        &mut dk,
-        kv_width,
-        &mut dv,
-        kv_width,
-        2 * kv_width * shared,
-        |first, dk, dv| {
-            for (i, (dk, dv)) in dk
-                .chunks_mut(kv_width)
-                .zip(dv.chunks_mut(kv_width))
-                .enumerate()
-            {
-                let (batch, key) = ((first + i) / t, (first + i) % t);
-                for (h, (dk, dv)) in dk.chunks_mut(d).zip(dv.chunks_mut(d)).enumerate() {
-                    for part in &parts[batch * per_batch + h * shared..][..shared] {
-                        add_into(&part.dk[key * d..(key + 1) * d], dk);
-                        add_into(&part.dv[key * d..(key + 1) * d], dv);
-                    }
+            g.product(&mut sides, tile, v, batch, h, part, &mut more);
+            for ((sum, more), seen) in sum.chunks_mut(d).zip(more.chunks(d)).zip(&seen) {
+                for (sum, more) in sum.iter_mut().zip(more) {
+                    *sum = *sum * seen.before + more * seen.last;
                 }
             }
-        },
-    );
-    (dq, dk, dv)
-}
-
-/// Gradients of some query heads of a batch entry that share a key/value head.
-fn backward(
-    g: &Geometry<'_>,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    out: &[f32],
-    lse: &[f32],
-    dout: &[f32],
-    batch: usize,
-    heads: Range<usize>,
-) -> Part {
-    let (s, t, d, width) = (g.s, g.t, g.spec.head_dim, heads.len() * g.spec.head_dim);
-    let mut part = Part {
-        dq: vec![0.0; s * width],
-        dk: vec![0.0; t * d],
-        dv: vec![0.0; t * d],
-    };
-    let (mut tile, mut slopes) = (Vec::new(), Vec::new());
-    let mut sides = Sides::default();
-    for start in (0..s).step_by(g.block) {
-        let queries = start..(start + g.block).min(s);
-        let count = queries.len();
-        let keys = g.keys(batch, &queries);
-        if keys.width == 0 {
-            continue;
         }
-        tile.resize(count * keys.stride, 0.0);
-        slopes.resize(count * keys.stride, 0.0);
-        for (slot, h) in heads.clone().enumerate() {
-            let row = batch * s + start;
-            let (q_rows, dout_rows, out_rows) =
-                (g.q(q, row, h), g.q(dout, row, h), g.q(out, row, h));
-            g.scores(&mut sides, q_rows, count, k, batch, h, &keys, &mut tile);
-            g.scores(
-                &mut sides,
-                dout_rows,
-                count,
-                v,
-                batch,
-                h,
-                &keys,
-                &mut slopes,
-            );
-            let rows = tile
-                .chunks_mut(keys.stride)
-                .zip(slopes.chunks_mut(keys.stride));
-            for (r, (weights, slopes)) in rows.enumerate() {
-                let at = r * g.q_width;
-                let delta = dot(&out_rows.data[at..at + d], &dout_rows.data[at..at + d]);
-                let lse = lse[(batch * g.spec.heads + h) * s + start + r];
-                let columns = g.columns(batch, start + r, &keys);
-                row_grad(
-                    weights,
-                    slopes,
-                    &columns,
-                    keys.bias.as_deref(),
-                    g.spec.scale,
-                    g.spec.softcap,
-                    lse,
-                    delta,
-                );
-            }
-            g.product(
-                &mut sides,
-                &slopes,
-                count,
-                k,
-                batch,
-                h,
-                &keys,
-                &mut part.dq[start * width + slot * d..],
-                width,
-            );
-            for (first, len, column) in keys.spans() {
-                let weights_t = View::rows(&tile[column..], keys.stride).t();
-                let slopes_t = View::rows(&slopes[column..], keys.stride).t();
-                let shape = (len, count, d);
-                let dv = &mut part.dv[first * d..];
-                g.multiply(&mut sides, shape, weights_t, dout_rows, dv, d, true);
-                let dk = &mut part.dk[first * d..];
-                g.multiply(&mut sides, shape, slopes_t, q_rows, dk, d, true);
+        for (r, (row, seen)) in sum.chunks(d).zip(&seen).enumerate() {
+            let inverse;
+            (inverse, lse[r]) = softmax_of(seen.max, seen.sum);
+            let out = &mut out[g.place(r % count, h + r / count)..][..d];
+            for (o, v) in out.iter_mut().zip(row) {
+                *o = v * inverse;
             }
         }
     }
-    part
+}
+
+/// What a row has seen of its keys, part after part (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+/// 2018).
+#[derive(Clone, Copy)]
+struct Seen {
+    max: f32,
+    /// Of e^(score - max).
+    sum: f32,
+    /// What the sums of the parts before, and of the last, are multiplied by, so that they belong to `max`.
+    before: f32,
+    last: f32,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self {
+            max: f32::NEG_INFINITY,
+            sum: 0.0,
+            before: 1.0,
+            last: 1.0,
+        }
+    }
+}
+
+impl Seen {
+    fn add(&mut self, max: f32, sum: f32) {
+        let both = larger(self.max, max);
+        // Where nothing was seen so far, the sums are 0.
+        if both > f32::NEG_INFINITY {
+            (self.before, self.last) = ((self.max - both).exp(), (max - both).exp());
+        }
+        self.sum = self.sum * self.before + sum * self.last;
+        self.max = both;
+    }
+}
+
+/// (1 / sum, log-sum-exp) of a row.
+pub(super) fn softmax_of(max: f32, sum: f32) -> (f32, f32) {
+    if sum == 0.0 {
+        (0.0, f32::NEG_INFINITY)
+    } else {
+        (1.0 / sum, max + sum.ln())
+    }
 }

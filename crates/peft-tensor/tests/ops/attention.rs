@@ -258,3 +258,37 @@ fn products_in_bfloat16_are_near() {
         }
     }
 }
+
+#[test]
+fn several_parts_of_keys() {
+    // 64 queries of three heads that share keys are 192 rows: 320 keys at a time.
+    let (s, t) = (520, 540);
+    for (window, prefix, softcap, holes) in [
+        (None, 0, None, 0),
+        (Some(200), 7, None, 0),
+        (Some(90), 330, Some(2.0), 1),
+        (None, 0, None, 3),
+    ] {
+        let mut spec = plain(3, 1, 4);
+        (spec.window, spec.prefix, spec.softcap) = (window, prefix, softcap);
+        if holes > 0 {
+            let key = RngKey::new(5);
+            spec.mask.keys = Some(Arc::new(
+                (0..t as u64).map(|i| key.below(i, 4) >= holes).collect(),
+            ));
+        }
+        if window.is_none() {
+            spec.mask.segments = Some(Arc::new((0..t).map(|i| (i / 400) as u32).collect()));
+        }
+        compare(
+            &Case {
+                b: 1,
+                s,
+                t,
+                spec,
+                seed: 11,
+            },
+            2.0,
+        );
+    }
+}

@@ -57,7 +57,7 @@ fn add_bias(row: &mut [[f32; LANES]], bias: &[f32]) {
 }
 
 simd! {
-    /// Raw products of a row to e^(score - max), zero where nothing is to be seen: (1 / their sum, log-sum-exp).
+    /// Raw products of a row to e^(score - max), zero where nothing is to be seen: (max, their sum).
     pub(in crate::cpu) fn weights(row: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>) -> (f32, f32) {
         let span = span(columns);
         clear_outside(row, &span);
@@ -83,7 +83,7 @@ simd! {
         let max = max16(&largest);
         if max == f32::NEG_INFINITY && row.iter().all(|s| !s.is_nan()) {
             row.fill(0.0);
-            return (0.0, f32::NEG_INFINITY);
+            return (f32::NEG_INFINITY, 0.0);
         }
         let mut sums = [0.0f32; LANES];
         for block in row.as_chunks_mut::<LANES>().0 {
@@ -92,8 +92,7 @@ simd! {
                 *sum += *s;
             }
         }
-        let sum = sum16(&sums);
-        if sum == 0.0 { (0.0, f32::NEG_INFINITY) } else { (1.0 / sum, max + sum.ln()) }
+        (max, sum16(&sums))
     }
 }
 

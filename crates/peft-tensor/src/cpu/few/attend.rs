@@ -1,6 +1,6 @@
 //! Attention of a single query, as generation asks for it: the heads that share keys read them once.
 
-use super::super::attention::{Geometry, weights};
+use super::super::attention::{Geometry, softmax_of, weights};
 use super::super::matmul::transpose;
 use super::super::par;
 use super::simd::Level;
@@ -54,8 +54,9 @@ fn group(
     let all = by_head.chunks_mut(keys.stride).zip(out.chunks_mut(d));
     for ((row, out), lse) in all.zip(lse) {
         let (scale, cap) = (g.spec.scale, g.spec.softcap);
+        let (max, sum) = weights(row, &columns, keys.bias.as_deref(), scale, cap);
         let inverse;
-        (inverse, *lse) = weights(row, &columns, keys.bias.as_deref(), scale, cap);
+        (inverse, *lse) = softmax_of(max, sum);
         for (first, len, column) in keys.spans() {
             let v = g.kv(v, batch * g.t + first, h);
             at!(level, add_rows(&row[column..][..len], v.data, v.rs, out));

@@ -1,0 +1,180 @@
+//! The gradient of attention.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Geometry;
+use super::rows::row_grad;
+use crate::Precision;
+use crate::backend::Attention;
+use crate::cpu::matmul::View;
+use crate::cpu::packed::Sides;
+use crate::cpu::par;
+use crate::cpu::pool::Floats;
+use crate::cpu::simd::{add_into, dot};
+
+/// What one task of the backward pass makes: a run of query heads that share a key/value head.
+struct Part {
+    /// `[S, heads of the task * head_dim]`
+    dq: Vec<f32>,
+    /// `[T, head_dim]`
+    dk: Vec<f32>,
+    /// `[T, head_dim]`
+    dv: Vec<f32>,
+}
+
+pub(in crate::cpu) fn attention_grad(
+    precision: Precision,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    out: &[f32],
+    lse: &[f32],
+    dout: &[f32],
+    b: usize,
+    s: usize,
+    t: usize,
+    spec: &Attention,
+) -> (Floats, Floats, Floats) {
+    let geometry = Geometry::new(precision, b, s, t, spec);
+    let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Floats::zeros(x.len()));
+    if q.is_empty() || k.is_empty() {
+        return (dq, dk, dv);
+    }
+    let group = spec.heads / spec.kv_heads;
+    // The heads of a task add to the same dk and dv; with few tasks each head gets its own, summed below.
+    let share = if b * spec.kv_heads >= 16 { group } else { 1 };
+    let per_batch = spec.heads / share;
+    let run = |i: usize| {
+        backward(
+            &geometry,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dout,
+            i / per_batch,
+            i % per_batch * share..(i % per_batch + 1) * share,
+        )
+    };
+    let parts: Vec<Part> = (0..b * per_batch).into_par_iter().map(run).collect();
+
+    let (q_width, kv_width, d) = (geometry.q_width, geometry.kv_width, spec.head_dim);
+    par::rows(&mut dq, q_width, q_width, |first, rows| {
+        for (i, row) in rows.chunks_mut(q_width).enumerate() {
+            let (batch, query) = ((first + i) / s, (first + i) % s);
+            for (p, row) in row.chunks_mut(share * d).enumerate() {
+                row.copy_from_slice(
+                    &parts[batch * per_batch + p].dq[query * share * d..][..share * d],
+                );
+            }
+        }
+    });
+    let shared = group / share;
+    par::rows2(
+        &mut dk,
+        kv_width,
+        &mut dv,
+        kv_width,
+        2 * kv_width * shared,
+        |first, dk, dv| {
+            for (i, (dk, dv)) in dk
+                .chunks_mut(kv_width)
+                .zip(dv.chunks_mut(kv_width))
+                .enumerate()
+            {
+                let (batch, key) = ((first + i) / t, (first + i) % t);
+                for (h, (dk, dv)) in dk.chunks_mut(d).zip(dv.chunks_mut(d)).enumerate() {
+                    for part in &parts[batch * per_batch + h * shared..][..shared] {
+                        add_into(&part.dk[key * d..(key + 1) * d], dk);
+                        add_into(&part.dv[key * d..(key + 1) * d], dv);
+                    }
+                }
+            }
+        },
+    );
+    (dq, dk, dv)
+}
+
+/// Gradients of some query heads of a batch entry that share a key/value head.
+fn backward(
+    g: &Geometry<'_>,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    out: &[f32],
+    lse: &[f32],
+    dout: &[f32],
+    batch: usize,
+    heads: Range<usize>,
+) -> Part {
+    let (s, t, d, width) = (g.s, g.t, g.spec.head_dim, heads.len() * g.spec.head_dim);
+    let mut part = Part {
+        dq: vec![0.0; s * width],
+        dk: vec![0.0; t * d],
+        dv: vec![0.0; t * d],
+    };
+    let (mut tile, mut slopes) = (Vec::new(), Vec::new());
+    let (mut q_rows, mut dout_rows, mut dq_rows) = (Vec::new(), Vec::new(), Vec::new());
+    let mut deltas = Vec::new();
+    let mut sides = Sides::default();
+    let h = heads.start;
+    for start in (0..s).step_by(g.block) {
+        let queries = start..(start + g.block).min(s);
+        let count = queries.len();
+        let keys = g.keys(batch, &queries);
+        if keys.width == 0 {
+            continue;
+        }
+        let rows = heads.len() * count;
+        g.gather(q, batch, &queries, &heads, &mut q_rows);
+        g.gather(dout, batch, &queries, &heads, &mut dout_rows);
+        dq_rows.clear();
+        dq_rows.resize(rows * d, 0.0);
+        deltas.clear();
+        for (r, dout) in dout_rows.chunks(d).enumerate() {
+            let out = &out[g.place(batch * s + start + r % count, h + r / count)..][..d];
+            deltas.push(dot(out, dout));
+        }
+        for (at, part_keys) in keys.parts(rows) {
+            let stride = part_keys.stride;
+            tile.resize(rows * stride, 0.0);
+            slopes.resize(rows * stride, 0.0);
+            g.scores(&mut sides, &q_rows, k, batch, h, &part_keys, &mut tile);
+            g.scores(&mut sides, &dout_rows, v, batch, h, &part_keys, &mut slopes);
+            let both = tile.chunks_mut(stride).zip(slopes.chunks_mut(stride));
+            for (r, (weights, slopes)) in both.enumerate() {
+                let (h, i) = (h + r / count, start + r % count);
+                let columns = g.columns_of(batch, i, &keys, at, &part_keys);
+                row_grad(
+                    weights,
+                    slopes,
+                    &columns,
+                    part_keys.bias.as_deref(),
+                    g.spec.scale,
+                    g.spec.softcap,
+                    lse[(batch * g.spec.heads + h) * s + i],
+                    deltas[r],
+                );
+            }
+            g.add_product(&mut sides, &slopes, k, batch, h, &part_keys, &mut dq_rows);
+            for (first, len, column) in part_keys.spans() {
+                let shape = (len, rows, d);
+                let weights_t = View::rows(&tile[column..], stride).t();
+                let slopes_t = View::rows(&slopes[column..], stride).t();
+                let (q_rows, dout_rows) = (View::rows(&q_rows, d), View::rows(&dout_rows, d));
+                let dv = &mut part.dv[first * d..];
+                g.multiply(&mut sides, shape, weights_t, dout_rows, dv, d, true);
+                let dk = &mut part.dk[first * d..];
+                g.multiply(&mut sides, shape, slopes_t, q_rows, dk, d, true);
+            }
+        }
+        for (r, row) in dq_rows.chunks(d).enumerate() {
+            let at = (start + r % count) * width + r / count * d;
+            part.dq[at..at + d].copy_from_slice(row);
+        }
+    }
+    part
+}
