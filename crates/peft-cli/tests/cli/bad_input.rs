@@ -168,7 +168,7 @@ fn adapters_that_do_not_fit() {
     let mut changed = read_json(Path::new(&adapter("llama-qv")).join("adapter_config.json"));
     changed["modules_to_save"] = json!(["lm_haed"]);
     write(&config, &changed.to_string());
-    let out = text(&temp.path().join("out"));
+    let out = text(temp.path().join("out"));
     let model_folder = model("llama");
     let merge = [
         "merge",
