@@ -128,8 +128,8 @@ pub fn matches_name(path: &str, name: &str) -> bool {
 /// The modules that a configuration names, as indices into `candidates`, in their order.
 ///
 /// # Errors
-/// If a name, pattern or layer matches nothing (see [`MatchSpec::finished`]), if nothing is left to adapt, if fields contradict each other, or if a
-/// chosen module is not adaptable (under `all-linear` such a module is passed over).
+/// If a name, pattern or layer matches nothing (see [`MatchSpec::finished`]), if nothing is left to adapt, if fields
+/// contradict each other, or if a chosen module is not adaptable (under `all-linear` such a module is passed over).
 pub fn select(candidates: &[Candidate<'_>], spec: &MatchSpec<'_>) -> Result<Vec<usize>> {
     let Some(targets) = spec.targets else {
         return Err(Error::config("target_modules", "has to be given"));

@@ -257,7 +257,7 @@ impl<'a> Geometry<'a> {
         }
     }
 
-    /// `out = tile x` for k or v, `[rows of the tile, head_dim]`.
+    /// `out = tile x` for k or v, `[rows of the tile, head_dim]`, added to it if `add`.
     fn product(
         &self,
         sides: &mut Sides,
@@ -267,27 +267,14 @@ impl<'a> Geometry<'a> {
         h: usize,
         keys: &Keys,
         out: &mut [f32],
-    ) {
-        out.fill(0.0);
-        self.add_product(sides, tile, x, batch, h, keys, out);
-    }
-
-    /// As [`product`](Self::product), added to `out`.
-    fn add_product(
-        &self,
-        sides: &mut Sides,
-        tile: &[f32],
-        x: &[f32],
-        batch: usize,
-        h: usize,
-        keys: &Keys,
-        out: &mut [f32],
+        add: bool,
     ) {
         let d = self.spec.head_dim;
-        for (first, len, column) in keys.spans() {
+        for (i, (first, len, column)) in keys.spans().enumerate() {
             let tile = View::rows(&tile[column..], keys.stride);
             let values = self.kv(x, batch * self.t + first, h);
-            self.multiply(sides, (out.len() / d, len, d), tile, values, out, d, true);
+            let (shape, add) = ((out.len() / d, len, d), add || i > 0);
+            self.multiply(sides, shape, tile, values, out, d, add);
         }
     }
 }
@@ -396,10 +383,10 @@ fn block(
                 seen[r].add(max, sum);
             }
             if n == 0 {
-                g.product(&mut sides, tile, v, batch, h, part, &mut sum);
+                g.product(&mut sides, tile, v, batch, h, part, &mut sum, false);
                 continue;
             }
-            g.product(&mut sides, tile, v, batch, h, part, &mut more);
+            g.product(&mut sides, tile, v, batch, h, part, &mut more, false);
             for ((sum, more), seen) in sum.chunks_mut(d).zip(more.chunks(d)).zip(&seen) {
                 for (sum, more) in sum.iter_mut().zip(more) {
                     *sum = *sum * seen.before + more * seen.last;

@@ -131,7 +131,6 @@ fn backward(
         let rows = heads.len() * count;
         g.gather(q, batch, &queries, &heads, &mut q_rows);
         g.gather(dout, batch, &queries, &heads, &mut dout_rows);
-        dq_rows.clear();
         dq_rows.resize(rows * d, 0.0);
         deltas.clear();
         for (r, dout) in dout_rows.chunks(d).enumerate() {
@@ -159,7 +158,16 @@ fn backward(
                     deltas[r],
                 );
             }
-            g.add_product(&mut sides, &slopes, k, batch, h, &part_keys, &mut dq_rows);
+            g.product(
+                &mut sides,
+                &slopes,
+                k,
+                batch,
+                h,
+                &part_keys,
+                &mut dq_rows,
+                at > 0,
+            );
             for (first, len, column) in part_keys.spans() {
                 let shape = (len, rows, d);
                 let weights_t = View::rows(&tile[column..], stride).t();
