@@ -17,7 +17,7 @@ use peft_tensor::{
 };
 
 /// Bytes of weights that products of few rows go through in turn: more than caches hold.
-const COLD: usize = 192 << 20;
+const COLD: usize = 512 << 20;
 
 fn main() -> Result<()> {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));

@@ -18,14 +18,22 @@ pub(crate) fn flops() -> f64 {
     (2 * STEPS * lanes * threads) as f64 / seconds
 }
 
-/// Bytes read a second from memory that no cache holds.
+/// Bytes read a second from memory that no cache holds, each thread in four places at once.
 pub(crate) fn bandwidth() -> f64 {
     let values: Vec<u64> = (0..48 << 20).collect();
     let sum = |part: &[u64]| {
-        let mut sums = [0u64; 16];
-        for part in part.as_chunks::<16>().0 {
-            for l in 0..16 {
-                sums[l] = sums[l].wrapping_add(part[l]);
+        let (front, back) = part.split_at(part.len() / 2);
+        let ((a, b), (c, d)) = (
+            front.split_at(front.len() / 2),
+            back.split_at(back.len() / 2),
+        );
+        let mut sums = [[0u64; 8]; 4];
+        let blocks = [a, b, c, d].map(|part| part.as_chunks::<8>().0);
+        for i in 0..blocks[0].len() {
+            for (sums, blocks) in sums.iter_mut().zip(blocks) {
+                for (sum, v) in sums.iter_mut().zip(blocks[i]) {
+                    *sum = sum.wrapping_add(v);
+                }
             }
         }
         black_box(sums);

@@ -40,8 +40,9 @@ pub(super) use attend::one_query;
 /// Most rows of the input; more are worth panels of decoded values.
 pub(super) const FEW: usize = 16;
 
-/// Multiply-adds of a piece: a few microseconds, so that many threads find something, and taking it costs little.
-const PIECE: usize = 32 * 1024;
+/// Multiply-adds of a piece: a few microseconds, so that many threads find something, taking it costs little, and each
+/// of the four streams that it is read in is worth beginning.
+const PIECE: usize = 64 * 1024;
 
 /// Most partial sums of a product with the weight itself.
 const PARTS: usize = 64;
@@ -67,8 +68,8 @@ pub(super) fn frozen(x: &[f32], m: usize, weights: &[&FrozenWeight]) -> Vec<Floa
 fn frozen_at(level: Level, x: &[f32], m: usize, weights: &[&FrozenWeight]) -> Vec<Floats> {
     // The kernels for codes want the values in another order.
     let codes = |w: &&&FrozenWeight| m == 1 && bnb::table(w.format()).is_some();
-    let sorted = weights.iter().find(codes).map(|_| apart(x));
-    let sorted = sorted.as_deref().unwrap_or_default();
+    let by_code = weights.iter().find(codes).map(|_| sorted(level, x));
+    let by_code = by_code.as_deref().unwrap_or_default();
     let mut outs: Vec<Floats> = weights
         .iter()
         .map(|w| Floats::dirty(m * w.rows()))
@@ -80,7 +81,7 @@ fn frozen_at(level: Level, x: &[f32], m: usize, weights: &[&FrozenWeight]) -> Ve
         pieces.extend(cut.map(|(i, out)| (*w, i * rows, out)));
     }
     share(pieces, |(w, first, out)| {
-        if m > 1 || !straight(level, x, sorted, w, first, out) {
+        if m > 1 || !straight(level, x, by_code, w, first, out) {
             through_cache(level, x, m, w, first, out);
         }
     });
@@ -202,7 +203,7 @@ fn team(n: usize, work: &(impl Fn() + Sync)) {
 fn straight(
     level: Level,
     x: &[f32],
-    sorted: &[f32],
+    by_code: &[f32],
     w: &FrozenWeight,
     first: usize,
     out: &mut [f32],
@@ -225,7 +226,7 @@ fn straight(
             }
         }
         format => match bnb::table(format) {
-            Some(table) => at!(level, code_rows(sorted, bytes, row, out, table)),
+            Some(table) => at!(level, code_rows(by_code, bytes, row, out, table)),
             None => return false,
         },
     }
@@ -271,12 +272,20 @@ fn turned(columns: &[f32], m: usize, n: usize) -> Floats {
     out
 }
 
-/// In each 64 values those at even places, then those at odd ones: the order in which the halves of 32 bytes come.
-fn apart(x: &[f32]) -> Vec<f32> {
+/// In each 64 values those at even places, then those at odd ones, each in the order in which the level looks up the halves
+/// of 32 bytes.
+fn sorted(level: Level, x: &[f32]) -> Vec<f32> {
+    let order = match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => lanes::avx2::ORDER,
+        _ => lanes::IN_ORDER,
+    };
     let mut out = Vec::with_capacity(x.len());
     for block in x.chunks(64) {
-        out.extend(block.iter().step_by(2));
-        out.extend(block.iter().skip(1).step_by(2));
+        for half in 0..2 {
+            let places = order.iter().map(|byte| 2 * usize::from(*byte) + half);
+            out.extend(places.filter_map(|place| block.get(place)));
+        }
     }
     out
 }

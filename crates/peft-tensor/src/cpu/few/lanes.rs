@@ -7,8 +7,22 @@
 /// Numbers that the 16 codes of a 4-bit format stand for.
 pub(super) type Codes = [f32; 16];
 
+/// How far ahead each of four streams of bytes is asked for.
+pub(super) const AHEAD: usize = 1024;
+
 /// How far ahead a single stream of bytes is asked for.
 pub(super) const PAGE: usize = 4096;
+
+/// The order of 32 bytes as they are stored.
+pub(super) const IN_ORDER: [u8; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = i as u8;
+        i += 1;
+    }
+    order
+};
 
 pub(super) mod plain {
     use super::Codes;
@@ -108,7 +122,7 @@ pub(super) mod plain {
         *codes
     }
 
-    /// What the 32 high halves of bytes stand for, then the 32 low halves.
+    /// What the 32 high halves of bytes stand for, then the 32 low halves, in the level's order of bytes.
     #[inline(always)]
     pub(in super::super) fn look(table: &Table, bytes: &[u8; 32]) -> [F; 4] {
         let value = |n: u8| table[usize::from(n)];
@@ -134,6 +148,19 @@ pub(super) mod avx2 {
     /// Eight floats, eight floats.
     #[derive(Clone, Copy)]
     pub(in super::super) struct F(__m256, __m256);
+
+    /// The order in which [`look`] takes bytes: unpacking works in each half of a register for itself, and values that are
+    /// sorted like that need no shuffle to undo it.
+    pub(in super::super) const ORDER: [u8; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            // Four bytes of the first half, four of the second.
+            order[i] = (i / 8 * 4 + i / 4 % 2 * 16 + i % 4) as u8;
+            i += 1;
+        }
+        order
+    };
 
     /// Three bytes of a word that a shuffle of bytes leaves zero.
     const EMPTY: i32 = 0x8080_8000_u32 as i32;
@@ -304,16 +331,13 @@ pub(super) mod avx2 {
         }))
     }
 
-    /// Look-ups by byte, 32 at a time, put together to floats: three shuffles for eight values, where looking up floats
+    /// Look-ups by byte, 32 at a time, in [`ORDER`], put together to floats: three shuffles for eight values, where looking up floats
     /// takes two halves of a table, a choice between them and the codes spread to words.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in super::super) fn look(table: &Table, bytes: &[u8; 32]) -> [F; 4] {
         // SAFETY: 32 bytes of 32.
         let bytes = unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) };
-        // Unpacking works in each half for itself: words in this order come out in theirs.
-        let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-        let bytes = _mm256_permutevar8x32_epi32(bytes, order);
         let four = _mm256_set1_epi8(15);
         let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), four);
         let low = _mm256_and_si256(bytes, four);

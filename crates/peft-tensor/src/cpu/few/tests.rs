@@ -112,9 +112,9 @@ fn levels_agree_to_the_bit_where_sums_are_exact() {
             i => (i * 29 % 251) as u8,
         })
         .collect();
-    let sorted = apart(&x);
     let all = levels().into_iter().map(|level| {
         let mut out = [0.0; 5];
+        let sorted = sorted(level, &x);
         at!(level, code_rows(&sorted, &bytes, 108, &mut out, &table));
         out
     });
