@@ -1,5 +1,6 @@
 //! Operations on tensors: shapes are checked here, values are the backend's, gradients go on the tape.
 
+mod attention;
 mod elementwise;
 mod matmul;
 mod nn;

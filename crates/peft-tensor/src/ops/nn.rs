@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::error::shape_err;
-use crate::kept::{Keeping, Kept, Recipe};
+use crate::kept::{Kept, Recipe};
 use crate::tape::{record, record_again, rerun};
-use crate::{Attention, Result, Rope, Tensor, TensorError};
+use crate::{Result, Rope, Tensor, TensorError};
 
 /// The label of a position that has none (PyTorch's `ignore_index`).
 pub const IGNORE: i64 = -100;
@@ -189,74 +189,6 @@ impl Tensor {
             let (x, rope) = (self.target.clone(), rope.clone());
             Box::new(move |dy, sink| sink.add(&x, dy.turned(&rope, !inverse)?))
         }))
-    }
-
-    /// Attention of `self` (queries `[B, S, heads * head_dim]`) over keys and values `[B, T, kv_heads * head_dim]`.
-    ///
-    /// # Errors
-    /// If the shapes do not fit the specification.
-    pub fn attention(&self, k: &Tensor, v: &Tensor, spec: &Attention) -> Result<Tensor> {
-        let (b, s, width) = self.dims3()?;
-        let (kb, t, kv_width) = k.dims3()?;
-        let fits = width == spec.heads * spec.head_dim
-            && kv_width == spec.kv_heads * spec.head_dim
-            && v.shape() == k.shape()
-            && kb == b
-            && t >= s
-            && spec.kv_heads > 0
-            && spec.heads.is_multiple_of(spec.kv_heads)
-            && spec.prefix <= t
-            && spec.mask.keys.as_ref().is_none_or(|m| m.len() == b * t)
-            && spec.mask.segments.as_ref().is_none_or(|m| m.len() == b * t);
-        if !fits {
-            let detail = format!(
-                "q {:?}, k {:?}, v {:?} with {} heads, {} key heads of {}, prefix {}, mask of {:?}, segments of {:?}",
-                self.shape(),
-                k.shape(),
-                v.shape(),
-                spec.heads,
-                spec.kv_heads,
-                spec.head_dim,
-                spec.prefix,
-                spec.mask.keys.as_ref().map(|m| m.len()),
-                spec.mask.segments.as_ref().map(|m| m.len())
-            );
-            return shape_err("attention", detail);
-        }
-        self.same_device(k, "attention")?;
-        self.same_device(v, "attention")?;
-        let device = self.device();
-        let (out, lse) = device
-            .backend()
-            .attention(&self.data, &k.data, &v.data, b, s, t, spec)?;
-        let keeping = Keeping::default();
-        let own = keeping.clone();
-        let shape = self.shape().to_vec();
-        let kept = out.clone();
-        let mut out = record(out, shape, device, &[self, k, v], || {
-            let (q, k, v, spec) = (Kept::new(self), Kept::new(k), Kept::new(v), spec.clone());
-            let out = Kept::result(&kept, &own, self);
-            Box::new(move |dy, sink| {
-                let (dq, dk, dv) = q.device().backend().attention_grad(
-                    &q.data()?,
-                    &k.data()?,
-                    &v.data()?,
-                    &out.data()?,
-                    &lse,
-                    &dy.data,
-                    b,
-                    s,
-                    t,
-                    &spec,
-                )?;
-                for (of, grad) in [(&q, dq), (&k, dk), (&v, dv)] {
-                    sink.add(&of.target, of.wrap(grad))?;
-                }
-                Ok(())
-            })
-        });
-        out.keeping = keeping;
-        Ok(out)
     }
 
     /// Sum over rows of `-log softmax(x)[target]`; rows whose target is negative ([`IGNORE`]) do not count. Shape `[]`.

@@ -1,9 +1,10 @@
 //! What a training step holds in memory: the figures of the prediction, in one place. They follow from what the operations
 //! of peft-tensor and the blocks of peft-models keep for the backward pass; whoever changes these changes the table.
 //!
-//! Outputs of norms, gates, activations and dropout are made again from their inputs and count nowhere.
+//! Outputs of norms, gates, activations and dropout, and of attention with few keys, are made again from their inputs and count nowhere.
 
 use peft_models::ModelConfig;
+use peft_tensor::Attention;
 
 /// Bytes of a value that is not packed.
 pub(super) const VALUE: u64 = 4;
@@ -18,10 +19,12 @@ pub(super) struct Trained {
 }
 
 /// Tensors that one block keeps in the form of `train.activations`, by what they are for: how many, and values of a token.
+/// A query sees `keys` keys at most.
 pub(super) fn block(
     config: &ModelConfig,
     gated: bool,
     trained: &Trained,
+    keys: usize,
 ) -> Vec<(&'static str, usize, usize)> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (
@@ -36,7 +39,8 @@ pub(super) fn block(
         // As they are in front of their norms.
         ("queries to norm", when(config.qk_norm, 1), q),
         ("keys to norm", when(config.qk_norm, 1), kv),
-        ("queries and output", 2, q),
+        ("queries", 1, q),
+        ("attention's output", when(Attention::is_kept(keys), 1), q),
         ("keys and values", 2, kv),
         // A gate and what it multiplies, or an activation's input.
         ("feed-forward", when(gated, 1) + 1, inner),
@@ -47,8 +51,12 @@ pub(super) fn block(
 }
 
 /// Values of a token that a block keeps in f32 in any case: attention's log-sum-exp.
-pub(super) fn unpacked(config: &ModelConfig) -> usize {
-    config.num_heads
+pub(super) fn unpacked(config: &ModelConfig, keys: usize) -> usize {
+    if Attention::is_kept(keys) {
+        config.num_heads
+    } else {
+        0
+    }
 }
 
 /// Values a token needs besides while a block is run backward, most of all at its gate or activation: the gradient behind
@@ -86,13 +94,18 @@ mod tests {
         }))
         .unwrap();
         let sum = |gated, trained: &Trained| -> usize {
-            let kept = block(&config, gated, trained);
+            let kept = block(&config, gated, trained, 9);
             kept.iter().map(|(_, count, width)| count * width).sum()
         };
-        // Norms 2 x 16; q and out 16 each, k and v 8 each; gate and up 20 each.
-        let bare = 32 + 48 + 40;
+        // Norms 2 x 16; q 16, k and v 8 each; gate and up 20 each.
+        let bare = 32 + 32 + 40;
         assert_eq!(sum(true, &Trained::default()), bare);
         assert_eq!(sum(false, &Trained::default()), bare - 20);
+        let long: usize = block(&config, true, &Trained::default(), 1000)
+            .iter()
+            .map(|(_, count, width)| count * width)
+            .sum();
+        assert_eq!(long, bare + 16);
         let all = Trained {
             inside: vec![3; 7],
             read: vec![16],

@@ -252,9 +252,9 @@ impl Trainer<'_> {
         let gated = self.is_gated();
         let keep = self.config().keep().unwrap_or_default();
         let kept = |trained: &Trained| -> u64 {
-            let packed = keeps::block(config, gated, trained).into_iter();
+            let packed = keeps::block(config, gated, trained, size.seq).into_iter();
             let packed = packed.map(|(_, count, width)| count as u64 * keep.bytes(tokens * width));
-            packed.sum::<u64>() + Keep::F32.bytes(tokens * keeps::unpacked(config))
+            packed.sum::<u64>() + Keep::F32.bytes(tokens * keeps::unpacked(config, size.seq))
         };
         let live: Vec<u64> = blocks.iter().flatten().map(kept).collect();
         let inputs = again as u64 * keep.bytes(tokens * keeps::between(config));

@@ -4,7 +4,7 @@
 //! Every sum is taken in sixteen lanes, those by halves, then what is left over of a row, one by one: a result depends on
 //! neither the number of threads nor how many rows are taken together. Four stored rows at a time hide the latency of
 //! the additions; they are taken from four places far apart, each of which goes on where it was, because the processor
-//! foresees a few long streams well, and rows that are read side by side end before it has (measured: 24 and 38 GB/s
+//! foresees a few long streams well, and rows that are read side by side end before it has (measured: 24 and 36 GB/s
 //! of bfloat16 rows of 576).
 
 /// `$run` on four rows at a time, one of each quarter of the rows, then on what is left; rows begin `row` elements of `w`
