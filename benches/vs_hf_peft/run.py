@@ -43,21 +43,21 @@ def training(model, rows, seq=0, precision="f32", **more):
 
 
 TASKS = {
-    "lora-f32": training(F32, 4, 256),
-    "lora-f32-small": training(F32, 4, 256, activations="bf16"),
+    "lora-f32": training(BF16, 4, 256),
+    "lora-f32-small": training(BF16, 4, 256, activations="bf16"),
     "lora-bf16": training(BF16, 4, 256, "bf16"),
     "lora-nf4": training(BF16, 4, 256, "bf16", quantize="nf4", activations="int8"),
-    "lora-nf4-f32": training(F32, 4, 256, quantize="nf4", activations="bf16"),
-    "sft-f32": training(F32, 8),
+    "lora-nf4-f32": training(BF16, 4, 256, quantize="nf4", activations="bf16"),
+    "sft-f32": training(BF16, 8),
     "sft-bf16": training(BF16, 8, precision="bf16"),
     "long-bf16": training(BF16, 1, 2048, "bf16", checkpointing=True),
-    "long-f32": training(F32, 1, 2048, checkpointing=True),
+    "long-f32": training(BF16, 1, 2048, checkpointing=True),
     "minilm": training(MINILM, 32, classify=True, targets=["query", "value"], learning_rate=1e-3),
     "merge": dict(kind="merge", model=str(BF16), precision="bf16", busy=False),
-    "generate-f32": dict(kind="generate", model=str(F32), precision="f32", busy=False),
+    "generate-f32": dict(kind="generate", model=str(BF16), precision="f32", busy=False),
     "generate-bf16": dict(kind="generate", model=str(BF16), precision="bf16", busy=False),
     "generate-nf4": dict(kind="generate", model=str(BF16), precision="bf16", quantize="nf4", busy=False),
-    "lora-f32-busy": training(F32, 4, 256, busy=True),
+    "lora-f32-busy": training(BF16, 4, 256, busy=True),
     "lora-bf16-busy": training(BF16, 4, 256, "bf16", busy=True),
 }
 

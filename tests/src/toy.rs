@@ -367,6 +367,7 @@ impl Toy {
             causal: self.spec.style == Style::Decoder,
             window: None,
             prefix: prefixed,
+            shared: 0,
             softcap: None,
             mask: Mask::default(),
         };

@@ -1,5 +1,5 @@
 //! Rows joined into one without padding: every method either gives the padded batch's loss and gradients, or says that it
-//! cannot tell the texts apart.
+//! cannot tell the texts apart; and where it says that it treats all rows alike, also with what they begin with run once.
 
 use peft::core::{Device, Pass, RngKey, Tensor};
 use peft::models::{Batch, Labels, LoadOptions, Model, ModelConfig, Task};
@@ -171,6 +171,60 @@ fn every_method_gives_the_padded_loss_or_refuses() {
             same.len()
         );
     }
+}
+
+/// Texts that begin alike and are learned from behind that: joined, and joined with their beginning once.
+fn beginnings() -> [(Batch, Labels); 2] {
+    let begin = [3, 9, 4, 17];
+    let mut texts = texts();
+    for text in &mut texts {
+        text.splice(0..0, begin);
+    }
+    let made = |texts: &[&[u32]], first: usize, once: &[u32]| {
+        let (mut ids, mut labels) = (once.to_vec(), vec![IGNORE; once.len()]);
+        let mut segments = vec![99; once.len()];
+        for (n, text) in texts.iter().enumerate() {
+            ids.extend(*text);
+            segments.resize(ids.len(), n as u32);
+            let own = text.iter().enumerate();
+            labels.extend(own.map(|(i, id)| if i < first { IGNORE } else { i64::from(*id) }));
+        }
+        let batch = Batch {
+            segments: Some(segments),
+            shared: once.len(),
+            ..Batch::single(ids)
+        };
+        (batch, Labels::Tokens(labels))
+    };
+    let whole: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+    let rest: Vec<&[u32]> = texts.iter().map(|t| &t[begin.len()..]).collect();
+    [made(&whole, begin.len() + 1, &[]), made(&rest, 1, &begin)]
+}
+
+#[test]
+fn what_texts_begin_with_may_be_run_once() {
+    let [joined, shared] = beginnings();
+    let (mut same, mut refused) = (Vec::new(), Vec::new());
+    for (entry, adapter) in peft_tests::subject::configs() {
+        let Some(model) = model(&llama(), Task::CausalLm, &adapter) else {
+            continue;
+        };
+        let Ok((want, want_grads)) = outcome(&model, &joined) else {
+            continue;
+        };
+        let got = outcome(&model, &shared);
+        if !model.shares_beginnings() {
+            assert!(got.is_err(), "{adapter}");
+            refused.push(entry.id);
+            continue;
+        }
+        let (got, grads) = got.expect("a loss");
+        agree(&adapter.to_string(), (want, &want_grads), (got, &grads));
+        same.push(entry.id);
+    }
+    eprintln!("once {same:?}, refused {refused:?}");
+    assert!(same.len() >= 8, "only {same:?}");
+    assert!(refused.len() >= 8, "only {refused:?}");
 }
 
 /// An encoder's last block ends for the rows alone that a label is read from, unless an adapter is at its end: one that

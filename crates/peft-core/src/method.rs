@@ -175,6 +175,13 @@ pub trait Adapter: Send + Sync {
         false
     }
 
+    /// Whether it makes each row of its output from that row of its input alone, and so that equal rows come out equal,
+    /// also in training: then what texts have in common is run once for all of them. Without a no, nothing is lost but
+    /// time.
+    fn by_rows(&self) -> bool {
+        false
+    }
+
     /// Virtual tokens in front of the input embeddings: `[V, hidden]`, or `[batch, V, hidden]` where rows differ.
     ///
     /// # Errors

@@ -255,6 +255,12 @@ impl Network {
         }
     }
 
+    /// Whether all active adapters make each row from that row alone ([`crate::Adapter::by_rows`]).
+    pub fn by_rows(&self) -> bool {
+        let mut placed = self.stacks.values().flatten();
+        self.roots.is_empty() && !self.is_average() && placed.all(|s| s.adapter.by_rows())
+    }
+
     /// Whether no adapter is at a module: each row of its output then comes from that row of its input alone.
     pub fn is_bare(&self, id: ModuleId) -> bool {
         !self.stacks.contains_key(&id)

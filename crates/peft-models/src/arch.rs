@@ -131,6 +131,7 @@ pub(crate) fn embedded(
             seen,
             virtual_tokens: added,
             segments: batch.segments.clone().map(Arc::new),
+            shared: batch.shared,
         },
     ))
 }
@@ -140,11 +141,16 @@ pub(crate) fn positions(rows: &Rows, first: usize) -> Result<Arc<Vec<u32>>> {
     let end =
         u32::try_from(first + rows.seq).map_err(|_| Error::other("the sequence is too long"))?;
     if let Some(segments) = &rows.segments {
-        let texts = segments
-            .chunks(rows.seq.max(1))
-            .flat_map(|row| row.chunk_by(|a, b| a == b));
-        let positions = texts.flat_map(|text| (first as u32..).take(text.len()));
-        return Ok(Arc::new(positions.collect()));
+        let mut positions = Vec::with_capacity(segments.len());
+        for row in segments.chunks(rows.seq.max(1)) {
+            let mut begin = first;
+            for text in row.chunk_by(|a, b| a == b) {
+                positions.extend((begin as u32..).take(text.len()));
+                // Behind what all of them begin with.
+                begin = first + rows.shared;
+            }
+        }
+        return Ok(Arc::new(positions));
     }
     let one: Vec<u32> = (first as u32..end).collect();
     Ok(Arc::new(
@@ -221,7 +227,7 @@ pub(crate) fn longest(rows: &Rows) -> usize {
     let texts = segments
         .chunks(rows.seq.max(1))
         .flat_map(|row| row.chunk_by(|a, b| a == b));
-    texts.map(<[u32]>::len).max().unwrap_or(0)
+    rows.shared + texts.map(<[u32]>::len).max().unwrap_or(0)
 }
 
 /// Labels of the task's head, if it has one.

@@ -43,6 +43,8 @@ pub(crate) struct Rows {
     pub(crate) virtual_tokens: usize,
     /// Which text of its row each position belongs to, `[B * seq]`; None = one text a row.
     pub(crate) segments: Option<Arc<Vec<u32>>>,
+    /// Positions at the beginning of a row that all its texts begin with.
+    pub(crate) shared: usize,
 }
 
 impl Rows {
@@ -134,6 +136,7 @@ pub(crate) fn attend(
     }
     let spec = Attention {
         prefix: if slides { 0 } else { prefix },
+        shared: rows.shared,
         mask: rows.mask(prefix),
         ..spec.clone()
     };

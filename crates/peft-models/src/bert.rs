@@ -184,6 +184,7 @@ impl Block {
             causal: false,
             window: None,
             prefix: 0,
+            shared: 0,
             softcap: None,
             mask: Mask::default(),
         };

@@ -323,6 +323,7 @@ impl Layer {
             causal: true,
             window: self.window,
             prefix: 0,
+            shared: 0,
             softcap: c.attention_softcap,
             mask: Mask::default(),
         };

@@ -198,6 +198,7 @@ impl Model {
         let batch = Batch {
             task_ids: task.map(|task| vec![task]),
             segments: None,
+            shared: 0,
             ..Batch::single(ids.to_vec())
         };
         let pass = self.pass(&batch, &Pass::eval())?;

@@ -213,6 +213,7 @@ impl Block {
             causal: true,
             window: None,
             prefix: 0,
+            shared: 0,
             softcap: None,
             mask: Mask::default(),
         };

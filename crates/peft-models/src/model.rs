@@ -79,6 +79,9 @@ pub struct Batch {
     /// `[batch * seq]`: where several texts share a row, each run of equal numbers is one of them, with positions of its own
     /// and no sight of the others; None = one text a row. Not where text is generated.
     pub segments: Option<Vec<u32>>,
+    /// Tokens at the beginning of each row, a run of their own in `segments`, that all texts of the row begin with: they
+    /// are run once, and positions of the texts go on behind them. Where [`Model::shares_beginnings`] says so.
+    pub shared: usize,
 }
 
 impl Batch {
@@ -92,6 +95,7 @@ impl Batch {
             mask: None,
             task_ids: None,
             segments: None,
+            shared: 0,
         }
     }
 
@@ -114,6 +118,7 @@ impl Batch {
             mask,
             task_ids: None,
             segments: None,
+            shared: 0,
         }
     }
 
@@ -142,6 +147,16 @@ impl Batch {
         texts
     }
 
+    /// Whether the first `shared` tokens of each row are its first run.
+    fn begins_with_a_run(&self) -> bool {
+        let own = |row: &[u32]| {
+            let run = row.chunk_by(|a, b| a == b).next();
+            run.is_some_and(|run| run.len() == self.shared)
+        };
+        let mut rows = self.segments.iter().flat_map(|s| s.chunks(self.seq.max(1)));
+        self.segments.is_some() && self.mask.is_none() && rows.all(own)
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         let cells = self.batch.checked_mul(self.seq);
         if self.batch == 0 || self.seq == 0 {
@@ -163,6 +178,14 @@ impl Batch {
                 "attention_mask",
                 format!("{} entries for {} ids", mask.len(), self.ids.len()),
             ));
+        }
+        if self.shared > 0 && !self.begins_with_a_run() {
+            let detail = format!(
+                "{} tokens that texts have in common have to be the first run of each row of `segments`, of which no key is \
+                 masked",
+                self.shared
+            );
+            return Err(Error::config("shared", detail));
         }
         if let Some(segments) = &self.segments
             && segments.len() != self.ids.len()
@@ -351,6 +374,15 @@ impl Model {
         self.origin.set(tokenizer)
     }
 
+    /// Whether texts of a row may have a beginning in common ([`Batch::shared`]): nothing behind it changes what the model
+    /// and its adapters make of it.
+    pub fn shares_beginnings(&self) -> bool {
+        let config = &self.config;
+        self.task() == Task::CausalLm
+            && config.windows.iter().all(Option::is_none)
+            && self.network.by_rows()
+    }
+
     /// The pass with the batch's tasks, if it has some.
     pub(crate) fn pass(&self, batch: &Batch, pass: &Pass) -> Result<Pass> {
         batch.check()?;
@@ -360,6 +392,10 @@ impl Model {
                 "input_ids",
                 format!("token {id} is beyond the vocabulary of {vocab}"),
             ));
+        }
+        if batch.shared > 0 && (!self.shares_beginnings() || pass.adapter_names.is_some()) {
+            let detail = "model or adapters need each text whole, its beginning included";
+            return Err(Error::config("shared", detail));
         }
         let mut pass = pass.clone();
         if let Some(tasks) = &batch.task_ids {
@@ -399,6 +435,7 @@ impl Model {
             seen: 0,
             virtual_tokens: 0,
             segments: None,
+            shared: 0,
         };
         let pass = rows.pass(pass);
         self.architecture

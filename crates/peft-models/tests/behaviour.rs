@@ -166,6 +166,7 @@ fn gradients_do_not_depend_on_checkpointing() {
             mask: None,
             task_ids: None,
             segments: None,
+            shared: 0,
         };
         let labels = Labels::Tokens(labels);
         let run = |checkpoint: usize| {
@@ -210,6 +211,7 @@ fn the_loss_is_the_mean_over_labelled_tokens_after_the_shift() {
         mask: None,
         task_ids: None,
         segments: None,
+        shared: 0,
     };
     let logits = model
         .logits(&batch, &Pass::eval())
@@ -267,6 +269,7 @@ fn a_long_batch_is_scored_in_pieces_that_add_up() {
         mask: None,
         task_ids: None,
         segments: None,
+        shared: 0,
     };
     let all = model
         .loss(&whole, &Labels::Tokens(labels.clone()), &Pass::eval())
@@ -485,6 +488,7 @@ fn batches_say_what_is_wrong() {
         Batch {
             task_ids: Some(vec![0, 0]),
             segments: None,
+            shared: 0,
             ..Batch::single(vec![1, 2])
         },
         "task_ids",
@@ -584,6 +588,7 @@ fn texts_that_share_a_row_do_not_see_each_other() {
             batch: 1,
             seq: 12,
             mask: Some([vec![true; 10], vec![false; 2]].concat()),
+            shared: 0,
             segments: Some([vec![7; 6], vec![0; 4], vec![7; 2]].concat()),
             ids: [&one[..], &two[..], &[0, 0]].concat(),
             task_ids: None,

@@ -30,6 +30,7 @@ fn batch(input: &Value) -> Batch {
         mask,
         task_ids: None,
         segments: None,
+        shared: 0,
     }
 }
 

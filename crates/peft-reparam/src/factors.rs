@@ -468,4 +468,8 @@ impl Adapter for Pair {
     fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
         self.change(call).map(Some)
     }
+
+    fn by_rows(&self) -> bool {
+        self.dropout == 0.0
+    }
 }

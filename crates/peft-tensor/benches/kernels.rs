@@ -102,6 +102,7 @@ fn attention(bench: &Bench) -> Result<()> {
         causal: true,
         window: None,
         prefix: 0,
+        shared: 0,
         softcap: None,
         mask: Mask::default(),
     };

@@ -88,6 +88,7 @@ fn main() -> Result<()> {
         causal: true,
         window: None,
         prefix: 0,
+        shared: 0,
         softcap: None,
         mask: Mask::default(),
     };

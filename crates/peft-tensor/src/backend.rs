@@ -164,6 +164,9 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Keys at the front that every query sees (prefix tuning), whatever the window and the segments.
     pub prefix: usize,
+    /// Keys behind the prefix that segments do not hide: the beginning that the texts of a row have in common. Not where
+    /// a window is set.
+    pub shared: usize,
     /// Gemma 2's `softcap * tanh(score / softcap)`.
     pub softcap: Option<f32>,
     /// Padding.

@@ -40,6 +40,7 @@ struct Params {
     scale: f32,
     softcap: f32,
     width: u32,
+    shared: u32,
 }
 
 #[repr(C)]
@@ -73,6 +74,7 @@ fn params(at: Sizes, spec: &Attention) -> Params {
         scale: spec.scale,
         softcap: spec.softcap.unwrap_or(0.0),
         width: spec.head_dim as u32,
+        shared: spec.shared as u32,
     }
 }
 

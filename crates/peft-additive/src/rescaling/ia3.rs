@@ -214,6 +214,10 @@ impl Adapter for At {
             self.times(&call.base()?)
         }
     }
+
+    fn by_rows(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -309,6 +309,7 @@ mod tests {
             causal: true,
             window: None,
             prefix: 0,
+            shared: 0,
             softcap: None,
             mask: Mask::default(),
         };

@@ -243,6 +243,10 @@ impl Adapter for Decomposed {
         let (base, y) = self.both(call)?;
         Ok(Some(y.sub(&base)?))
     }
+
+    fn by_rows(&self) -> bool {
+        self.directed.pair.by_rows()
+    }
 }
 
 #[cfg(test)]

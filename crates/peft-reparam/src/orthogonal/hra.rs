@@ -157,6 +157,10 @@ impl Adapter for At {
         let x = call.x()?;
         call.base_with(&x.sub(&x.matmul(&u)?.matmul_t(&t)?.matmul_t(&u)?)?)
     }
+
+    fn by_rows(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -248,6 +248,11 @@ impl Adapter for At {
         }
         call.base_with(&rotate(call.x()?, &blocks, false)?)
     }
+
+    fn by_rows(&self) -> bool {
+        // What is dropped are blocks of the rotation, for all rows.
+        true
+    }
 }
 
 #[cfg(test)]

@@ -139,14 +139,29 @@ impl<'a> Geometry<'a> {
         (first.max(start), end.min(stop))
     }
 
+    /// End of the keys at the front that query i sees, whatever its segment.
+    fn front(&self, i: usize) -> usize {
+        let Attention {
+            prefix,
+            shared,
+            causal,
+            ..
+        } = *self.spec;
+        let end = match causal {
+            true => i + self.t - self.s + 1,
+            false => self.t,
+        };
+        (prefix + shared).min(end).max(prefix).min(self.t)
+    }
+
     pub(super) fn keys(&self, batch: usize, queries: &Range<usize>) -> Keys {
-        let prefix = self.spec.prefix.min(self.t);
+        let front = self.front(queries.end - 1);
         let first = self.seen(batch, queries.start).0;
-        let end = self.seen(batch, queries.end - 1).1.max(prefix);
-        let spans = if first <= prefix {
+        let end = self.seen(batch, queries.end - 1).1.max(front);
+        let spans = if first <= front {
             [0..0, 0..end]
         } else {
-            [0..prefix, first..end.max(first)]
+            [0..front, first..end.max(first)]
         };
         let width = spans[0].len() + spans[1].len();
         let stride = width.next_multiple_of(LANES);
@@ -180,13 +195,13 @@ impl<'a> Geometry<'a> {
 
     /// The columns of the tile that query i sees.
     pub(super) fn columns(&self, batch: usize, i: usize, keys: &Keys) -> [Range<usize>; 2] {
-        let prefix = self.spec.prefix.min(self.t);
+        let seen_by_all = self.front(i);
         let (first, end) = self.seen(batch, i);
-        let first = first.max(prefix);
+        let first = first.max(seen_by_all);
         let end = end.max(first);
         let [front, near] = &keys.spans;
         let shift = near.start - front.len();
-        [0..prefix, first - shift..end - shift]
+        [0..seen_by_all, first - shift..end - shift]
     }
 
     /// Where heads from `h` on begin in a row of q, out or their gradients.

@@ -28,8 +28,9 @@ impl Attention {
         let text = match &self.mask.segments {
             Some(numbers) => {
                 let rows = numbers.chunks(keys.max(1));
-                let own = rows.map(|row| longest(&row[self.prefix.min(row.len())..]));
-                own.max().unwrap_or(0) + self.prefix
+                let front = self.prefix + self.shared;
+                let own = rows.map(|row| longest(&row[front.min(row.len())..]));
+                own.max().unwrap_or(0) + front
             }
             None => keys,
         };
@@ -55,12 +56,13 @@ impl Tensor {
             && t >= s
             && spec.kv_heads > 0
             && spec.heads.is_multiple_of(spec.kv_heads)
-            && spec.prefix <= t
+            && spec.prefix + spec.shared <= t
+            && (spec.shared == 0 || spec.window.is_none())
             && spec.mask.keys.as_ref().is_none_or(|m| m.len() == b * t)
             && spec.mask.segments.as_ref().is_none_or(|m| m.len() == b * t);
         if !fits {
             let detail = format!(
-                "q {:?}, k {:?}, v {:?} with {} heads, {} key heads of {}, prefix {}, mask of {:?}, segments of {:?}",
+                "q {:?}, k {:?}, v {:?} with {} heads, {} key heads of {}, prefix {} and {}, window {:?}, mask of {:?}, segments of {:?}",
                 self.shape(),
                 k.shape(),
                 v.shape(),
@@ -68,6 +70,8 @@ impl Tensor {
                 spec.kv_heads,
                 spec.head_dim,
                 spec.prefix,
+                spec.shared,
+                spec.window,
                 spec.mask.keys.as_ref().map(|m| m.len()),
                 spec.mask.segments.as_ref().map(|m| m.len())
             );
@@ -211,6 +215,7 @@ mod tests {
             causal: false,
             window: None,
             prefix: 0,
+            shared: 0,
             softcap: None,
             mask: Mask::default(),
         }

@@ -127,7 +127,9 @@ fn sees(batch: usize, i: usize, j: usize, s: usize, t: usize, spec: &Attention) 
         return true;
     }
     let own = i + t - s;
-    if let Some(segments) = &spec.mask.segments {
+    if let Some(segments) = &spec.mask.segments
+        && j >= spec.prefix + spec.shared
+    {
         let between = batch * t + own.min(j)..=batch * t + own.max(j);
         if segments[between]
             .iter()

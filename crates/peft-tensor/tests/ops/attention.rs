@@ -39,14 +39,22 @@ fn cases(queries: usize) -> impl Strategy<Value = Case> {
         prop::option::of(1.0f32..20.0),
         prop::option::of(0..4u64),
         prop::option::of(1..9usize),
+        0..12usize,
     );
     (sizes, rules, 0..1000u64).prop_map(
         |(
             (b, s, more, kv_heads, group, head_dim),
-            (causal, window, prefix, softcap, holes, run),
+            (causal, window, prefix, softcap, holes, run, shared),
             seed,
         )| {
             let t = s + more;
+            let prefix = prefix.min(t);
+            // Half of them: not where a window is set.
+            let shared = if window.is_some() {
+                0
+            } else {
+                shared.min(t - prefix)
+            };
             // 0 holes in four is a mask that hides nothing, 3 in four leaves some rows with no key at all.
             let keys = holes.map(|holes| {
                 Arc::new(
@@ -67,7 +75,8 @@ fn cases(queries: usize) -> impl Strategy<Value = Case> {
                 scale: 1.0 / (head_dim as f32).sqrt(),
                 causal,
                 window,
-                prefix: prefix.min(t),
+                prefix,
+                shared,
                 softcap,
                 mask: Mask { keys, segments },
             };
@@ -139,6 +148,7 @@ fn plain(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
         causal: true,
         window: None,
         prefix: 0,
+        shared: 0,
         softcap: None,
         mask: Mask::default(),
     }

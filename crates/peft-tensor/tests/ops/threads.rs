@@ -40,6 +40,7 @@ fn everything() -> Vec<Vec<f32>> {
         causal: true,
         window: None,
         prefix: 0,
+        shared: 0,
         softcap: None,
         mask: Mask::default(),
     };

@@ -103,6 +103,9 @@ pub struct DataSection {
     /// Whether the rows of a training batch that differ in length are joined into one without padding, wherever model and
     /// method can tell the texts apart; the losses are the same.
     pub padding_free: bool,
+    /// Whether what all rows of a training batch begin with (a template's or system prompt's tokens, none of which is learned)
+    /// is run once for all of them, wherever model and method treat tokens alike; the losses are the same.
+    pub shared_prompts: bool,
     /// Whether the tokenizer's end-of-text token follows every text and completion.
     pub add_eos: bool,
     /// Whether evaluation also chooses among the completions the data has; by default where these are few.
@@ -121,6 +124,7 @@ impl Default for DataSection {
             bucket: true,
             packing: false,
             padding_free: true,
+            shared_prompts: true,
             add_eos: true,
             choices: None,
         }

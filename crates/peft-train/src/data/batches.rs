@@ -54,28 +54,58 @@ pub struct Collated {
 /// Makes a batch: rows filled up on the right with `pad` to the longest of them. Rows without a class in a batch of classes
 /// (which [`super::Dataset::encode`] does not make) count as class 0.
 pub fn collate(examples: &[&Example], pad: u32) -> Collated {
-    collected(examples, pad, false)
+    collected(examples, pad, false, 0)
 }
 
 /// Makes a batch of one row without padding, if the rows differ in length and none has a task of its own; else as
-/// [`collate`]. A model keeps the texts apart by their segments.
-pub fn join(examples: &[&Example], pad: u32) -> Collated {
-    collected(examples, pad, joins(examples))
+/// [`collate`]. A model keeps the texts apart by their segments. With `share`, what all of them begin with comes once.
+pub fn join(examples: &[&Example], pad: u32, share: bool) -> Collated {
+    let shared = if share { beginning(examples) } else { 0 };
+    collected(examples, pad, shared > 0 || joins(examples), shared)
 }
 
 /// Whether [`join`] makes one row of these.
 pub(crate) fn joins(examples: &[&Example]) -> bool {
     let lengths = || examples.iter().map(|e| e.ids.len());
-    let differ = lengths().min() != lengths().max();
+    lengths().min() != lengths().max() && can_join(examples)
+}
+
+fn can_join(examples: &[&Example]) -> bool {
     // A text of which nothing is looked at would be taken for padding.
     let seen = |e: &Example| e.mask.as_ref().is_none_or(|mask| mask.contains(&true));
     let plain = |e: &&Example| e.task.is_none() && !e.ids.is_empty() && seen(e);
-    differ && examples.iter().all(plain)
+    examples.iter().all(plain)
 }
 
-fn collected(examples: &[&Example], pad: u32, joined: bool) -> Collated {
+/// Tokens that all of these begin with, and from which nothing is learned: the first label of each text is asked for behind
+/// a token of its own.
+pub(crate) fn beginning(examples: &[&Example]) -> usize {
+    let [first, others @ ..] = examples else {
+        return 0;
+    };
+    let whole = |e: &&Example| e.mask.is_none() && e.texts.is_empty();
+    if others.is_empty() || !can_join(examples) || !examples.iter().all(whole) {
+        return 0;
+    }
+    let alike = |e: &&Example| {
+        let both = first.ids.iter().zip(&e.ids);
+        both.take_while(|(a, b)| a == b).count()
+    };
+    let free = |e: &&Example| match &e.goal {
+        Goal::Tokens { labels, .. } => {
+            let first = labels.iter().position(|label| *label != IGNORE);
+            first.unwrap_or(labels.len()).saturating_sub(1)
+        }
+        Goal::Class(_) => 0,
+    };
+    let alike = others.iter().map(alike).min().unwrap_or(0);
+    examples.iter().map(free).fold(alike, usize::min)
+}
+
+fn collected(examples: &[&Example], pad: u32, joined: bool, shared: usize) -> Collated {
     let longest = examples.iter().map(|e| e.ids.len()).max().unwrap_or(0);
-    let total = examples.iter().map(|e| e.ids.len()).sum();
+    let total: usize = examples.iter().map(|e| e.ids.len()).sum();
+    let total = total - shared * examples.len().saturating_sub(1);
     // Rows of the batch, and how far each example is filled up.
     let (rows, seq) = if joined {
         (1, total)
@@ -89,10 +119,17 @@ fn collected(examples: &[&Example], pad: u32, joined: bool) -> Collated {
     let mut segments: Vec<u32> = Vec::new();
     let mut token_labels = Vec::new();
     let mut classes = Vec::new();
+    if let Some(first) = examples.first().filter(|_| shared > 0) {
+        ids.extend(&first.ids[..shared]);
+        mask.resize(shared, true);
+        segments.resize(shared, 0);
+        token_labels.resize(shared, IGNORE);
+    }
     for example in examples {
-        let len = example.ids.len();
+        // `shared` of a text are there already, and none of the others has a mask or texts of its own then.
+        let len = example.ids.len() - shared;
         let padding = filled(len);
-        ids.extend(&example.ids);
+        ids.extend(&example.ids[shared..]);
         ids.resize(ids.len() + padding, pad);
         match &example.mask {
             Some(given) => mask.extend(given),
@@ -114,7 +151,7 @@ fn collected(examples: &[&Example], pad: u32, joined: bool) -> Collated {
         match &example.goal {
             Goal::Tokens { labels, .. } => {
                 let first = token_labels.len();
-                token_labels.extend(labels);
+                token_labels.extend(&labels[shared..]);
                 token_labels.resize(token_labels.len() + padding, IGNORE);
                 if joined && let Some(label) = token_labels.get_mut(first) {
                     // The first token of a text follows from nothing, least of all from the text before.
@@ -141,6 +178,7 @@ fn collected(examples: &[&Example], pad: u32, joined: bool) -> Collated {
                 false => examples.iter().map(|e| e.task).collect(),
             },
             segments: packed.then_some(segments),
+            shared,
         },
         labels,
         tokens: examples.iter().map(|e| e.tokens()).sum(),

@@ -15,8 +15,8 @@ mod labels;
 mod pack;
 mod raw;
 
-pub(crate) use batches::joins;
 pub use batches::{Collated, collate, join, plan_epoch};
+pub(crate) use batches::{beginning, joins};
 pub use dataset::{Dataset, Example, Goal, Text};
 pub(crate) use encode::learned_from;
 pub use encode::{EncodeOptions, Encoder};

@@ -215,8 +215,12 @@ impl Trainer<'_> {
             let examples = &self.examples();
             let rows: Vec<&Example> = rows.iter().filter_map(|&row| examples.get(row)).collect();
             let lengths = || rows.iter().map(|e| e.ids.len());
-            let seq = match self.joined(&rows) {
-                true => lengths().sum::<usize>().div_ceil(rows.len()),
+            let once = self.shared(&rows);
+            let seq = match once > 0 || self.joined(&rows) {
+                true => {
+                    let more = once * rows.len().saturating_sub(1);
+                    (lengths().sum::<usize>() - more).div_ceil(rows.len())
+                }
                 false => front + lengths().max().unwrap_or(0),
             };
             Size {

@@ -25,7 +25,9 @@ use pending::Shown;
 pub use setup::{encode_for, task_for};
 
 use crate::config::TrainConfig;
-use crate::data::{Collated, Dataset, Example, LabelNames, collate, join, joins, plan_epoch};
+use crate::data::{
+    Collated, Dataset, Example, LabelNames, beginning, collate, join, joins, plan_epoch,
+};
 use crate::optim::{Groups, Optimizer};
 use crate::{EvalOptions, EvalReport, Observer, Summary, evaluate, io};
 
@@ -82,6 +84,8 @@ pub struct Trainer<'a> {
     labels: Option<LabelNames>,
     /// Whether rows of different lengths become one.
     joins: bool,
+    /// Whether what they begin with is run once.
+    shares: bool,
     /// Whether the output folder has nothing of other runs in it any more.
     ready: bool,
     /// Blocks in front of this one are computed again in the backward pass; found out when the run starts.
@@ -122,6 +126,7 @@ impl<'a> Trainer<'a> {
         labels: Option<LabelNames>,
     ) -> Self {
         let joins = config.data.padding_free && setup::try_sharing(&model, None).is_ok();
+        let shares = joins && config.data.shared_prompts && model.shares_beginnings();
         Self {
             config,
             model,
@@ -129,6 +134,7 @@ impl<'a> Trainer<'a> {
             eval,
             labels,
             joins,
+            shares,
             ready: false,
             again: 0,
         }
@@ -139,10 +145,15 @@ impl<'a> Trainer<'a> {
         self.joins && joins(rows)
     }
 
+    /// How many tokens these rows begin with are run once for all of them.
+    pub(crate) fn shared(&self, rows: &[&Example]) -> usize {
+        if self.shares { beginning(rows) } else { 0 }
+    }
+
     /// A batch of these rows, without padding where that is possible.
     fn batch(&self, rows: &[&Example]) -> Collated {
         match self.joins {
-            true => join(rows, self.train.pad),
+            true => join(rows, self.train.pad, self.shares),
             false => collate(rows, self.train.pad),
         }
     }

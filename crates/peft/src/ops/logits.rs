@@ -98,6 +98,7 @@ impl LogitsInput {
                 mask,
                 task_ids,
                 segments: None,
+                shared: 0,
             },
         })
     }
@@ -127,6 +128,7 @@ impl LogitsInput {
                 mask: b.mask.map(|mask| mask.repeat(n)),
                 task_ids: b.task_ids.map(|tasks| tasks.repeat(n)),
                 segments: None,
+                shared: 0,
             },
         })
     }
