@@ -227,6 +227,51 @@ fn what_texts_begin_with_may_be_run_once() {
     assert!(refused.len() >= 8, "only {refused:?}");
 }
 
+/// A decoder's last block ends for the rows alone that are learned from, where these are few and adapters treat rows alike:
+/// one that does nothing and drops some of its input shows what the whole block gives.
+#[test]
+fn a_decoder_gives_the_same_from_all_rows_of_its_last_block() {
+    let nothing =
+        json!({"peft_type": "LORA", "r": 1, "lora_dropout": 0.1, "target_modules": ["lm_head"]});
+    let mut same = Vec::new();
+    for (entry, adapter) in peft_tests::subject::configs() {
+        let Some(mut model) = model(&llama(), Task::CausalLm, &adapter) else {
+            continue;
+        };
+        if !model.network().by_rows() {
+            continue;
+        }
+        for (batch, mut labels) in batches(Task::CausalLm) {
+            if let Labels::Tokens(labels) = &mut labels {
+                for label in labels.iter_mut().step_by(3) {
+                    *label = IGNORE;
+                }
+                for label in labels.iter_mut().skip(1).step_by(3) {
+                    *label = IGNORE;
+                }
+            }
+            let batch = (batch, labels);
+            let (few, few_grads) = outcome(&model, &batch).expect("a loss");
+            let network = model.network_mut().expect("the only holder");
+            if network.attach("nothing", &nothing, 0).is_err() {
+                continue;
+            }
+            let frozen = network.set_trainable("nothing", false);
+            frozen.expect("is attached");
+            assert!(!network.by_rows());
+            let whole = outcome(&model, &batch);
+            let network = model.network_mut().expect("the only holder");
+            network.delete("nothing").expect("is attached");
+            let Ok((all, all_grads)) = whole else {
+                continue;
+            };
+            agree(&adapter.to_string(), (all, &all_grads), (few, &few_grads));
+            same.push(entry.id);
+        }
+    }
+    assert!(same.len() >= 16, "only {same:?}");
+}
+
 /// An encoder's last block ends for the rows alone that a label is read from, unless an adapter is at its end: one that
 /// does nothing there shows what the whole block gives.
 #[test]

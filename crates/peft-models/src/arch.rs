@@ -36,6 +36,19 @@ pub(crate) trait Architecture: Send + Sync {
     /// [`pool`]: Architecture::pool
     fn head(&self, network: &Network, rows: &Tensor, pass: &Pass) -> Result<Tensor>;
 
+    /// Hidden states behind the last norm of these positions of the flattened rows alone, `[ids, hidden]`; other rows of the
+    /// last layer need not be computed.
+    fn hidden_of(
+        &self,
+        network: &Arc<Network>,
+        batch: &Batch,
+        ids: &[u32],
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let all = self.hidden(network, batch, None, pass)?;
+        positions_of(network, &all, batch, ids, pass)
+    }
+
     /// For classification: the row of each text that its label is read from, `[texts, hidden]`.
     fn pool(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor>;
 
@@ -44,6 +57,23 @@ pub(crate) trait Architecture: Send + Sync {
     fn texts(&self, network: &Arc<Network>, batch: &Batch, pass: &Pass) -> Result<Tensor> {
         self.pool(&self.hidden(network, batch, None, pass)?, batch)
     }
+}
+
+/// Some positions of the flattened hidden states of a batch, `[ids, hidden]`.
+pub(crate) fn positions_of(
+    network: &Network,
+    hidden: &Tensor,
+    batch: &Batch,
+    ids: &[u32],
+    pass: &Pass,
+) -> Result<Tensor> {
+    let (_, width, _) = hidden.dims3()?;
+    let announced = network.prompt_len_in(pass) + batch.seq;
+    if width != announced {
+        let detail = format!("{width} positions, {announced} were announced by the adapters");
+        return Err(Error::other(detail));
+    }
+    Ok(hidden.flatten_rows()?.gather_rows(ids)?)
 }
 
 /// A tree under construction together with the ids a model keeps.

@@ -7,7 +7,7 @@ use peft_core::{ModelFacts, ModuleId, ModuleInfo, ModuleTree, Network, Pass, Res
 use peft_tensor::{Attention, Glu, Mask, Rope, Tensor};
 
 use crate::arch::{
-    Architecture, Builder, embedded, labels, last_tokens, layer, numbered, positions,
+    Architecture, Builder, embedded, labels, last_tokens, layer, numbered, positions, positions_of,
 };
 use crate::attend::{KvCache, LayerCache, Rows, Sublayer, attend};
 use crate::config::{Activation, ModelConfig};
@@ -255,7 +255,13 @@ impl Layer {
         pass: &Pass,
     ) -> Result<Tensor> {
         let h = self.norm(network, self.input_norm, x, pass)?;
-        let mut h = self.attend(network, &h, step, cache, pass)?;
+        let h = self.attended(network, &h, step, cache, pass)?;
+        self.behind(network, x, &h, pass)
+    }
+
+    /// The block's end from its input and from what the heads read.
+    fn behind(&self, network: &Network, x: &Tensor, h: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let mut h = network.linear(self.output, h, pass)?;
         if let Some((after, _)) = self.after_norms {
             h = self.norm(network, after, &h, pass)?;
         }
@@ -269,7 +275,8 @@ impl Layer {
         network.stream(self.block_end, &x, pass)
     }
 
-    fn attend(
+    /// What the heads read, for a block's normed input.
+    fn attended(
         &self,
         network: &Network,
         x: &Tensor,
@@ -327,7 +334,7 @@ impl Layer {
             softcap: c.attention_softcap,
             mask: Mask::default(),
         };
-        let out = attend(
+        attend(
             network,
             Sublayer {
                 module: self.attention,
@@ -339,8 +346,7 @@ impl Layer {
             &step.rows,
             cache,
             pass,
-        )?;
-        network.linear(self.output, &out, pass)
+        )
     }
 
     fn feed_forward(&self, network: &Network, x: &Tensor, pass: &Pass) -> Result<Tensor> {
@@ -362,6 +368,29 @@ impl Layer {
     }
 }
 
+impl Decoder {
+    /// What goes into the first block, and what all blocks share.
+    fn begin(
+        &self,
+        network: &Network,
+        batch: &Batch,
+        seen: usize,
+        pass: &Pass,
+    ) -> Result<(Tensor, Step, Pass)> {
+        let scale = self.config.embed_scale;
+        let (x, rows) = embedded(network, self.embedding, scale, batch, seen, pass)?;
+        let pass = rows.pass(pass);
+        let x = network.stream(self.start, &x, &pass)?;
+        let step = self.shared(network, rows, network.prefix_len() + seen)?;
+        Ok((x, step, pass))
+    }
+
+    fn last_norm(&self, network: &Network, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let c = &self.config;
+        network.rms_norm(self.norm, x, c.norm_eps, c.norm_offset, pass)
+    }
+}
+
 impl Architecture for Decoder {
     fn hidden(
         &self,
@@ -371,17 +400,8 @@ impl Architecture for Decoder {
         pass: &Pass,
     ) -> Result<Tensor> {
         let seen = cache.as_ref().map_or(0, |c| c.seen);
-        let (x, rows) = embedded(
-            network,
-            self.embedding,
-            self.config.embed_scale,
-            batch,
-            seen,
-            pass,
-        )?;
-        let pass = &rows.pass(pass);
-        let mut x = network.stream(self.start, &x, pass)?;
-        let step = self.shared(network, rows, network.prefix_len() + seen)?;
+        let (mut x, step, pass) = self.begin(network, batch, seen, pass)?;
+        let pass = &pass;
         for (i, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
                 Some(cache) => block.run(network, &x, &step, Some(cache.layer(i)), pass)?,
@@ -396,13 +416,41 @@ impl Architecture for Decoder {
         if let Some(cache) = cache {
             cache.seen += step.rows.seq;
         }
-        network.rms_norm(
-            self.norm,
-            &x,
-            self.config.norm_eps,
-            self.config.norm_offset,
-            pass,
-        )
+        self.last_norm(network, &x, pass)
+    }
+
+    fn hidden_of(
+        &self,
+        network: &Arc<Network>,
+        batch: &Batch,
+        ids: &[u32],
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let few = ids.len() < batch.ids.len() / 2;
+        let apart = few && pass.adapter_names.is_none() && network.by_rows();
+        let Some((last, others)) = self.layers.split_last().filter(|_| apart) else {
+            let all = self.hidden(network, batch, None, pass)?;
+            return positions_of(network, &all, batch, ids, pass);
+        };
+        let (mut x, step, pass) = self.begin(network, batch, 0, pass)?;
+        for (i, block) in others.iter().enumerate() {
+            let (block, step) = (block.clone(), step.clone());
+            x = layer(i, network, &x, &pass, move |network, x, pass| {
+                block.run(network, x, &step, None, pass)
+            })?;
+        }
+        // All rows are attended to; behind that, the last block works for those alone that are looked at.
+        let (last, ids) = (last.clone(), ids.to_vec());
+        let x = layer(others.len(), network, &x, &pass, move |network, x, pass| {
+            let h = last.norm(network, last.input_norm, x, pass)?;
+            let h = last.attended(network, &h, &step, None, pass)?;
+            let picked = |t: &Tensor| {
+                let rows = t.flatten_rows()?.gather_rows(&ids)?;
+                rows.reshape(&[1, ids.len(), t.last_dim()])
+            };
+            last.behind(network, &picked(x)?, &picked(&h)?, pass)
+        })?;
+        Ok(self.last_norm(network, &x, &pass)?.flatten_rows()?)
     }
 
     fn block(

@@ -264,16 +264,11 @@ impl Model {
                 if ids.is_empty() {
                     return Ok(None);
                 }
-                let hidden = self.architecture.hidden(&self.network, batch, None, pass)?;
-                if hidden.dims3()?.1 != width {
-                    let detail = format!(
-                        "{} positions, {width} were announced by the adapters",
-                        hidden.dims3()?.1
-                    );
-                    return Err(Error::other(detail));
-                }
+                let rows = self
+                    .architecture
+                    .hidden_of(&self.network, batch, &ids, pass)?;
                 Ok(Some(Labelled {
-                    rows: hidden.flatten_rows()?.gather_rows(&ids)?,
+                    rows,
                     targets,
                     places,
                     weights,

@@ -40,7 +40,8 @@ struct Params {
     scale: f32,
     softcap: f32,
     width: u32,
-    shared: u32,
+    /// End of the keys at the front that no segment hides.
+    open_end: u32,
 }
 
 #[repr(C)]
@@ -74,7 +75,7 @@ fn params(at: Sizes, spec: &Attention) -> Params {
         scale: spec.scale,
         softcap: spec.softcap.unwrap_or(0.0),
         width: spec.head_dim as u32,
-        shared: spec.shared as u32,
+        open_end: (spec.prefix + spec.shared) as u32,
     }
 }
 

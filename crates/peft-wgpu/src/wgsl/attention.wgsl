@@ -6,7 +6,7 @@
 struct P {
     s: u32, t: u32, heads: u32, kv_heads: u32,
     prefix: u32, causal: u32, window: u32, marked: u32,
-    scale: f32, softcap: f32, width: u32, shared: u32,
+    scale: f32, softcap: f32, width: u32, open_end: u32,
 }
 var<immediate> p: P;
 
@@ -48,7 +48,7 @@ fn sees(entry: u32, i: u32, j: u32) -> bool {
     }
     if (here & 1u) == 0u { return false; }
     if j < p.prefix { return true; }
-    if (here >> 1u) != (there >> 1u) && j >= p.prefix + p.shared { return false; }
+    if (here >> 1u) != (there >> 1u) && j >= p.open_end { return false; }
     let late = p.causal == 1u && j > at;
     let far = p.window > 0u && j + p.window <= at;
     return !late && !far;
@@ -66,7 +66,7 @@ fn meet(entry: u32, i0: u32, j0: u32) -> bool {
     let late = p.causal == 1u && j0 > last_query;
     let far = p.window > 0u && last_key + p.window <= first_query;
     if late || far { return false; }
-    if p.marked == 0u || j0 < p.prefix + p.shared { return true; }
+    if p.marked == 0u || j0 < p.open_end { return true; }
     // Of texts one after another in a row, most tiles are of two texts that do not see each other.
     return run_of(entry, j0) <= run_of(entry, last_query) && run_of(entry, last_key) >= run_of(entry, first_query);
 }
