@@ -6,6 +6,7 @@
 //! small pieces that threads take as they come: nobody waits for a thread that the system gave to somebody else, except
 //! for the piece it holds.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -40,9 +41,8 @@ pub(super) use attend::one_query;
 /// Most rows of the input; more are worth panels of decoded values.
 pub(super) const FEW: usize = 16;
 
-/// Multiply-adds of a piece: a few microseconds, so that many threads find something, taking it costs little, and each
-/// of the four streams that it is read in is worth beginning.
-const PIECE: usize = 64 * 1024;
+/// Multiply-adds of the least piece: a microsecond or two, so that many threads find something, and taking it costs little.
+const PIECE: usize = 32 * 1024;
 
 /// Most partial sums of a product with the weight itself.
 const PARTS: usize = 64;
@@ -76,10 +76,16 @@ fn frozen_at(level: Level, x: &[f32], m: usize, weights: &[&FrozenWeight]) -> Ve
         .collect();
     let mut pieces = Vec::new();
     for (w, out) in weights.iter().zip(&mut outs) {
-        let rows = rows_of_piece(m, w.cols());
-        let cut = out.chunks_mut(rows * m).enumerate();
-        pieces.extend(cut.map(|(i, out)| (*w, i * rows, out)));
+        let least = rows_of_piece(m, w.cols());
+        let mut left = &mut out[..];
+        for rows in shrinking(w.rows(), least, rayon::current_num_threads()) {
+            let (piece, rest) = left.split_at_mut(rows.len() * m);
+            pieces.push((*w, rows.start, piece));
+            left = rest;
+        }
     }
+    // Large ones first, those of all weights.
+    pieces.sort_by_key(|(_, _, piece)| std::cmp::Reverse(piece.len()));
     share(pieces, |(w, first, out)| {
         if m > 1 || !straight(level, x, by_code, w, first, out) {
             through_cache(level, x, m, w, first, out);
@@ -169,6 +175,20 @@ fn frozen_t_at(level: Level, x: &[f32], m: usize, w: &FrozenWeight) -> Floats {
     Floats::copied(sum)
 }
 
+/// Rows in pieces that become smaller, down to `least`: long streams to read at first, and threads that end at one time. A
+/// result does not depend on the piece it is in.
+fn shrinking(rows: usize, least: usize, threads: usize) -> Vec<Range<usize>> {
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    while at < rows {
+        let share = ((rows - at) / (2 * threads.max(1))).next_multiple_of(4);
+        let end = rows.min(at + share.max(least));
+        pieces.push(at..end);
+        at = end;
+    }
+    pieces
+}
+
 /// Rows of a piece when a row has `cols` values.
 fn rows_of_piece(m: usize, cols: usize) -> usize {
     (PIECE / (m * cols).max(1)).max(1).next_multiple_of(4)
@@ -250,7 +270,7 @@ fn through_cache(
 }
 
 /// Calls `f(first row, values)` for a handful of decoded rows at a time.
-fn in_cache(w: &FrozenWeight, rows: std::ops::Range<usize>, mut f: impl FnMut(usize, &[f32])) {
+fn in_cache(w: &FrozenWeight, rows: Range<usize>, mut f: impl FnMut(usize, &[f32])) {
     let cols = w.cols();
     if let Some(values) = w.as_f32() {
         return f(rows.start, &values[rows.start * cols..rows.end * cols]);
