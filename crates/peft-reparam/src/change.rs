@@ -11,6 +11,9 @@ pub(crate) trait Change: Send + Sync {
     fn applied(&self, call: &Call<'_>) -> Result<Tensor> {
         Ok(call.x()?.matmul_t(&self.dense()?)?)
     }
+
+    /// [`Adapter::by_rows`] of the change: no where values of single rows are dropped.
+    fn by_rows(&self) -> bool;
 }
 
 /// A change as an adapter.
@@ -27,5 +30,9 @@ impl<C: Change> Adapter for Plus<C> {
 
     fn added(&self, call: &Call<'_>) -> Result<Option<Tensor>> {
         self.0.applied(call).map(Some)
+    }
+
+    fn by_rows(&self) -> bool {
+        self.0.by_rows()
     }
 }

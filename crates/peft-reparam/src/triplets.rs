@@ -130,6 +130,10 @@ impl Adapter for Triplets {
         }
         self.change(call).map(Some)
     }
+
+    fn by_rows(&self) -> bool {
+        self.dropout == 0.0
+    }
 }
 
 #[cfg(test)]

@@ -150,6 +150,10 @@ impl Adapter for At {
             None => y,
         })
     }
+
+    fn by_rows(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

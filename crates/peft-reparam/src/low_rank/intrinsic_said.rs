@@ -130,6 +130,10 @@ impl Change for Subspace {
         let moved = self.projection.apply(&self.theta.tensor())?;
         Ok(moved.mul(&self.lambda.tensor())?.reshape(&self.shape)?)
     }
+
+    fn by_rows(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

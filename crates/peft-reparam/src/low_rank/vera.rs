@@ -234,6 +234,10 @@ impl Change for Scaled {
         let outer = inner.mul(&self.lambda_d.tensor())?.matmul_t(&b)?;
         Ok(outer.mul(&self.lambda_b.tensor())?)
     }
+
+    fn by_rows(&self) -> bool {
+        self.dropout == 0.0
+    }
 }
 
 #[cfg(test)]

@@ -219,6 +219,10 @@ impl Change for At {
             .inverse(&spread.reshape(&self.shape)?)?
             .scale(self.scaling)?)
     }
+
+    fn by_rows(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -126,6 +126,10 @@ impl Change for At {
         let x = call.dropout(call.x()?, self.dropout)?;
         Ok(times_kron(&x, &self.a, &self.b)?.scale(self.scale)?)
     }
+
+    fn by_rows(&self) -> bool {
+        self.dropout == 0.0
+    }
 }
 
 #[cfg(test)]

@@ -174,6 +174,11 @@ impl Change for At {
         self.drops
             .apply(call, &self.path, self.out, |x| self.times(x))
     }
+
+    fn by_rows(&self) -> bool {
+        // Outputs and whole changes are dropped for all rows.
+        true
+    }
 }
 
 #[cfg(test)]

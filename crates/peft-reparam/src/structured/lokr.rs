@@ -194,6 +194,11 @@ impl Change for At {
             Ok(times_kron(x, &self.first, &self.second)?.scale(self.scaling)?)
         })
     }
+
+    fn by_rows(&self) -> bool {
+        // Outputs and whole changes are dropped for all rows.
+        true
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Runs of tiny models: accumulation, resuming, hooks, outputs, and what stops a run.
 
 mod evals;
+mod joined;
 mod needs;
 mod probe;
 mod runs;

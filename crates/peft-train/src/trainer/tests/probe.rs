@@ -83,6 +83,10 @@ impl Adapter for Delta {
         let x = call.dropout(call.x()?, self.dropout)?;
         Ok(call.base()?.add(&x.matmul_t(&self.delta.tensor())?)?)
     }
+
+    fn by_rows(&self) -> bool {
+        self.dropout == 0.0
+    }
 }
 
 static DIARIES: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());

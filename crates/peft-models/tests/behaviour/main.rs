@@ -1,5 +1,7 @@
 //! What models promise beyond single numbers: caching, recomputing, losses, names of checkpoints, errors.
 
+mod rows;
+
 use std::path::{Path, PathBuf};
 
 use peft_core::serde_json::{Value, json};
@@ -576,30 +578,4 @@ fn fresh_models_start_as_hugging_faces() {
         ..LoadOptions::default()
     };
     assert!(Model::from_config(&tiny("bert"), &causal).is_err());
-}
-
-/// Two texts in one row are the two texts in rows of their own, and padding behind them changes nothing.
-#[test]
-fn texts_that_share_a_row_do_not_see_each_other() {
-    for (seed, name) in CAUSAL.iter().enumerate() {
-        let model = fresh(name, 40 + seed as u64);
-        let (one, two) = (ids(1, 6, 53), ids(2, 4, 53));
-        let packed = Batch {
-            batch: 1,
-            seq: 12,
-            mask: Some([vec![true; 10], vec![false; 2]].concat()),
-            shared: 0,
-            segments: Some([vec![7; 6], vec![0; 4], vec![7; 2]].concat()),
-            ids: [&one[..], &two[..], &[0, 0]].concat(),
-            task_ids: None,
-        };
-        let all = model.logits(&packed, &Pass::eval()).unwrap();
-        for (first, text) in [(0, one), (6, two)] {
-            let packed = all.narrow(1, first, text.len()).unwrap();
-            let alone = model.logits(&Batch::single(text), &Pass::eval()).unwrap();
-            // Sums over other blocks of keys.
-            let far = worst(&packed.to_vec().unwrap(), &alone.to_vec().unwrap());
-            assert!(far < 1e-5, "{name}: {far}");
-        }
-    }
 }
