@@ -22,7 +22,7 @@ def dtype(task):
 
 
 def models(task):
-    """SmolLM2 as folders in f32 and bf16, from its GGUF."""
+    """SmolLM2 as a folder in bf16, from its GGUF."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     if pathlib.Path(task["bf16"], "done").exists():
@@ -34,9 +34,8 @@ def models(task):
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(GGUF, gguf_file=file)
-    for folder, kind in [(task["f32"], torch.float32), (task["bf16"], torch.bfloat16)]:
-        model.to(kind).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(task["bf16"])
+    tokenizer.save_pretrained(task["bf16"])
     pathlib.Path(task["bf16"], "done").touch()
     return {}
 

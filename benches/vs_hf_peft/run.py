@@ -30,7 +30,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORK = ROOT / "out" / "bench"
-F32, BF16, MINILM = WORK / "smollm2-f32", WORK / "smollm2-bf16", ROOT / "models" / "minilm"
+BF16, MINILM = WORK / "smollm2-bf16", ROOT / "models" / "minilm"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT = "Explain what a neural network is."
 
@@ -255,7 +255,7 @@ def main():
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
     about = machine()
-    code, _, err, _ = run([sys.executable, str(HERE / "hf.py"), json.dumps(dict(kind="models", f32=str(F32), bf16=str(BF16)))])
+    code, _, err, _ = run([sys.executable, str(HERE / "hf.py"), json.dumps(dict(kind="models", bf16=str(BF16)))])
     if code != 0:
         sys.exit(f"the models could not be made:\n{err[-3000:]}")
     command = str(pathlib.Path(arguments.peft).resolve())

@@ -89,7 +89,15 @@ fn model(config: &Value, task: Task, adapter: &Value) -> Option<Model> {
 type Gradients = Vec<(String, Vec<f32>)>;
 
 fn outcome(model: &Model, batch: &(Batch, Labels)) -> peft::Result<(f64, Gradients)> {
-    let out = model.loss(&batch.0, &batch.1, &Pass::eval())?;
+    outcome_in(&Pass::eval(), model, batch)
+}
+
+fn outcome_in(
+    pass: &Pass,
+    model: &Model,
+    batch: &(Batch, Labels),
+) -> peft::Result<(f64, Gradients)> {
+    let out = model.loss(&batch.0, &batch.1, pass)?;
     let sum = out.sum()?;
     let grads = out.loss.backward()?;
     let mut all = Vec::new();
@@ -220,6 +228,12 @@ fn what_texts_begin_with_may_be_run_once() {
         }
         let (got, grads) = got.expect("a loss");
         agree(&adapter.to_string(), (want, &want_grads), (got, &grads));
+        // What is drawn in training is drawn for all rows alike.
+        let pass = Pass::train(RngKey::new(8));
+        let [(want, want_grads), (got, grads)] =
+            [&joined, &shared].map(|batch| outcome_in(&pass, &model, batch).expect("a loss"));
+        let what = format!("{adapter} in training");
+        agree(&what, (want, &want_grads), (got, &grads));
         same.push(entry.id);
     }
     eprintln!("once {same:?}, refused {refused:?}");

@@ -176,8 +176,7 @@ pub trait Adapter: Send + Sync {
     }
 
     /// Whether it makes each row of its output from that row of its input alone, and so that equal rows come out equal,
-    /// also in training: then what texts have in common is run once for all of them. Without a no, nothing is lost but
-    /// time.
+    /// also in training: then what texts have in common is run once for all of them. A no costs nothing but time.
     fn by_rows(&self) -> bool {
         false
     }

@@ -391,32 +391,43 @@ impl Decoder {
     }
 }
 
+/// Runs the first blocks without a cache.
+fn through(
+    blocks: &[Arc<Layer>],
+    network: &Arc<Network>,
+    mut x: Tensor,
+    step: &Step,
+    pass: &Pass,
+) -> Result<Tensor> {
+    for (i, block) in blocks.iter().enumerate() {
+        let (block, step) = (block.clone(), step.clone());
+        x = layer(i, network, &x, pass, move |network, x, pass| {
+            block.run(network, x, &step, None, pass)
+        })?;
+    }
+    Ok(x)
+}
+
 impl Architecture for Decoder {
     fn hidden(
         &self,
         network: &Arc<Network>,
         batch: &Batch,
-        mut cache: Option<&mut KvCache>,
+        cache: Option<&mut KvCache>,
         pass: &Pass,
     ) -> Result<Tensor> {
         let seen = cache.as_ref().map_or(0, |c| c.seen);
         let (mut x, step, pass) = self.begin(network, batch, seen, pass)?;
-        let pass = &pass;
-        for (i, block) in self.layers.iter().enumerate() {
-            x = match &mut cache {
-                Some(cache) => block.run(network, &x, &step, Some(cache.layer(i)), pass)?,
-                None => {
-                    let (block, step) = (block.clone(), step.clone());
-                    layer(i, network, &x, pass, move |network, x, pass| {
-                        block.run(network, x, &step, None, pass)
-                    })?
+        match cache {
+            Some(cache) => {
+                for (i, block) in self.layers.iter().enumerate() {
+                    x = block.run(network, &x, &step, Some(cache.layer(i)), &pass)?;
                 }
-            };
+                cache.seen += step.rows.seq;
+            }
+            None => x = through(&self.layers, network, x, &step, &pass)?,
         }
-        if let Some(cache) = cache {
-            cache.seen += step.rows.seq;
-        }
-        self.last_norm(network, &x, pass)
+        self.last_norm(network, &x, &pass)
     }
 
     fn hidden_of(
@@ -432,13 +443,8 @@ impl Architecture for Decoder {
             let all = self.hidden(network, batch, None, pass)?;
             return positions_of(network, &all, batch, ids, pass);
         };
-        let (mut x, step, pass) = self.begin(network, batch, 0, pass)?;
-        for (i, block) in others.iter().enumerate() {
-            let (block, step) = (block.clone(), step.clone());
-            x = layer(i, network, &x, &pass, move |network, x, pass| {
-                block.run(network, x, &step, None, pass)
-            })?;
-        }
+        let (x, step, pass) = self.begin(network, batch, 0, pass)?;
+        let x = through(others, network, x, &step, &pass)?;
         // All rows are attended to; behind that, the last block works for those alone that are looked at.
         let (last, ids) = (last.clone(), ids.to_vec());
         let x = layer(others.len(), network, &x, &pass, move |network, x, pass| {

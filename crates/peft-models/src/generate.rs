@@ -197,8 +197,6 @@ impl Model {
     fn next_logits(&self, ids: &[u32], task: Option<u32>, cache: &mut KvCache) -> Result<Vec<f32>> {
         let batch = Batch {
             task_ids: task.map(|task| vec![task]),
-            segments: None,
-            shared: 0,
             ..Batch::single(ids.to_vec())
         };
         let pass = self.pass(&batch, &Pass::eval())?;

@@ -90,6 +90,7 @@ fn the_loss_of_few_labels_is_that_of_the_whole_last_block() {
         }
         let out = model.loss(&batch, &Labels::Tokens(labels), &Pass::eval());
         let got = out.unwrap().sum().unwrap();
+        // Products of fewer rows are summed in another order.
         assert!((got - want).abs() < 1e-5 * want, "{name}: {got} for {want}");
     }
 }

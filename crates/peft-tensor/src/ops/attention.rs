@@ -244,6 +244,7 @@ mod tests {
             let want = want.backward().unwrap();
             for side in &sides {
                 let [got, want] = [&got, &want].map(|g| g.get(side).unwrap().to_vec().unwrap());
+                // Sums over 512 keys of a softmax whose scores reach ten, in another order.
                 for (got, want) in got.iter().zip(&want) {
                     assert!((got - want).abs() < 1e-4, "{got} for {want}");
                 }

@@ -331,8 +331,8 @@ pub(super) mod avx2 {
         }))
     }
 
-    /// Look-ups by byte, 32 at a time, in [`ORDER`], put together to floats: three shuffles for eight values, where looking up floats
-    /// takes two halves of a table, a choice between them and the codes spread to words.
+    /// Look-ups by byte, 32 at a time, in [`ORDER`], put together to floats: three shuffles for eight values, where looking
+    /// up floats takes two halves of a table, a choice between them and the codes spread to words.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in super::super) fn look(table: &Table, bytes: &[u8; 32]) -> [F; 4] {

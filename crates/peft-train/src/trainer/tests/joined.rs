@@ -35,6 +35,7 @@ fn shared_prompts_change_no_loss() {
     let (none, apart) = run("apart", &["adapter.dropout=0", "data.shared_prompts=false"]);
     let (four, once) = run("once", &["adapter.dropout=0"]);
     assert_eq!((none, four), (0, 4));
+    // Sums over other blocks of keys, three steps long.
     for (a, b) in apart.iter().zip(&once) {
         let near = |a: f64, b: f64| (a - b).abs() < 1e-5 * b.abs();
         assert!(near(a.0, b.0) && near(a.1, b.1), "{apart:?} {once:?}");
