@@ -10,7 +10,6 @@ mod rows;
 
 use std::ops::Range;
 
-use gemm::Parallelism;
 use rayon::prelude::*;
 
 pub(super) use self::grad::attention_grad;
@@ -247,7 +246,7 @@ impl<'a> Geometry<'a> {
     ) {
         match self.kernel {
             Some(kernel) => kernel.dense(sides, (m, k, n), a, b, out, width, add),
-            None => gemm_into(m, k, n, a, b, out, width, add, 1.0, Parallelism::None),
+            None => gemm_into(m, k, n, a, b, out, width, add, 1.0, false),
         }
     }
 

@@ -7,9 +7,8 @@
 //! for the piece it holds.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
+use super::par;
 use super::pool::Floats;
 use super::simd::{self, Level, add_into};
 use crate::frozen::bnb;
@@ -86,7 +85,7 @@ fn frozen_at(level: Level, x: &[f32], m: usize, weights: &[&FrozenWeight]) -> Ve
     }
     // Large ones first, those of all weights.
     pieces.sort_by_key(|(_, _, piece)| std::cmp::Reverse(piece.len()));
-    share(pieces, |(w, first, out)| {
+    par::share(pieces, |(w, first, out)| {
         if m > 1 || !straight(level, x, by_code, w, first, out) {
             through_cache(level, x, m, w, first, out);
         }
@@ -142,7 +141,7 @@ fn by_rows(level: Level, a: &[f32], b: &[f32], m: usize, k: usize, out: &mut [f3
         return run(0, out);
     }
     let pieces = out.chunks_mut(rows * m).enumerate();
-    share(pieces.collect(), |(i, out)| run(i * rows, out));
+    par::share(pieces.collect(), |(i, out)| run(i * rows, out));
 }
 
 /// `x W` of `x [m, rows]`: `[m, cols]`. Each piece sums some of the weight's rows; the pieces, cut by the shape alone,
@@ -156,7 +155,7 @@ fn frozen_t_at(level: Level, x: &[f32], m: usize, w: &FrozenWeight) -> Floats {
     let step = rows_of_piece(m, cols).max(rows.div_ceil(PARTS));
     let mut parts = Floats::zeros(rows.div_ceil(step) * m * cols);
     let pieces = parts.chunks_mut(m * cols).enumerate();
-    share(pieces.collect(), |(i, part)| {
+    par::share(pieces.collect(), |(i, part)| {
         let end = rows.min((i + 1) * step);
         in_cache(w, i * step..end, |first, values| {
             let count = values.len() / cols;
@@ -192,31 +191,6 @@ fn shrinking(rows: usize, least: usize, threads: usize) -> Vec<Range<usize>> {
 /// Rows of a piece when a row has `cols` values.
 fn rows_of_piece(m: usize, cols: usize) -> usize {
     (PIECE / (m * cols).max(1)).max(1).next_multiple_of(4)
-}
-
-/// Runs all pieces, on all threads if there is more than one.
-fn share<P: Send>(pieces: Vec<P>, run: impl Fn(P) + Sync) {
-    if pieces.len() < 2 {
-        return pieces.into_iter().for_each(run);
-    }
-    let pieces: Vec<_> = pieces.into_iter().map(|p| Mutex::new(Some(p))).collect();
-    let next = AtomicUsize::new(0);
-    let work = || {
-        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let piece = piece.lock().unwrap_or_else(PoisonError::into_inner).take();
-            piece.into_iter().for_each(&run);
-        }
-    };
-    team(rayon::current_num_threads().min(pieces.len()), &work);
-}
-
-/// Runs `work` on up to `n` threads; one that comes late finds nothing left.
-fn team(n: usize, work: &(impl Fn() + Sync)) {
-    if n < 2 {
-        work();
-    } else {
-        rayon::join(|| team(n - n / 2, work), || team(n / 2, work));
-    }
 }
 
 /// One row with the stored rows from `first` on, decoded in registers; false where the format has no kernel.

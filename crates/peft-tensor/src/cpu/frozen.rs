@@ -6,7 +6,7 @@
 
 use std::sync::Mutex;
 
-use super::matmul::{View, gemm_into, parallelism};
+use super::matmul::{View, gemm_into, parallel};
 use super::pool::Floats;
 use super::{few, packed, par};
 use crate::{FrozenWeight, Precision};
@@ -109,7 +109,7 @@ pub(super) fn matmul(
             decode(w, first, slab);
             let slab = View::rows(slab, cols);
             if transposed {
-                let threads = parallelism(m, cols, count);
+                let threads = parallel(m, cols, count);
                 gemm_into(
                     m,
                     cols,
@@ -123,7 +123,7 @@ pub(super) fn matmul(
                     threads,
                 );
             } else {
-                let threads = parallelism(m, count, cols);
+                let threads = parallel(m, count, cols);
                 gemm_into(
                     m,
                     count,

@@ -1,6 +1,10 @@
 //! Splitting work over threads so that a result never depends on how many there are: chunk sizes come from the
 //! shapes alone, and what is reduced across chunks is reduced in their order.
 
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
 
 /// Elements of work below which a thread is not worth waking.
@@ -50,4 +54,43 @@ pub(super) fn rows2(
 /// Calls `f(first element, chunk)` on chunks of `out`, each element about one unit of work.
 pub(super) fn elements(out: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync) {
     rows(out, 1, 1, f);
+}
+
+/// Part `i` of `0..n` in `parts` of nearly the same length, the longer ones first: threads that take them in order are
+/// done at nearly the same time.
+pub(super) fn part(n: usize, parts: usize, i: usize) -> Range<usize> {
+    let at = |i: usize| n / parts * i + (n % parts).min(i);
+    at(i)..at(i + 1)
+}
+
+/// Calls `run` with each of `0..n`, in this order, on all threads: one that is done takes the next, so that slow threads
+/// take fewer.
+pub(super) fn pieces(n: usize, run: impl Fn(usize) + Sync) {
+    if n < 2 {
+        return (0..n).for_each(run);
+    }
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < n);
+        std::iter::from_fn(take).for_each(&run);
+    };
+    team(rayon::current_num_threads().min(n), &work);
+}
+
+/// [`pieces`] that have something of their own, such as a part of a result.
+pub(super) fn share<P: Send>(all: Vec<P>, run: impl Fn(P) + Sync) {
+    let all: Vec<_> = all.into_iter().map(|p| Mutex::new(Some(p))).collect();
+    pieces(all.len(), |i| {
+        let mut place = all[i].lock().unwrap_or_else(PoisonError::into_inner);
+        place.take().into_iter().for_each(&run);
+    });
+}
+
+/// Runs `work` on up to `n` threads; one that comes late finds nothing left.
+fn team(n: usize, work: &(impl Fn() + Sync)) {
+    if n < 2 {
+        work();
+    } else {
+        rayon::join(|| team(n - n / 2, work), || team(n / 2, work));
+    }
 }

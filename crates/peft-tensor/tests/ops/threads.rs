@@ -98,6 +98,10 @@ fn everything() -> Vec<Vec<f32>> {
     // A product of several slabs in depth: many blocks of the packed kernel, with an odd rest.
     let (p, q) = (normal(8, &[333, 1111]), normal(9, &[707, 1111]));
     keep(p.matmul_t(&q));
+    // Cut by rows and by columns, and no taller than what is cut by columns alone.
+    let (p, q) = (normal(10, &[1030, 600]), normal(11, &[450, 600]));
+    keep(p.matmul_t(&q));
+    keep(p.narrow(0, 0, 60).and_then(|p| p.matmul_t(&q)));
     out
 }
 
@@ -111,7 +115,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
             .install(everything)
     };
     let one = with(1);
-    for threads in [2, 3] {
+    for threads in [2, 3, 12] {
         for (i, (a, b)) in one.iter().zip(with(threads)).enumerate() {
             assert!(
                 a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()),

@@ -1,7 +1,6 @@
 //! The product of two packed sides.
 
-use rayon::prelude::*;
-
+use super::super::par;
 use super::lanes::{Lanes, ROWS, WIDTH, Work};
 use super::pack::Panels;
 
@@ -27,26 +26,32 @@ pub(super) fn multiply<L: Lanes>(
     if m * left.side.units * right.side.outside < PARALLEL {
         return multiply_here(l, left, right, out, width, add);
     }
-    let task = |first: usize, out: &mut [f32]| {
-        let last = (first + out.len().div_ceil(width * ROWS)).min(strips);
+    // Enough tasks for threads that are not equally fast, and as many for each if they are.
+    let threads = rayon::current_num_threads();
+    let tasks = strips
+        .div_ceil(STRIPS)
+        .max(4 * threads)
+        .next_multiple_of(threads)
+        .min(strips);
+    let mut left_over = out;
+    let cut = |i| {
+        let part = par::part(strips, tasks, i);
+        let len = (part.len() * ROWS * width).min(left_over.len());
+        let (out, rest) = std::mem::take(&mut left_over).split_at_mut(len);
+        left_over = rest;
+        (part, out)
+    };
+    par::share((0..tasks).map(cut).collect(), |(part, out)| {
         l.run(Task {
             left,
             right,
-            first,
-            last,
+            first: part.start,
+            last: part.end,
             out,
             width,
             add,
         });
-    };
-    // Enough tasks for threads that are not equally fast.
-    let tasks = strips
-        .div_ceil(STRIPS)
-        .max(4 * rayon::current_num_threads());
-    let each = strips.div_ceil(tasks).max(1);
-    out.par_chunks_mut(each * ROWS * width)
-        .enumerate()
-        .for_each(|(i, out)| task(i * each, out));
+    });
 }
 
 /// [`multiply`] without other threads.
