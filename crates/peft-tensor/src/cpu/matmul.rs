@@ -62,8 +62,8 @@ fn cuts(m: usize, k: usize, n: usize, threads: usize) -> [usize; 2] {
     if threads < 2 || most < 2 {
         return [1, 1];
     }
-    // What is packed for a piece has at most so many rows: it is there once for each thread.
-    let least = m.div_ceil(512);
+    // What is packed for a piece has at most so many rows where these are long: it is there once for each thread.
+    let least = m.div_ceil(512).min(most);
     let high = least..=(m / 128).max(least);
     let wide = 1..=(n / 96).max(1);
     // Packing both sides costs as much as so many columns and rows more; measured with AVX2.

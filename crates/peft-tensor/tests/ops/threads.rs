@@ -102,6 +102,9 @@ fn everything() -> Vec<Vec<f32>> {
     let (p, q) = (normal(10, &[1030, 600]), normal(11, &[450, 600]));
     keep(p.matmul_t(&q));
     keep(p.narrow(0, 0, 60).and_then(|p| p.matmul_t(&q)));
+    // Fewer pieces than rows would have.
+    let (p, q) = (normal(12, &[9000, 16]), normal(13, &[16, 16]));
+    keep(p.matmul_t(&q));
     out
 }
 
