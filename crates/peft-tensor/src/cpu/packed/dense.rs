@@ -2,15 +2,15 @@
 
 use super::lanes::{Lanes, ROWS, WIDTH};
 use super::pack::{self, Panels, Side};
-use super::{Kernel, tile};
+use super::{Kernel, tile, tiles};
 use crate::cpu::matmul::View;
 
 /// Panels of both sides, to be used again by the next product.
 #[derive(Default)]
 pub(in crate::cpu) struct Sides {
-    left: Vec<u32>,
-    right: Vec<u32>,
-    line: Vec<u32>,
+    pub(super) left: Vec<u32>,
+    pub(super) right: Vec<u32>,
+    pub(super) line: Vec<u32>,
 }
 
 impl Kernel {
@@ -33,6 +33,8 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(l) => multiply(l, sides, shape, a, b, out, width, add),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(l, parts) => tiles::dense(l, parts, sides, shape, a, b, out, width, add),
         }
     }
 }

@@ -4,7 +4,6 @@
 //! A value of an implementation is the proof that the processor has its instructions, so its methods are safe. They are
 //! only fast where they are compiled into a function for these instructions, which [`Lanes::run`] enters.
 
-#[cfg(test)]
 use crate::cpu::half::bf16;
 
 /// Registers of one instruction set.
@@ -24,8 +23,15 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     fn dot(self, sum: Self::V, a: Self::V, b: Self::V) -> Self::V;
     /// `a + b` of f32.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The unit of two values, rounded to bfloat16.
+    #[inline(always)]
+    fn unit(self, low: f32, high: f32) -> u32 {
+        bf16(low) | bf16(high) << 16
+    }
     /// The units of `2 * WIDTH` values, rounded to bfloat16.
     fn units(self, values: &[f32]) -> Self::V;
+    /// The units of part `P` of `2 * WIDTH` values ([`parts`](super::parts)).
+    fn part<const P: usize>(self, values: &[f32]) -> Self::V;
     /// The units of a and b in turns: those of the lower halves, those of the upper halves.
     fn zip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V);
     /// Asks for the cache line at an address, which will be wanted soon; any address will do.
@@ -84,7 +90,12 @@ impl Lanes for Plain {
     }
 
     fn units(self, values: &[f32]) -> Self::V {
-        std::array::from_fn(|i| bf16(values[2 * i]) | bf16(values[2 * i + 1]) << 16)
+        std::array::from_fn(|i| self.unit(values[2 * i], values[2 * i + 1]))
+    }
+
+    fn part<const P: usize>(self, values: &[f32]) -> Self::V {
+        let part = super::parts::part::<P>;
+        std::array::from_fn(|i| part(values[2 * i]) | part(values[2 * i + 1]) << 16)
     }
 
     fn zip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V) {
@@ -227,6 +238,29 @@ mod x86 {
             // SAFETY: as above; the instruction takes the values of the upper half first.
             unsafe {
                 let both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(high), _mm512_loadu_ps(low));
+                std::mem::transmute::<__m512bh, __m512>(both)
+            }
+        }
+
+        #[inline(always)]
+        fn part<const P: usize>(self, values: &[f32]) -> __m512 {
+            // SAFETY: as above.
+            unsafe {
+                let left = |at: *const f32| {
+                    let mut v = _mm512_loadu_ps(at);
+                    for _ in 0..P {
+                        let bits: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
+                        let first = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits));
+                        // Zero where that is not finite.
+                        let exponent = _mm512_set1_epi32(0x7f80_0000);
+                        let finite = _mm512_and_si512(first, exponent);
+                        let finite = _mm512_cmpneq_epi32_mask(finite, exponent);
+                        v = _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(first));
+                    }
+                    v
+                };
+                let (low, high) = (left(sixteen(values)), left(sixteen(&values[16..])));
+                let both = _mm512_cvtne2ps_pbh(high, low);
                 std::mem::transmute::<__m512bh, __m512>(both)
             }
         }

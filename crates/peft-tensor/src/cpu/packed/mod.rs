@@ -12,7 +12,9 @@
 mod dense;
 mod lanes;
 mod pack;
+mod parts;
 mod tile;
+mod tiles;
 
 use std::sync::OnceLock;
 
@@ -27,13 +29,13 @@ const SLAB: usize = 1 << 20;
 
 /// The product that this processor has for inputs rounded to `precision`; None where single precision is as fast.
 pub(super) fn kernel(precision: Precision) -> Option<Kernel> {
-    static FOUND: OnceLock<Option<Kernel>> = OnceLock::new();
-    match precision {
-        Precision::F32 => None,
-        Precision::Bf16 => *FOUND.get_or_init(|| {
-            Kernel::detect().filter(|kernel| kernel.is_fast() && kernel.is_right())
-        }),
-    }
+    static FOUND: [OnceLock<Option<Kernel>>; 2] = [OnceLock::new(), OnceLock::new()];
+    *FOUND[precision as usize].get_or_init(|| {
+        let right = |kernel: &Kernel| kernel.is_right();
+        Kernel::by_tiles(precision)
+            .filter(right)
+            .or_else(|| Kernel::by_lanes(precision).filter(right))
+    })
 }
 
 /// Code for instructions that were detected.
@@ -41,23 +43,37 @@ pub(super) fn kernel(precision: Precision) -> Option<Kernel> {
 pub(super) enum Kernel {
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(lanes::Avx512Bf16),
+    /// And of how many parts values are sums.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx((lanes::Avx512Bf16, tiles::Amx), usize),
 }
 
 impl Kernel {
-    fn detect() -> Option<Self> {
+    /// Products of vectors, where they are faster than those of f32.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(unused_variables, reason = "elsewhere there is no kernel to find")
+    )]
+    fn by_lanes(precision: Precision) -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
-        if let Some(l) = lanes::Avx512Bf16::detect() {
-            return Some(Self::Avx512Bf16(l));
+        if precision == Precision::Bf16 && !lanes::products_in_microcode() {
+            return lanes::Avx512Bf16::detect().map(Self::Avx512Bf16);
         }
         None
     }
 
-    /// Whether the processor has more multiply-adds of bfloat16 than of f32 in a cycle.
-    fn is_fast(self) -> bool {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(_) => !lanes::products_in_microcode(),
+    /// Products of tiles.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        allow(unused_variables, reason = "elsewhere there is no kernel to find")
+    )]
+    fn by_tiles(precision: Precision) -> Option<Self> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if let Some(l) = lanes::Avx512Bf16::detect() {
+            let parts = tiles::parts(precision);
+            return tiles::Amx::detect().map(|tiles| Self::Amx((l, tiles), parts));
         }
+        None
     }
 
     /// `out = x Wt`, or `x W` unless `transposed`, and the product of low rank; added to `out` if `add`. x `[m, inside]`,
@@ -87,6 +103,10 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(l) => product.on(l, transposed, out, add),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(l, parts) if transposed => product.forward_by_tiles(l, parts, out, add),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(l, parts) => product.backward_by_tiles(l, parts, out, add),
         }
     }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::lanes::{Lanes, ROWS, WIDTH, Work};
-use crate::cpu::half::bf16;
+use super::tiles::{SQUARE, TILE};
 use crate::{FrozenWeight, WeightFormat};
 
 /// Where the strips of a side lie.
@@ -36,16 +36,28 @@ const PIECE: usize = 96;
 /// cache; two of them have room for 1536 values and a rank of 64.
 pub(super) const BLOCK: usize = 400;
 
+/// As [`BLOCK`] for tiles, which read strips from the second-level cache.
+const TILES_BLOCK: usize = 1024;
+
 impl Side {
     fn new(outside: usize, take: usize, inside: usize, low: usize, piece: usize) -> Self {
         let units = inside.div_ceil(2) + low.div_ceil(2);
-        let blocks = units.div_ceil(BLOCK).max(1);
+        Self::of(outside, take, units, low, piece, BLOCK)
+    }
+
+    fn of(
+        outside: usize,
+        take: usize,
+        units: usize,
+        low: usize,
+        piece: usize,
+        block: usize,
+    ) -> Self {
+        let blocks = units.div_ceil(block).max(1);
         let block = units.div_ceil(blocks);
-        let block = if piece < units {
-            block.next_multiple_of(piece)
-        } else {
-            block
-        };
+        // Whole pieces, or whole tiles where the side has such.
+        let whole = if piece < units { piece } else { TILE };
+        let block = block.next_multiple_of(whole);
         Self {
             outside,
             take,
@@ -70,6 +82,14 @@ impl Side {
     /// `n` columns that are columns of the stored weight.
     pub(super) fn weight_columns(n: usize, inside: usize, low: usize) -> Self {
         Self::new(n, 2 * WIDTH, inside, low, PIECE)
+    }
+
+    /// `n` columns for products of tiles, in whole steps along the inner dimension; packed in pieces where these are columns
+    /// of the stored weight.
+    pub(super) fn tiles(n: usize, inside: usize, pieces: bool) -> Self {
+        let units = inside.div_ceil(2).next_multiple_of(TILE);
+        let piece = if pieces { PIECE } else { usize::MAX };
+        Self::of(n, SQUARE, units, 0, piece, TILES_BLOCK)
     }
 
     /// A side of a product that is not shared among threads.
@@ -141,7 +161,7 @@ impl<'a> Panels<'a> {
 }
 
 /// Values or units of which registers are made.
-trait Item: Copy + Default + Sync {
+pub(super) trait Item: Copy + Default + Sync {
     /// Items of a register.
     const REGISTER: usize;
     /// The register of the first of them.
@@ -230,7 +250,7 @@ fn cut<L: Lanes>(l: L, square: [L::V; WIDTH], take: usize, out: &mut [u32]) {
 
 /// The register of what is left of a row, zero beyond.
 #[inline(never)]
-fn remainder<L: Lanes, T: Item>(l: L, items: &[T]) -> L::V {
+pub(super) fn remainder<L: Lanes, T: Item>(l: L, items: &[T]) -> L::V {
     let mut padded = [T::default(); 2 * WIDTH];
     padded[..items.len()].copy_from_slice(items);
     T::register(l, &padded)
@@ -239,7 +259,7 @@ fn remainder<L: Lanes, T: Item>(l: L, items: &[T]) -> L::V {
 /// The first `WIDTH` registers as columns: each pass turns the bits of an element's place, its row's before its lane's, by
 /// one, and half of all turns swap row and lane.
 #[inline(always)]
-fn transpose<L: Lanes>(l: L, square: &mut [L::V; WIDTH]) {
+pub(super) fn transpose<L: Lanes>(l: L, square: &mut [L::V; WIDTH]) {
     let half = WIDTH / 2;
     let mut width = 1;
     while width < WIDTH {
@@ -345,7 +365,11 @@ pub(super) fn dense_columns<L: Lanes>(
     let (take, apart) = (side.take, side.units * side.take);
     line.clear();
     line.resize(self::line(side), 0);
-    for unit in 0..side.units {
+    let there = inside.div_ceil(2);
+    for unit in there..side.units {
+        blank(&mut out[unit * take..], take, apart);
+    }
+    for unit in 0..there {
         let row = |i: usize| match i < inside {
             true => &x[i * stride..][..side.outside],
             false => &[],
@@ -381,7 +405,7 @@ pub(super) fn weight_rows<L: Lanes>(
 ) {
     let (take, cols) = (side.take, w.cols());
     if let Some(all) = stored(w) {
-        let units = side.own();
+        let units = cols / 2;
         return strips(l, side, &all[first * units..], units, units, low, out);
     }
     if let Some(values) = w.as_f32() {
@@ -425,20 +449,20 @@ struct Step<'a> {
 
 impl<L: Lanes> Work<L> for Step<'_> {
     #[inline(always)]
-    fn on(self, _l: L) {
+    fn on(self, l: L) {
         let [a, b] = self.rows;
         let zero = [0.0; WIDTH];
         let (blocks, tail) = a.as_chunks::<WIDTH>();
         let (b_blocks, b_tail) = b.as_chunks::<WIDTH>();
         let lines = self.line.as_chunks_mut::<WIDTH>().0;
         for (i, (line, a)) in lines.iter_mut().zip(blocks).enumerate() {
-            pair(a, b_blocks.get(i).unwrap_or(&zero), line);
+            pair(l, a, b_blocks.get(i).unwrap_or(&zero), line);
         }
         if !tail.is_empty() {
             let (mut a, mut b) = (zero, zero);
             a[..tail.len()].copy_from_slice(tail);
             b[..b_tail.len()].copy_from_slice(b_tail);
-            pair(&a, &b, &mut lines[blocks.len()]);
+            pair(l, &a, &b, &mut lines[blocks.len()]);
         }
         let take = self.take;
         for (strip, line) in (0..a.len().div_ceil(take)).map(|i| (i, &self.line[i * take..])) {
@@ -455,6 +479,13 @@ impl<L: Lanes> Work<L> for Step<'_> {
     }
 }
 
+/// Zeroes one step of all strips, `apart`.
+fn blank(out: &mut [u32], take: usize, apart: usize) {
+    for out in out.chunks_mut(apart) {
+        out[..take].fill(0);
+    }
+}
+
 /// The length of a place for the units of one step of all strips, in whole registers and one more to read beyond.
 fn line(side: &Side) -> usize {
     (side.strips * side.take).next_multiple_of(WIDTH) + WIDTH
@@ -462,9 +493,9 @@ fn line(side: &Side) -> usize {
 
 /// The units of values that stand next to each other along the inner dimension.
 #[inline(always)]
-fn pair(a: &[f32; WIDTH], b: &[f32; WIDTH], units: &mut [u32; WIDTH]) {
+pub(super) fn pair<L: Lanes>(l: L, a: &[f32; WIDTH], b: &[f32; WIDTH], units: &mut [u32; WIDTH]) {
     for i in 0..WIDTH {
-        units[i] = bf16(a[i]) | bf16(b[i]) << 16;
+        units[i] = l.unit(a[i], b[i]);
     }
 }
 
@@ -523,6 +554,10 @@ pub(super) fn weight_columns<L: Lanes>(
                     true => (first + step * 2, first + count),
                     false => ((step - side.own()) * 2, side.low),
                 };
+                if at >= end {
+                    blank(out, take, apart);
+                    continue;
+                }
                 let there = 2.min(end - at);
                 if let (Some(all), true) = (stored, own) {
                     let row = |i: usize| match i < there {

@@ -3,6 +3,7 @@
 use super::lanes::{Lanes, Plain, WIDTH, Work};
 use super::*;
 use crate::WeightFormat;
+use crate::cpu::matmul::View;
 
 /// Values of both signs whose sizes differ, the same for the same seed.
 fn values(seed: u64, len: usize) -> Vec<f32> {
@@ -17,9 +18,75 @@ fn rounded(values: &[f32]) -> Vec<f64> {
     values.iter().map(round).collect()
 }
 
-/// One product by these lanes against the sum of the products of what they get to see.
-fn check<L: Lanes>(
-    l: L,
+/// A way to make products, and what it sees of their values.
+struct Way<'a> {
+    precision: Precision,
+    /// Transposed, into, added.
+    product: &'a dyn Fn(&Product<'_>, bool, &mut [f32], bool),
+    dense: &'a dyn Fn(&mut Sides, (usize, usize, usize), [View<'_>; 2], &mut [f32], usize, bool),
+}
+
+impl Way<'_> {
+    fn sees(&self, values: &[f32]) -> Vec<f64> {
+        match self.precision {
+            Precision::F32 => values.iter().map(|v| f64::from(*v)).collect(),
+            Precision::Bf16 => rounded(values),
+        }
+    }
+
+    /// A rounding of half a unit in the last place for each of the sums: as many as there are products of parts.
+    fn allowed(&self, inside: usize, size: f64) -> f64 {
+        let sums = match self.precision {
+            Precision::F32 => 6 * inside,
+            Precision::Bf16 => inside,
+        };
+        f64::from(f32::EPSILON) * size * (sums as f64).sqrt()
+    }
+
+    fn check(&self) {
+        all_shapes(self);
+        dense(self);
+        // Weights of several slabs and several blocks.
+        check(self, (15, 1030, 1100), WeightFormat::BF16, true, false, 16);
+        check(self, (15, 1030, 1100), WeightFormat::NF4, false, true, 33);
+        check(self, (2, 40, 2300), WeightFormat::BF16, true, true, 0);
+    }
+}
+
+/// Tiles, in both precisions.
+fn by_tiles<L: Lanes, T: tiles::Tiles>(l: L, tiles: T) {
+    for precision in [Precision::Bf16, Precision::F32] {
+        let parts = tiles::parts(precision);
+        Way {
+            precision,
+            product: &|product, transposed, out, add| match transposed {
+                true => product.forward_by_tiles((l, tiles), parts, out, add),
+                false => product.backward_by_tiles((l, tiles), parts, out, add),
+            },
+            dense: &|sides, shape, [a, b], out, width, add| {
+                tiles::dense((l, tiles), parts, sides, shape, a, b, out, width, add);
+            },
+        }
+        .check();
+    }
+}
+
+/// Lanes and what is made with them.
+fn by_lanes<L: Lanes>(l: L) {
+    every_function(l);
+    Way {
+        precision: Precision::Bf16,
+        product: &|product, transposed, out, add| product.on(l, transposed, out, add),
+        dense: &|sides, shape, [a, b], out, width, add| {
+            super::dense::multiply(l, sides, shape, a, b, out, width, add);
+        },
+    }
+    .check();
+}
+
+/// One product against the sum of the products of what it gets to see.
+fn check(
+    way: &Way<'_>,
     (m, rows, cols): (usize, usize, usize),
     format: WeightFormat,
     transposed: bool,
@@ -48,9 +115,9 @@ fn check<L: Lanes>(
             r,
         },
     };
-    product.on(l, transposed, &mut out, add);
-    let (x, w) = (rounded(&x), rounded(&w.to_f32()));
-    let (low, other) = (rounded(&low), rounded(&other));
+    (way.product)(&product, transposed, &mut out, add);
+    let (x, w) = (way.sees(&x), way.sees(&w.to_f32()));
+    let (low, other) = (way.sees(&low), way.sees(&other));
     for i in 0..m {
         for j in 0..outside {
             let at = |k: usize| {
@@ -74,9 +141,7 @@ fn check<L: Lanes>(
             };
             let want = products.sum::<f64>() + start;
             let got = f64::from(out[i * outside + j]);
-            // A rounding of half a unit in the last place for each of the sums.
-            let allowed =
-                f64::from(f32::EPSILON) * (size + start.abs()) * ((inside + r) as f64).sqrt();
+            let allowed = way.allowed(inside + r, size + start.abs());
             assert!(
                 (got - want).abs() <= allowed,
                 "{m} rows by {rows} x {cols} in {} and {r}, transposed {transposed}, add {add}: ({i}, {j}) is {got}, not {want}",
@@ -87,7 +152,7 @@ fn check<L: Lanes>(
 }
 
 /// Shapes with and without remainders in every direction, and more than one block.
-fn all_shapes<L: Lanes>(l: L) {
+fn all_shapes(way: &Way<'_>) {
     for (n, shape) in [
         (1, 1, 1),
         (5, 3, 2),
@@ -105,7 +170,7 @@ fn all_shapes<L: Lanes>(l: L) {
             let add = n.is_multiple_of(2) == transposed;
             for format in [WeightFormat::F32, WeightFormat::BF16, WeightFormat::NF4] {
                 for r in [0, 1, 8, 5] {
-                    check(l, shape, format, transposed, add, r);
+                    check(way, shape, format, transposed, add, r);
                 }
             }
         }
@@ -117,14 +182,13 @@ fn all_shapes<L: Lanes>(l: L) {
         WeightFormat::INT8,
     ] {
         for transposed in [true, false] {
-            check(l, (20, 37, 96), format, transposed, transposed, 3);
+            check(way, (20, 37, 96), format, transposed, transposed, 3);
         }
     }
 }
 
 /// Products of two dense matrices, either side by rows or by columns, inside of wider ones.
-fn dense<L: Lanes>(l: L) {
-    use crate::cpu::matmul::View;
+fn dense(way: &Way<'_>) {
     let mut sides = Sides::default();
     for (n, (m, k, n_cols)) in [
         (1, 1, 1),
@@ -153,18 +217,9 @@ fn dense<L: Lanes>(l: L) {
             let width = n_cols + gap;
             let before = values(3, m * width);
             let mut out = before.clone();
-            let (a_view, b_view) = (view(&a, a_step, a_rows), view(&b, b_step, b_rows));
-            super::dense::multiply(
-                l,
-                &mut sides,
-                (m, k, n_cols),
-                a_view,
-                b_view,
-                &mut out,
-                width,
-                add,
-            );
-            let (a, b) = (rounded(&a), rounded(&b));
+            let both = [view(&a, a_step, a_rows), view(&b, b_step, b_rows)];
+            (way.dense)(&mut sides, (m, k, n_cols), both, &mut out, width, add);
+            let (a, b) = (way.sees(&a), way.sees(&b));
             for at in 0..m * width {
                 let (i, j) = (at / width, at % width);
                 if j >= n_cols {
@@ -189,7 +244,7 @@ fn dense<L: Lanes>(l: L) {
                 let size: f64 = products.clone().map(f64::abs).sum();
                 let start = if add { f64::from(before[at]) } else { 0.0 };
                 let want = products.sum::<f64>() + start;
-                let allowed = f64::from(f32::EPSILON) * (size + start.abs()) * (k as f64).sqrt();
+                let allowed = way.allowed(k, size + start.abs());
                 let got = f64::from(out[at]);
                 assert!(
                     (got - want).abs() <= allowed,
@@ -201,13 +256,9 @@ fn dense<L: Lanes>(l: L) {
 }
 
 #[test]
-fn simulated_lanes() {
-    every_function(Plain);
-    all_shapes(Plain);
-    dense(Plain);
-    // Weights of several slabs and several blocks.
-    check(Plain, (15, 1030, 1100), WeightFormat::BF16, true, false, 16);
-    check(Plain, (15, 1030, 1100), WeightFormat::NF4, false, true, 33);
+fn simulated() {
+    by_lanes(Plain);
+    by_tiles(Plain, tiles::Plain);
 }
 
 /// Each function of lanes against that of the simulated ones, to the bit but for the order of a dot product.
@@ -231,6 +282,9 @@ fn every_function<L: Lanes>(l: L) {
                 low,
                 high,
                 l.add(l.load(bytemuck::cast_slice(self.a)), sum),
+                l.part::<0>(self.a),
+                l.part::<1>(self.a),
+                l.part::<2>(self.a),
                 l.dot(sum, a, b),
             ];
             for (v, out) in all.into_iter().zip(self.out) {
@@ -239,8 +293,10 @@ fn every_function<L: Lanes>(l: L) {
         }
     }
     let (a, b) = (values(11, 2 * WIDTH), values(12, 2 * WIDTH));
-    let names = ["zero", "splat", "load", "units", "zip", "zip", "add", "dot"];
-    let (mut got, mut want) = (vec![vec![1; WIDTH]; 8], vec![vec![2; WIDTH]; 8]);
+    let names = [
+        "zero", "splat", "load", "units", "zip", "zip", "add", "part 0", "part 1", "part 2", "dot",
+    ];
+    let (mut got, mut want) = (vec![vec![1; WIDTH]; 11], vec![vec![2; WIDTH]; 11]);
     l.run(Each {
         a: &a,
         b: &b,
@@ -265,21 +321,25 @@ fn every_function<L: Lanes>(l: L) {
 }
 
 #[test]
-fn lanes_of_this_processor() {
-    match Kernel::detect() {
-        #[cfg(target_arch = "x86_64")]
-        Some(Kernel::Avx512Bf16(l)) => {
-            every_function(l);
-            all_shapes(l);
-            dense(l);
-            check(l, (15, 1030, 1100), WeightFormat::BF16, true, false, 16);
-            check(l, (15, 1030, 1100), WeightFormat::NF4, false, true, 33);
-            assert!(Kernel::Avx512Bf16(l).is_right());
+fn of_this_processor() {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(l) = lanes::Avx512Bf16::detect() {
+        by_lanes(l);
+        assert!(Kernel::Avx512Bf16(l).is_right());
+        #[cfg(target_os = "linux")]
+        if let Some(tiles) = tiles::Amx::detect() {
+            by_tiles(l, tiles);
+            assert!(
+                (1..=3)
+                    .step_by(2)
+                    .all(|parts| Kernel::Amx((l, tiles), parts).is_right())
+            );
+            return;
         }
-        _ => {
-            eprintln!("no product of bfloat16 on this processor: only the simulated one was tested")
-        }
+        eprintln!("no tiles on this processor: only simulated ones were tested");
+        return;
     }
+    eprintln!("no product of bfloat16 on this processor: only the simulated one was tested");
 }
 
 #[test]

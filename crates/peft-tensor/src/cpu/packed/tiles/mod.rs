@@ -1,0 +1,355 @@
+//! Products of tiles of bfloat16, for processors with AMX: sixteen times the rate of f32's, so that products of f32 are
+//! made of them too.
+//!
+//! In single precision, a value is a sum of three of bfloat16 that has all its bits ([`parts`](super::parts)). A weight that
+//! is stored in bfloat16 is one: the product is exact then, three times the work, and only sums are rounded, as they are in
+//! any product of f32. Other weights are cut as well; of the nine products of parts the six are made that are not smaller
+//! than what rounding the sum loses.
+//!
+//! As elsewhere in [`packed`](super), a slab of the weight is packed once for all rows of `x`, and threads take rows.
+
+mod left;
+mod square;
+
+use std::ops::Range;
+
+use self::left::Left;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(in crate::cpu) use self::square::Amx;
+#[cfg(test)]
+pub(super) use self::square::Plain;
+use self::square::Square;
+pub(super) use self::square::{SQUARE, TILE, Tiles};
+use super::lanes::Lanes;
+use super::pack::{self, Panels, Side};
+use super::parts::{ALL, Part};
+use super::{Product, SLAB, Sides};
+use crate::cpu::matmul::View;
+use crate::cpu::par;
+use crate::{FrozenWeight, Precision, WeightFormat};
+
+/// Strips of the left side that a task takes at most: their block stays in the second-level cache.
+const STRIPS: usize = 8;
+
+/// Parts of what is not rounded.
+pub(super) fn parts(precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => ALL,
+        Precision::Bf16 => 1,
+    }
+}
+
+/// Parts of a weight's values where those of the left side have `parts`.
+fn weight_parts(w: &FrozenWeight, parts: usize) -> usize {
+    match w.format() {
+        WeightFormat::BF16 => 1,
+        WeightFormat::F16 => parts.min(2),
+        _ => parts,
+    }
+}
+
+/// Calls `pack` with the lanes that make each part and the memory it goes to.
+macro_rules! each_part {
+    ($l:expr, $parts:expr, $units:expr, |$lanes:ident, $out:ident| $pack:expr) => {{
+        let parts = $parts;
+        let len = $units.len() / parts;
+        for (part, $out) in $units.chunks_mut(len.max(1)).enumerate() {
+            match (parts, part) {
+                (1, _) => {
+                    let $lanes = $l;
+                    $pack
+                }
+                (_, 0) => {
+                    let $lanes = Part::<_, 0>($l);
+                    $pack
+                }
+                (_, 1) => {
+                    let $lanes = Part::<_, 1>($l);
+                    $pack
+                }
+                _ => {
+                    let $lanes = Part::<_, 2>($l);
+                    $pack
+                }
+            }
+        }
+    }};
+}
+
+/// A product of two sides that are sums of parts.
+struct Factors<'a> {
+    left: &'a Left<'a>,
+    right: Vec<Panels<'a>>,
+}
+
+impl<'a> Factors<'a> {
+    fn new(left: &'a Left<'a>, side: &'a Side, units: &'a [u32]) -> Self {
+        let right = units.chunks(side.len().max(1));
+        Self {
+            left,
+            right: right.map(|units| Panels::new(side, units)).collect(),
+        }
+    }
+}
+
+impl Product<'_> {
+    /// `x [m, cols] Wt`, by slabs of W's rows: columns of the result.
+    pub(super) fn forward_by_tiles<L: Lanes, T: Tiles>(
+        &self,
+        (l, tiles): (L, T),
+        parts: usize,
+        out: &mut [f32],
+        add: bool,
+    ) {
+        let (m, rows, cols, r) = (self.m, self.w.rows(), self.w.cols(), self.low.r);
+        let step = (SLAB / cols).max(1).next_multiple_of(SQUARE);
+        let x = View::rows(self.x, cols);
+        let low = View::rows(self.low.values, r);
+        let right_parts = weight_parts(self.w, parts);
+        let lens = [left::len(m, cols, parts), left::len(m, r, parts)];
+        self.scratch.with(lens[0] + lens[1], |left| {
+            let (left, low_left) = bytemuck::cast_slice_mut(left).split_at_mut(lens[0]);
+            let left = Left::pack(l, x, m, cols, parts, left, true);
+            let low_left = Left::pack(l, low, m, r, parts, low_left, true);
+            for first in (0..rows).step_by(step) {
+                let count = step.min(rows - first);
+                let side = Side::tiles(count, cols, false);
+                let low_side = Side::tiles(count, r, false);
+                let len = side.len() * right_parts;
+                self.scratch.with(len + low_side.len() * parts, |right| {
+                    let units: &mut [u32] = bytemuck::cast_slice_mut(right);
+                    let (right, low_right) = units.split_at_mut(len);
+                    each_part!(l, right_parts, right, |l, out| pack::weight_rows(
+                        l,
+                        &side,
+                        self.w,
+                        first,
+                        &[],
+                        out
+                    ));
+                    let other = &self.low.other[first * r..];
+                    each_part!(l, parts, low_right, |l, out| pack::rows(
+                        l,
+                        &low_side,
+                        other,
+                        r,
+                        r,
+                        &[],
+                        out
+                    ));
+                    let factors = Factors::new(&left, &side, right);
+                    let low = Factors::new(&low_left, &low_side, low_right);
+                    let low = (r > 0).then_some(&low);
+                    multiply(tiles, &factors, low, &mut out[first..], rows, add, true);
+                });
+            }
+        });
+    }
+
+    /// `x [m, rows] W`, by slabs of W's rows: parts of the sums.
+    pub(super) fn backward_by_tiles<L: Lanes, T: Tiles>(
+        &self,
+        (l, tiles): (L, T),
+        parts: usize,
+        out: &mut [f32],
+        add: bool,
+    ) {
+        let (m, rows, cols) = (self.m, self.w.rows(), self.w.cols());
+        let step = (SLAB / cols).max(1).next_multiple_of(2 * SQUARE);
+        let right_parts = weight_parts(self.w, parts);
+        for first in (0..rows).step_by(step) {
+            let count = step.min(rows - first);
+            // What goes along does so with the last part.
+            let r = if first + count == rows { self.low.r } else { 0 };
+            let x = View::rows(&self.x[first..], rows);
+            let low = View::rows(self.low.values, r);
+            let lens = [left::len(m, count, parts), left::len(m, r, parts)];
+            let side = Side::tiles(cols, count, true);
+            let low_side = Side::tiles(cols, r, false);
+            let len = side.len() * right_parts;
+            self.scratch.with(lens[0] + lens[1], |left| {
+                let (left, low_left) = bytemuck::cast_slice_mut(left).split_at_mut(lens[0]);
+                let left = Left::pack(l, x, m, count, parts, left, true);
+                let low_left = Left::pack(l, low, m, r, parts, low_left, true);
+                self.scratch.with(len + low_side.len() * parts, |right| {
+                    let units: &mut [u32] = bytemuck::cast_slice_mut(right);
+                    let (right, low_right) = units.split_at_mut(len);
+                    each_part!(l, right_parts, right, |l, out| pack::weight_columns(
+                        l,
+                        &side,
+                        self.w,
+                        first,
+                        count,
+                        &[],
+                        out
+                    ));
+                    let mut line = Vec::new();
+                    each_part!(l, parts, low_right, |l, out| pack::dense_columns(
+                        l,
+                        &low_side,
+                        self.low.other,
+                        cols,
+                        r,
+                        out,
+                        &mut line
+                    ));
+                    let factors = Factors::new(&left, &side, right);
+                    let low = Factors::new(&low_left, &low_side, low_right);
+                    let low = (r > 0).then_some(&low);
+                    multiply(tiles, &factors, low, out, cols, add || first > 0, true);
+                });
+            });
+        }
+    }
+}
+
+/// `out = a b`, added to it if `add`, of two dense matrices that are not shared among threads.
+pub(super) fn dense<L: Lanes, T: Tiles>(
+    (l, tiles): (L, T),
+    parts: usize,
+    sides: &mut Sides,
+    (m, k, n): (usize, usize, usize),
+    a: View<'_>,
+    b: View<'_>,
+    out: &mut [f32],
+    width: usize,
+    add: bool,
+) {
+    let Sides { left, right, line } = sides;
+    let side = Side::tiles(n, k, false);
+    let lens = [left::len(m, k, parts), side.len() * parts];
+    for (units, len) in [(&mut *left, lens[0]), (&mut *right, lens[1])] {
+        if units.len() < len {
+            units.resize(len, 0);
+        }
+    }
+    let left = Left::pack(l, a, m, k, parts, left, false);
+    let right = &mut right[..lens[1]];
+    let b = b.t();
+    each_part!(l, parts, right, |l, out| match b.cs {
+        1 => pack::dense_rows(l, &side, b.data, b.rs, k, out),
+        _ => {
+            assert_eq!(b.rs, 1, "a side without contiguous rows or columns");
+            pack::dense_columns(l, &side, b.data, b.cs, k, out, line);
+        }
+    });
+    let factors = Factors::new(&left, &side, right);
+    multiply(tiles, &factors, None, out, width, add, false);
+}
+
+/// `out` is the first product and, where there is one, the low one, added to it if `add`; rows of `out` are `width` apart,
+/// its columns are the first of each.
+fn multiply<T: Tiles>(
+    tiles: T,
+    factors: &Factors<'_>,
+    low: Option<&Factors<'_>>,
+    out: &mut [f32],
+    width: usize,
+    add: bool,
+    threads: bool,
+) {
+    let strips = factors.left.rows.div_ceil(SQUARE);
+    let task = |strips, out: &mut [f32]| {
+        let task = Task {
+            factors,
+            low,
+            strips,
+            width,
+        };
+        tiles.with(|square| task.run(square, out, add));
+    };
+    let threads = if threads {
+        rayon::current_num_threads()
+    } else {
+        1
+    };
+    if threads == 1 {
+        return task(0..strips, out);
+    }
+    let tasks = strips
+        .div_ceil(STRIPS)
+        .next_multiple_of(threads)
+        .min(strips);
+    let mut left_over = out;
+    let cut = |i| {
+        let part = par::part(strips, tasks, i);
+        let len = (part.len() * SQUARE * width).min(left_over.len());
+        let (out, rest) = std::mem::take(&mut left_over).split_at_mut(len);
+        left_over = rest;
+        (part, out)
+    };
+    par::share((0..tasks).map(cut).collect(), |(part, out)| task(part, out));
+}
+
+/// Some strips of rows against all columns.
+struct Task<'a> {
+    factors: &'a Factors<'a>,
+    low: Option<&'a Factors<'a>>,
+    strips: Range<usize>,
+    width: usize,
+}
+
+impl Task<'_> {
+    fn run(&self, square: &mut dyn Square, out: &mut [f32], add: bool) {
+        let (m, side) = (self.factors.left.rows, self.factors.right[0].side);
+        for block in side.blocks() {
+            let add = add || block.start > 0;
+            let low = self.low.filter(|_| block.end == side.units);
+            for column in 0..side.strips {
+                let cols = (side.outside - column * SQUARE).min(SQUARE);
+                for row in self.strips.clone() {
+                    let rows = (m - row * SQUARE).min(SQUARE);
+                    let first = (row - self.strips.start) * SQUARE * self.width;
+                    let out = &mut out[first + column * SQUARE..];
+                    let whole = rows == SQUARE && cols == SQUARE;
+                    match add && whole {
+                        true => square.load(out, self.width),
+                        false => square.zero(),
+                    }
+                    self.factors.add_to(square, &block, row, column);
+                    if let Some(low) = low {
+                        low.add_to(square, &(0..low.right[0].side.units), row, column);
+                    }
+                    match whole {
+                        true => square.store(out, self.width),
+                        false => cut(square, out, self.width, rows, cols, add),
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Factors<'_> {
+    /// Adds the products of a block.
+    #[inline]
+    fn add_to(&self, square: &mut dyn Square, block: &Range<usize>, row: usize, column: usize) {
+        let side = self.right[0].side;
+        let (parts, right_parts) = (self.left.parts, self.right.len());
+        for units in side.pieces(block) {
+            let left = |part: usize| self.left.strip(row, part.min(parts - 1), &units);
+            let right = |part: usize| self.right[part.min(right_parts - 1)].strip(column, &units);
+            let (left, right) = ([left(0), left(1), left(2)], [right(0), right(1), right(2)]);
+            square.add(&left[..parts], &right[..right_parts]);
+        }
+    }
+}
+
+/// Writes what there is of a square at the edge.
+fn cut(
+    square: &mut dyn Square,
+    out: &mut [f32],
+    width: usize,
+    rows: usize,
+    cols: usize,
+    add: bool,
+) {
+    let mut whole = [0.0; SQUARE * SQUARE];
+    square.store(&mut whole, SQUARE);
+    let rows = out.chunks_mut(width).zip(whole.chunks(SQUARE)).take(rows);
+    for (out, sums) in rows {
+        for (out, sum) in out[..cols].iter_mut().zip(sums) {
+            *out = if add { *out + sum } else { *sum };
+        }
+    }
+}
