@@ -4,8 +4,6 @@
 //! and never more than a slab of memory; in bfloat16, where the processor multiplies it, by [`packed`](super::packed). A
 //! few rows have kernels of their own, in [`few`](super::few).
 
-use std::sync::Mutex;
-
 use super::matmul::{View, gemm_into, parallel};
 use super::pool::Floats;
 use super::{few, packed, par};
@@ -14,26 +12,15 @@ use crate::{FrozenWeight, Precision};
 /// Most elements of a decoded slab: 4 MiB of f32, which stays in the last-level cache.
 const SLAB: usize = 1 << 20;
 
-/// Decoding buffers that were used before, so that a slab is not mapped anew for each product.
-#[derive(Default)]
-pub(super) struct Scratch(Mutex<Vec<Vec<f32>>>);
-
-impl Scratch {
-    /// Calls `f` with a buffer of `len` values of any content.
-    pub(super) fn with<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-        let lock = || {
-            self.0
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-        };
-        let mut buffer = lock().pop().unwrap_or_default();
-        if buffer.len() < len {
-            buffer.resize(len, 0.0);
-        }
-        let result = f(&mut buffer[..len]);
-        lock().push(buffer);
-        result
+/// `len` places of a buffer, from the beginning of a cache line on; it grows if need be.
+pub(super) fn line_up<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    const LINE: usize = 64;
+    let spare = LINE / size_of::<T>();
+    if buffer.len() < len + spare {
+        buffer.resize(len + spare, T::default());
     }
+    let first = buffer.as_ptr().align_offset(LINE).min(spare);
+    &mut buffer[first..first + len]
 }
 
 /// Decodes rows `first..` of `w` into `out`, over threads.
@@ -52,7 +39,6 @@ pub(super) fn takes_low_rank(precision: Precision, m: usize) -> bool {
 /// `x Wt` or `x W`, added to `into`; products of many rows with inputs rounded to `precision` where that is faster, and
 /// with a product of low rank only where [`takes_low_rank`] says so.
 pub(super) fn matmul(
-    scratch: &Scratch,
     precision: Precision,
     x: &[f32],
     m: usize,
@@ -94,7 +80,7 @@ pub(super) fn matmul(
         None => Floats::dirty(m * width),
     };
     if let (Some(kernel), true) = (kernel, m * rows * cols > 0) {
-        kernel.matmul(scratch, x, m, w, transposed, low, &mut out, add);
+        kernel.matmul(x, m, w, transposed, low, &mut out, add);
         return out;
     }
     assert!(low.r == 0, "a product of low rank that nobody takes along");
@@ -102,49 +88,47 @@ pub(super) fn matmul(
         return out;
     }
     let step = (SLAB / cols).clamp(1, rows);
-    scratch.with(step * cols, |slab| {
-        for first in (0..rows).step_by(step) {
-            let count = step.min(rows - first);
-            let slab = &mut slab[..count * cols];
-            decode(w, first, slab);
-            let slab = View::rows(slab, cols);
-            if transposed {
-                let threads = parallel(m, cols, count);
-                gemm_into(
-                    m,
-                    cols,
-                    count,
-                    View::rows(x, cols),
-                    slab.t(),
-                    &mut out[first..],
-                    rows,
-                    add,
-                    1.0,
-                    threads,
-                );
-            } else {
-                let threads = parallel(m, count, cols);
-                gemm_into(
-                    m,
-                    count,
-                    cols,
-                    View::rows(&x[first..], rows),
-                    slab,
-                    &mut out,
-                    cols,
-                    add || first > 0,
-                    1.0,
-                    threads,
-                );
-            }
+    let mut slab = Floats::dirty(step * cols);
+    for first in (0..rows).step_by(step) {
+        let count = step.min(rows - first);
+        let slab = &mut slab[..count * cols];
+        decode(w, first, slab);
+        let slab = View::rows(slab, cols);
+        if transposed {
+            let threads = parallel(m, cols, count);
+            gemm_into(
+                m,
+                cols,
+                count,
+                View::rows(x, cols),
+                slab.t(),
+                &mut out[first..],
+                rows,
+                add,
+                1.0,
+                threads,
+            );
+        } else {
+            let threads = parallel(m, count, cols);
+            gemm_into(
+                m,
+                count,
+                cols,
+                View::rows(&x[first..], rows),
+                slab,
+                &mut out,
+                cols,
+                add || first > 0,
+                1.0,
+                threads,
+            );
         }
-    });
+    }
     out
 }
 
 /// `x Wt` with each of the weights.
 pub(super) fn matmul_all(
-    scratch: &Scratch,
     precision: Precision,
     x: &[f32],
     m: usize,
@@ -154,18 +138,8 @@ pub(super) fn matmul_all(
     if m > 0 && m <= few::FEW && !empty {
         return few::frozen(x, m, weights);
     }
-    let product = |w: &&FrozenWeight| {
-        matmul(
-            scratch,
-            precision,
-            x,
-            m,
-            w,
-            true,
-            packed::Low::default(),
-            None,
-        )
-    };
+    let product =
+        |w: &&FrozenWeight| matmul(precision, x, m, w, true, packed::Low::default(), None);
     weights.iter().map(product).collect()
 }
 

@@ -29,7 +29,6 @@ use pool::Floats;
 
 /// The processor.
 pub(crate) struct CpuBackend {
-    scratch: frozen::Scratch,
     precision: Precision,
     keep: Keep,
 }
@@ -37,11 +36,7 @@ pub(crate) struct CpuBackend {
 impl CpuBackend {
     /// There is nothing to open.
     pub(crate) fn new(precision: Precision, keep: Keep) -> Self {
-        Self {
-            scratch: frozen::Scratch::default(),
-            precision,
-            keep,
-        }
+        Self { precision, keep }
     }
 }
 
@@ -337,7 +332,6 @@ impl Backend for CpuBackend {
     ) -> Result<Buffer> {
         let into = into.map(owned).transpose()?;
         Ok(put(frozen::matmul(
-            &self.scratch,
             self.precision,
             get(x)?,
             m,
@@ -368,7 +362,6 @@ impl Backend for CpuBackend {
         };
         let into = into.map(owned).transpose()?;
         Ok(put(frozen::matmul(
-            &self.scratch,
             self.precision,
             get(x)?,
             m,
@@ -385,7 +378,7 @@ impl Backend for CpuBackend {
         m: usize,
         weights: &[&FrozenWeight],
     ) -> Result<Vec<Buffer>> {
-        let products = frozen::matmul_all(&self.scratch, self.precision, get(x)?, m, weights);
+        let products = frozen::matmul_all(self.precision, get(x)?, m, weights);
         Ok(products.into_iter().map(put).collect())
     }
 

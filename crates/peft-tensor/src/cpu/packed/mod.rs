@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 pub(super) use self::dense::Sides;
 use self::lanes::Lanes;
 use self::pack::{Panels, Side};
-use super::frozen::Scratch;
+use super::pool::Floats;
 use crate::{FrozenWeight, Precision};
 
 /// Most values of a weight that are packed at a time, about.
@@ -84,7 +84,6 @@ impl Kernel {
     )]
     pub(super) fn matmul(
         self,
-        scratch: &Scratch,
         x: &[f32],
         m: usize,
         w: &FrozenWeight,
@@ -93,13 +92,7 @@ impl Kernel {
         out: &mut [f32],
         add: bool,
     ) {
-        let product = Product {
-            scratch,
-            x,
-            m,
-            w,
-            low,
-        };
+        let product = Product { x, m, w, low };
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(l) => product.on(l, transposed, out, add),
@@ -121,8 +114,7 @@ impl Kernel {
             return false;
         };
         let mut out = vec![1.0; m * n];
-        let scratch = Scratch::default();
-        self.matmul(&scratch, &x, m, &w, true, Low::default(), &mut out, true);
+        self.matmul(&x, m, &w, true, Low::default(), &mut out, true);
         // Sums of small multiples of 2^-8: exact in f32, and every value is one in bfloat16 too.
         (0..m * n).all(|at| {
             let (i, j) = (at / n, at % n);
@@ -146,7 +138,6 @@ pub(super) struct Low<'a> {
 
 /// What is multiplied.
 struct Product<'a> {
-    scratch: &'a Scratch,
     x: &'a [f32],
     m: usize,
     w: &'a FrozenWeight,
@@ -167,21 +158,19 @@ impl Product<'_> {
         let (m, rows, cols, r) = (self.m, self.w.rows(), self.w.cols(), self.low.r);
         let step = (SLAB / cols).max(1).next_multiple_of(2 * lanes::WIDTH);
         let side = Side::rows(m, cols, r);
-        self.scratch.with(side.len(), |left| {
-            let units = bytemuck::cast_slice_mut(left);
-            pack::rows(l, &side, self.x, cols, cols, self.low.values, units);
-            let left = Panels::new(&side, bytemuck::cast_slice(left));
-            for first in (0..rows).step_by(step) {
-                let side = Side::weight_rows(step.min(rows - first), cols, r);
-                let other = &self.low.other[first * r..];
-                self.scratch.with(side.len(), |right| {
-                    let units = bytemuck::cast_slice_mut(right);
-                    pack::weight_rows(l, &side, self.w, first, other, units);
-                    let right = Panels::new(&side, bytemuck::cast_slice(right));
-                    tile::multiply(l, &left, &right, &mut out[first..], rows, add);
-                });
-            }
-        });
+        let mut left = Floats::dirty(side.len());
+        let units = bytemuck::cast_slice_mut(&mut left);
+        pack::rows(l, &side, self.x, cols, cols, self.low.values, units);
+        let left = Panels::new(&side, units);
+        for first in (0..rows).step_by(step) {
+            let side = Side::weight_rows(step.min(rows - first), cols, r);
+            let other = &self.low.other[first * r..];
+            let mut right = Floats::dirty(side.len());
+            let units = bytemuck::cast_slice_mut(&mut right);
+            pack::weight_rows(l, &side, self.w, first, other, units);
+            let right = Panels::new(&side, units);
+            tile::multiply(l, &left, &right, &mut out[first..], rows, add);
+        }
     }
 
     /// `x [m, rows] W`, by slabs of W's rows: parts of the sums.
@@ -198,17 +187,15 @@ impl Product<'_> {
             };
             let side = Side::rows(m, count, low.r);
             let other = Side::weight_columns(cols, count, low.r);
-            self.scratch.with(side.len(), |left| {
-                let (x, units) = (&self.x[first..], bytemuck::cast_slice_mut(left));
-                pack::rows(l, &side, x, rows, count, low.values, units);
-                let left = Panels::new(&side, bytemuck::cast_slice(left));
-                self.scratch.with(other.len(), |right| {
-                    let units = bytemuck::cast_slice_mut(right);
-                    pack::weight_columns(l, &other, self.w, first, count, low.other, units);
-                    let right = Panels::new(&other, bytemuck::cast_slice(right));
-                    tile::multiply(l, &left, &right, out, cols, add || first > 0);
-                });
-            });
+            let (mut left, mut right) = (Floats::dirty(side.len()), Floats::dirty(other.len()));
+            let units = bytemuck::cast_slice_mut(&mut left);
+            let x = &self.x[first..];
+            pack::rows(l, &side, x, rows, count, low.values, units);
+            let left = Panels::new(&side, units);
+            let units = bytemuck::cast_slice_mut(&mut right);
+            pack::weight_columns(l, &other, self.w, first, count, low.other, units);
+            let right = Panels::new(&other, units);
+            tile::multiply(l, &left, &right, out, cols, add || first > 0);
         }
     }
 }

@@ -103,9 +103,7 @@ fn check(
     let (low, other) = (values(5, m * r), values(6, r * outside));
     let before = values(3, m * outside);
     let mut out = before.clone();
-    let scratch = Scratch::default();
     let product = Product {
-        scratch: &scratch,
         x: &x,
         m,
         w: &w,

@@ -24,11 +24,17 @@ use super::lanes::Lanes;
 use super::pack::{self, Panels, Side};
 use super::parts::{ALL, Part};
 use super::{Product, SLAB, Sides};
+use crate::cpu::frozen::line_up;
 use crate::cpu::matmul::View;
 use crate::cpu::par;
+use crate::cpu::pool::Floats;
 use crate::{FrozenWeight, Precision, WeightFormat};
 
-/// Strips of the left side that a task takes at most: their block stays in the second-level cache.
+/// Units of the left side that a task takes at most: half of a second-level cache of 2 MiB, where they stay while the columns
+/// go by.
+const TASK: usize = 256 * 1024;
+
+/// Strips of a task at most.
 const STRIPS: usize = 8;
 
 /// Parts of what is not rounded.
@@ -50,10 +56,10 @@ fn weight_parts(w: &FrozenWeight, parts: usize) -> usize {
 
 /// Calls `pack` with the lanes that make each part and the memory it goes to.
 macro_rules! each_part {
-    ($l:expr, $parts:expr, $units:expr, |$lanes:ident, $out:ident| $pack:expr) => {{
-        let parts = $parts;
-        let len = $units.len() / parts;
-        for (part, $out) in $units.chunks_mut(len.max(1)).enumerate() {
+    ($l:expr, $side:expr, $units:expr, |$lanes:ident, $out:ident| $pack:expr) => {{
+        let len = $side.len().max(1);
+        let parts = $units.len() / len;
+        for (part, $out) in $units.chunks_mut(len).enumerate() {
             match (parts, part) {
                 (1, _) => {
                     let $lanes = $l;
@@ -101,49 +107,41 @@ impl Product<'_> {
         out: &mut [f32],
         add: bool,
     ) {
-        let (m, rows, cols, r) = (self.m, self.w.rows(), self.w.cols(), self.low.r);
+        let (rows, cols, r) = (self.w.rows(), self.w.cols(), self.low.r);
         let step = (SLAB / cols).max(1).next_multiple_of(SQUARE);
-        let x = View::rows(self.x, cols);
-        let low = View::rows(self.low.values, r);
-        let right_parts = weight_parts(self.w, parts);
-        let lens = [left::len(m, cols, parts), left::len(m, r, parts)];
-        self.scratch.with(lens[0] + lens[1], |left| {
-            let (left, low_left) = bytemuck::cast_slice_mut(left).split_at_mut(lens[0]);
-            let left = Left::pack(l, x, m, cols, parts, left, true);
-            let low_left = Left::pack(l, low, m, r, parts, low_left, true);
-            for first in (0..rows).step_by(step) {
-                let count = step.min(rows - first);
-                let side = Side::tiles(count, cols, false);
-                let low_side = Side::tiles(count, r, false);
-                let len = side.len() * right_parts;
-                self.scratch.with(len + low_side.len() * parts, |right| {
-                    let units: &mut [u32] = bytemuck::cast_slice_mut(right);
-                    let (right, low_right) = units.split_at_mut(len);
-                    each_part!(l, right_parts, right, |l, out| pack::weight_rows(
-                        l,
-                        &side,
-                        self.w,
-                        first,
-                        &[],
-                        out
-                    ));
-                    let other = &self.low.other[first * r..];
-                    each_part!(l, parts, low_right, |l, out| pack::rows(
-                        l,
-                        &low_side,
-                        other,
-                        r,
-                        r,
-                        &[],
-                        out
-                    ));
-                    let factors = Factors::new(&left, &side, right);
-                    let low = Factors::new(&low_left, &low_side, low_right);
-                    let low = (r > 0).then_some(&low);
-                    multiply(tiles, &factors, low, &mut out[first..], rows, add, true);
-                });
-            }
-        });
+        let mut left = [Floats::default(), Floats::default()];
+        let left = self.left(l, parts, 0, cols, r, &mut left);
+        for first in (0..rows).step_by(step) {
+            let count = step.min(rows - first);
+            let side = Side::tiles(count, cols, false);
+            let mut right = Floats::dirty(side.len() * weight_parts(self.w, parts));
+            let right: &mut [u32] = bytemuck::cast_slice_mut(&mut right);
+            each_part!(l, side, right, |l, out| pack::weight_rows(
+                l,
+                &side,
+                self.w,
+                first,
+                &[],
+                out
+            ));
+            let low_side = Side::tiles(count, r, false);
+            let mut low = Floats::dirty(low_side.len() * parts);
+            let low: &mut [u32] = bytemuck::cast_slice_mut(&mut low);
+            let other = &self.low.other[first * r..];
+            each_part!(l, low_side, low, |l, out| pack::rows(
+                l,
+                &low_side,
+                other,
+                r,
+                r,
+                &[],
+                out
+            ));
+            let factors = Factors::new(&left[0], &side, right);
+            let low = Factors::new(&left[1], &low_side, low);
+            let low = (r > 0).then_some(&low);
+            multiply(tiles, &factors, low, &mut out[first..], rows, add, true);
+        }
     }
 
     /// `x [m, rows] W`, by slabs of W's rows: parts of the sums.
@@ -154,52 +152,61 @@ impl Product<'_> {
         out: &mut [f32],
         add: bool,
     ) {
-        let (m, rows, cols) = (self.m, self.w.rows(), self.w.cols());
+        let (rows, cols) = (self.w.rows(), self.w.cols());
         let step = (SLAB / cols).max(1).next_multiple_of(2 * SQUARE);
-        let right_parts = weight_parts(self.w, parts);
         for first in (0..rows).step_by(step) {
             let count = step.min(rows - first);
             // What goes along does so with the last part.
             let r = if first + count == rows { self.low.r } else { 0 };
-            let x = View::rows(&self.x[first..], rows);
-            let low = View::rows(self.low.values, r);
-            let lens = [left::len(m, count, parts), left::len(m, r, parts)];
+            let mut left = [Floats::default(), Floats::default()];
+            let left = self.left(l, parts, first, count, r, &mut left);
             let side = Side::tiles(cols, count, true);
+            let mut right = Floats::dirty(side.len() * weight_parts(self.w, parts));
+            let right: &mut [u32] = bytemuck::cast_slice_mut(&mut right);
+            each_part!(l, side, right, |l, out| pack::weight_columns(
+                l,
+                &side,
+                self.w,
+                first,
+                count,
+                &[],
+                out
+            ));
             let low_side = Side::tiles(cols, r, false);
-            let len = side.len() * right_parts;
-            self.scratch.with(lens[0] + lens[1], |left| {
-                let (left, low_left) = bytemuck::cast_slice_mut(left).split_at_mut(lens[0]);
-                let left = Left::pack(l, x, m, count, parts, left, true);
-                let low_left = Left::pack(l, low, m, r, parts, low_left, true);
-                self.scratch.with(len + low_side.len() * parts, |right| {
-                    let units: &mut [u32] = bytemuck::cast_slice_mut(right);
-                    let (right, low_right) = units.split_at_mut(len);
-                    each_part!(l, right_parts, right, |l, out| pack::weight_columns(
-                        l,
-                        &side,
-                        self.w,
-                        first,
-                        count,
-                        &[],
-                        out
-                    ));
-                    let mut line = Vec::new();
-                    each_part!(l, parts, low_right, |l, out| pack::dense_columns(
-                        l,
-                        &low_side,
-                        self.low.other,
-                        cols,
-                        r,
-                        out,
-                        &mut line
-                    ));
-                    let factors = Factors::new(&left, &side, right);
-                    let low = Factors::new(&low_left, &low_side, low_right);
-                    let low = (r > 0).then_some(&low);
-                    multiply(tiles, &factors, low, out, cols, add || first > 0, true);
-                });
-            });
+            let mut low = Floats::dirty(low_side.len() * parts);
+            let low: &mut [u32] = bytemuck::cast_slice_mut(&mut low);
+            let (other, mut line) = (self.low.other, Vec::new());
+            each_part!(l, low_side, low, |l, out| pack::dense_columns(
+                l, &low_side, other, cols, r, out, &mut line
+            ));
+            let factors = Factors::new(&left[0], &side, right);
+            let low = Factors::new(&left[1], &low_side, low);
+            let low = (r > 0).then_some(&low);
+            multiply(tiles, &factors, low, out, cols, add || first > 0, true);
         }
+    }
+
+    /// Columns `first..` of x, as many as `count`, and those of the product of low rank.
+    fn left<'u, L: Lanes>(
+        &self,
+        l: L,
+        parts: usize,
+        first: usize,
+        count: usize,
+        r: usize,
+        units: &'u mut [Floats; 2],
+    ) -> [Left<'u>; 2] {
+        let (m, width) = (self.m, self.x.len() / self.m);
+        let pack = |x, inside, units: &'u mut Floats| {
+            *units = Floats::dirty(left::len(m, inside, parts));
+            let units = bytemuck::cast_slice_mut(units);
+            Left::pack(l, x, m, inside, parts, units, true)
+        };
+        let [own, low] = units;
+        [
+            pack(View::rows(&self.x[first..], width), count, own),
+            pack(View::rows(self.low.values, r), r, low),
+        ]
     }
 }
 
@@ -218,15 +225,10 @@ pub(super) fn dense<L: Lanes, T: Tiles>(
     let Sides { left, right, line } = sides;
     let side = Side::tiles(n, k, false);
     let lens = [left::len(m, k, parts), side.len() * parts];
-    for (units, len) in [(&mut *left, lens[0]), (&mut *right, lens[1])] {
-        if units.len() < len {
-            units.resize(len, 0);
-        }
-    }
-    let left = Left::pack(l, a, m, k, parts, left, false);
-    let right = &mut right[..lens[1]];
+    let left = Left::pack(l, a, m, k, parts, line_up(left, lens[0]), false);
+    let right = line_up(right, lens[1]);
     let b = b.t();
-    each_part!(l, parts, right, |l, out| match b.cs {
+    each_part!(l, side, right, |l, out| match b.cs {
         1 => pack::dense_rows(l, &side, b.data, b.rs, k, out),
         _ => {
             assert_eq!(b.rs, 1, "a side without contiguous rows or columns");
@@ -266,8 +268,9 @@ fn multiply<T: Tiles>(
     if threads == 1 {
         return task(0..strips, out);
     }
+    let strip = factors.left.parts * SQUARE * factors.right[0].side.units;
     let tasks = strips
-        .div_ceil(STRIPS)
+        .div_ceil((TASK / strip).clamp(1, STRIPS))
         .next_multiple_of(threads)
         .min(strips);
     let mut left_over = out;

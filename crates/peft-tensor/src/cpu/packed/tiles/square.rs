@@ -171,18 +171,6 @@ mod amx {
         }
     }
 
-    /// Loads the two tiles of a step: rows, which stand together, or columns, which stand side by side.
-    macro_rules! load {
-        (rows $at:expr) => {
-            asm!("tileloadd tmm4, [{at} + {row}]", "tileloadd tmm5, [{at} + {row} + 1024]",
-                at = in(reg) $at, row = in(reg) 4 * TILE, options(nostack, readonly))
-        };
-        (columns $at:expr) => {
-            asm!("tileloadd tmm6, [{at} + {row}]", "tileloadd tmm7, [{at} + {row} + 64]",
-                at = in(reg) $at, row = in(reg) 4 * SQUARE, options(nostack, readonly))
-        };
-    }
-
     /// One after the other, the parts that there are of each step.
     #[inline(always)]
     fn add<const LEFT: usize, const RIGHT: usize>(left: &[&[u32]], right: &[&[u32]]) {
@@ -196,19 +184,14 @@ mod amx {
             for j in (0..RIGHT).rev() {
                 // SAFETY: whole steps inside of slices, as the assertion says; only the registers change.
                 unsafe {
-                    load!(columns right[j].add(at));
-                    for i in (0..LEFT.max(RIGHT) - j).rev() {
-                        if i >= LEFT {
-                            continue;
-                        }
-                        load!(rows left[i].add(at));
-                        asm!(
-                            "tdpbf16ps tmm0, tmm4, tmm6",
-                            "tdpbf16ps tmm1, tmm4, tmm7",
-                            "tdpbf16ps tmm2, tmm5, tmm6",
-                            "tdpbf16ps tmm3, tmm5, tmm7",
-                            options(nostack, nomem)
-                        );
+                    // Two tiles of columns, side by side.
+                    asm!("tileloadd tmm6, [{at} + {row}]", "tileloadd tmm7, [{at} + {row} + 64]",
+                        at = in(reg) right[j].add(at), row = in(reg) 4 * SQUARE, options(nostack, readonly));
+                    for i in (0..LEFT.max(RIGHT) - j).rev().filter(|i| *i < LEFT) {
+                        // And two of rows, one below the other.
+                        asm!("tileloadd tmm4, [{at} + {row}]", "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                            "tileloadd tmm5, [{at} + {row} + 1024]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                            at = in(reg) left[i].add(at), row = in(reg) 4 * TILE, options(nostack, readonly));
                     }
                 }
             }
