@@ -9,14 +9,14 @@ mod grad;
 mod rows;
 
 use std::ops::Range;
-
-use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
 
 pub(super) use self::grad::attention_grad;
 use self::rows::LANES;
 pub(super) use self::rows::weights;
 use super::matmul::{View, gemm_into};
 use super::packed::{self, Kernel, Sides};
+use super::par;
 use super::pool::Floats;
 use super::simd::larger;
 use crate::Precision;
@@ -118,7 +118,8 @@ impl<'a> Geometry<'a> {
             block,
             bias,
             runs: spec.mask.segments.as_ref().map(|all| runs(all, t)),
-            kernel: packed::kernel(precision),
+            // Sums of parts take longer to pack for products of this size than they save.
+            kernel: packed::kernel(precision).filter(|_| precision == Precision::Bf16),
         }
     }
 
@@ -335,7 +336,8 @@ pub(super) fn attention(
             tasks.push((batch, i * geometry.block, rows));
         }
     }
-    let run = |(batch, first, rows): (usize, usize, &mut [f32])| {
+    let parts = Mutex::new(Vec::with_capacity(tasks.len()));
+    par::share(tasks, |(batch, first, rows): (usize, usize, &mut [f32])| {
         let count = rows.len() / width;
         let mut lse = vec![0.0; heads * count];
         block(
@@ -348,9 +350,10 @@ pub(super) fn attention(
             rows,
             &mut lse,
         );
-        (batch, first, count, lse)
-    };
-    let parts: Vec<_> = tasks.into_par_iter().map(run).collect();
+        let mut parts = parts.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.push((batch, first, count, lse));
+    });
+    let parts = parts.into_inner().unwrap_or_else(PoisonError::into_inner);
     for (batch, first, count, part) in parts {
         for (h, part) in part.chunks(count).enumerate() {
             lse[(batch * heads + h) * s + first..][..count].copy_from_slice(part);

@@ -1,7 +1,5 @@
 //! Cross-entropy with its gradient, written over the logits.
 
-use rayon::prelude::*;
-
 use super::par;
 use super::simd::{exp, max_body, simd, sum_body};
 
@@ -11,20 +9,19 @@ pub(super) fn cross_entropy(x: &mut [f32], targets: &[i64], cols: usize) -> f32 
         return 0.0;
     }
     let step = par::rows_per_chunk(cols);
-    let chunks = x.par_chunks_mut(step * cols).enumerate();
-    let losses: Vec<f64> = chunks
-        .map(|(i, x)| {
-            let rows = x.chunks_exact_mut(cols).zip(&targets[i * step..]);
-            rows.map(|(x, target)| match usize::try_from(*target) {
-                Ok(target) => row(x, target),
-                Err(_) => {
-                    x.fill(0.0);
-                    0.0
-                }
-            })
-            .sum()
-        })
-        .collect();
+    let chunks = x.chunks_mut(step * cols).enumerate();
+    let mut losses = vec![0.0; chunks.len()];
+    par::share(chunks.zip(&mut losses).collect(), |((i, x), loss)| {
+        let rows = x.chunks_exact_mut(cols).zip(&targets[i * step..]);
+        let losses = rows.map(|(x, target)| match usize::try_from(*target) {
+            Ok(target) => row(x, target),
+            Err(_) => {
+                x.fill(0.0);
+                0.0
+            }
+        });
+        *loss = losses.sum::<f64>();
+    });
     losses.iter().sum::<f64>() as f32
 }
 

@@ -2,12 +2,10 @@
 
 use std::ops::Range;
 
-use gemm::Parallelism;
-use rayon::prelude::*;
-
 use super::pool::Floats;
 use super::simd::axpy;
 use super::{few, par};
+use gemm::Parallelism;
 
 /// A matrix inside a slice, by strides.
 #[derive(Clone, Copy)]
@@ -261,13 +259,11 @@ pub(super) fn matmul(
     };
     if batch >= 8 || (batch > 1 && m * k * n < PARALLEL) {
         let step = (PARALLEL / (m * k * n)).max(1);
-        out.par_chunks_mut(step * m * n)
-            .enumerate()
-            .for_each(|(chunk, outs)| {
-                for (i, out) in outs.chunks_mut(m * n).enumerate() {
-                    one(chunk * step + i, out, false);
-                }
-            });
+        par::chunks(&mut out, step * m * n, |chunk, outs| {
+            for (i, out) in outs.chunks_mut(m * n).enumerate() {
+                one(chunk * step + i, out, false);
+            }
+        });
     } else {
         for (i, out) in out.chunks_mut(m * n).enumerate() {
             one(i, out, parallel(m, k, n));
@@ -300,9 +296,7 @@ fn few_rows(
             }
         };
         if threads {
-            out.par_chunks_mut(stripe)
-                .enumerate()
-                .for_each(|(i, out)| columns(i, out));
+            par::chunks(out, stripe, columns);
         } else {
             columns(0, out);
         }

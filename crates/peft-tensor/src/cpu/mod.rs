@@ -20,6 +20,7 @@ mod pool;
 mod rope;
 mod shape;
 pub(crate) mod simd;
+mod team;
 
 use crate::backend::{Attention, Backend, Binary, Buffer, Glu, LowRank, Rope, Unary};
 use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};

@@ -1,7 +1,5 @@
 //! Softmax and the two norms, a row at a time.
 
-use rayon::prelude::*;
-
 use super::par;
 use super::pool::Floats;
 use super::simd::{add_into, dot_body, exp, madd, max_body, simd, sum_body};
@@ -218,16 +216,10 @@ fn with_partials(
         return total;
     }
     let step = par::rows_per_chunk(cols).max(16);
-    let run = |(i, out): (usize, &mut [f32])| {
-        let mut partial = vec![0.0; width];
-        f(i * step, out, &mut partial);
-        partial
-    };
-    let partials: Vec<Vec<f32>> = out
-        .par_chunks_mut(step * cols)
-        .enumerate()
-        .map(run)
-        .collect();
+    let chunks = out.chunks_mut(step * cols).enumerate();
+    let mut partials = vec![vec![0.0; width]; chunks.len()];
+    let all = chunks.zip(&mut partials).collect();
+    par::share(all, |((i, out), partial)| f(i * step, out, partial));
     for partial in &partials {
         add_into(partial, &mut total);
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use rayon::prelude::*;
+use super::team;
 
 /// Elements of work below which a thread is not worth waking.
 pub(super) const GRAIN: usize = 32 * 1024;
@@ -24,9 +24,7 @@ pub(super) fn rows(out: &mut [f32], row: usize, cost: usize, f: impl Fn(usize, &
     if out.len() <= step * row {
         return f(0, out);
     }
-    out.par_chunks_mut(step * row)
-        .enumerate()
-        .for_each(|(i, chunk)| f(i * step, chunk));
+    chunks(out, step * row, |i, chunk| f(i * step, chunk));
 }
 
 /// As [`rows`] over two outputs with rows of their own widths.
@@ -45,10 +43,23 @@ pub(super) fn rows2(
     if a.len() <= step * row_a {
         return f(0, a, b);
     }
-    let chunks = a
-        .par_chunks_mut(step * row_a)
-        .zip(b.par_chunks_mut(step * row_b));
-    chunks.enumerate().for_each(|(i, (a, b))| f(i * step, a, b));
+    let chunks = a.chunks_mut(step * row_a).zip(b.chunks_mut(step * row_b));
+    share(chunks.enumerate().collect(), |(i, (a, b))| {
+        f(i * step, a, b)
+    });
+}
+
+/// Calls `f(number, chunk)` on chunks of `size` values, the last perhaps shorter.
+pub(super) fn chunks<T: Send>(out: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    let all = out.chunks_mut(size.max(1)).enumerate().collect();
+    share(all, |(i, chunk)| f(i, chunk));
+}
+
+/// The results of `0..n`, in order.
+pub(super) fn collect<R: Send>(n: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
+    let mut all: Vec<Option<R>> = std::iter::repeat_with(|| None).take(n).collect();
+    chunks(&mut all, 1, |i, place| place[0] = Some(f(i)));
+    all.into_iter().flatten().collect()
 }
 
 /// Calls `f(first element, chunk)` on chunks of `out`, each element about one unit of work.
@@ -74,7 +85,7 @@ pub(super) fn pieces(n: usize, run: impl Fn(usize) + Sync) {
         let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < n);
         std::iter::from_fn(take).for_each(&run);
     };
-    team(rayon::current_num_threads().min(n), &work);
+    team::help(rayon::current_num_threads().min(n), &work);
 }
 
 /// [`pieces`] that have something of their own, such as a part of a result.
@@ -84,13 +95,4 @@ pub(super) fn share<P: Send>(all: Vec<P>, run: impl Fn(P) + Sync) {
         let mut place = all[i].lock().unwrap_or_else(PoisonError::into_inner);
         place.take().into_iter().for_each(&run);
     });
-}
-
-/// Runs `work` on up to `n` threads; one that comes late finds nothing left.
-fn team(n: usize, work: &(impl Fn() + Sync)) {
-    if n < 2 {
-        work();
-    } else {
-        rayon::join(|| team(n - n / 2, work), || team(n / 2, work));
-    }
 }

@@ -1,7 +1,5 @@
 //! Moving values about: broadcasting, reductions, permutations, slices, rows by index.
 
-use rayon::prelude::*;
-
 use super::par;
 use super::pool::Floats;
 use super::simd::{add_into, max_body, simd, sum_body};
@@ -337,13 +335,12 @@ pub(super) fn scatter_add(dy: &[f32], rows: usize, cols: usize, ids: &[u32]) -> 
         targets.push((row, *group));
         (rest, done) = (tail, id + 1);
     }
-    targets
-        .into_par_iter()
-        .with_min_len(par::rows_per_chunk(cols))
-        .for_each(|(row, group)| {
-            for (_, i) in group {
+    par::chunks(&mut targets, par::rows_per_chunk(cols), |_, targets| {
+        for (row, group) in targets {
+            for (_, i) in *group {
                 add_into(&dy[i * cols..(i + 1) * cols], row);
             }
-        });
+        }
+    });
     out
 }

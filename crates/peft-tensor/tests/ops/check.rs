@@ -70,12 +70,19 @@ pub(crate) fn assert_all_close(what: &str, got: &[f64], want: &[f64], tolerance:
 }
 
 fn leaves(inputs: &[Input], device: &Device) -> Vec<Tensor> {
-    let leaf = |x: &Input| {
-        Tensor::from_f64(x.values.clone(), &x.shape, device)
-            .unwrap()
-            .leaf()
-    };
-    inputs.iter().map(leaf).collect()
+    let tensor = |x: &Input| Tensor::from_f64(x.values.clone(), &x.shape, device).unwrap();
+    inputs.iter().map(|x| tensor(x).leaf()).collect()
+}
+
+/// [`leaves`] of which only one is.
+fn one_leaf(inputs: &[Input], which: usize, device: &Device) -> Vec<Tensor> {
+    let mut all = leaves(inputs, device);
+    for (i, x) in all.iter_mut().enumerate() {
+        if i != which {
+            *x = x.detach();
+        }
+    }
+    all
 }
 
 /// A scalar that depends on every element of `y` with a weight of its own.
@@ -87,12 +94,10 @@ fn loss(y: &Tensor) -> Tensor {
 
 /// Values and gradients of `f` on a device.
 fn run(
-    inputs: &[Input],
-    device: &Device,
+    leaves: &[Tensor],
     f: &impl Fn(&[Tensor]) -> Result<Tensor>,
 ) -> (Vec<f64>, Vec<Vec<f64>>) {
-    let leaves = leaves(inputs, device);
-    let y = f(&leaves).unwrap();
+    let y = f(leaves).unwrap();
     let values = y.to_f64().unwrap();
     if !y.requires_grad() {
         return (values, vec![]);
@@ -128,19 +133,20 @@ pub(crate) fn check(
     tolerance: Tolerance,
     f: impl Fn(&[Tensor]) -> Result<Tensor>,
 ) {
-    let (want, want_grads) = run(inputs, &Device::reference(), &f);
+    let (want, want_grads) = run(&leaves(inputs, &Device::reference()), &f);
     for device in devices() {
-        let (got, got_grads) = run(inputs, device, &f);
+        let (got, got_grads) = run(&leaves(inputs, device), &f);
         let name = device.backend().name();
         assert_all_close(&format!("values on {name}"), &got, &want, tolerance.forward);
         assert_eq!(got_grads.len(), want_grads.len());
         for (i, (got, want)) in got_grads.iter().zip(&want_grads).enumerate() {
-            assert_all_close(
-                &format!("gradient of input {i} on {name}"),
-                got,
-                want,
-                tolerance.backward,
-            );
+            let what = format!("gradient of input {i} on {name}");
+            assert_all_close(&what, got, want, tolerance.backward);
+            // Where it is the only one that is wanted, as beside frozen weights, it is the same.
+            let (_, alone) = run(&one_leaf(inputs, i, device), &f);
+            if let Some(alone) = alone.get(i) {
+                assert_all_close(&format!("{what} alone"), alone, want, tolerance.backward);
+            }
         }
     }
     for (i, want) in want_grads.iter().enumerate() {

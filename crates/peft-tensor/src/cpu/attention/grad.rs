@@ -2,8 +2,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::Geometry;
 use super::rows::row_grad;
 use crate::Precision;
@@ -59,7 +57,7 @@ pub(in crate::cpu) fn attention_grad(
             i % per_batch * share..(i % per_batch + 1) * share,
         )
     };
-    let parts: Vec<Part> = (0..b * per_batch).into_par_iter().map(run).collect();
+    let parts: Vec<Part> = par::collect(b * per_batch, run);
 
     let (q_width, kv_width, d) = (geometry.q_width, geometry.kv_width, spec.head_dim);
     par::rows(&mut dq, q_width, q_width, |first, rows| {

@@ -4,6 +4,7 @@
 //! A value of an implementation is the proof that the processor has its instructions, so its methods are safe. They are
 //! only fast where they are compiled into a function for these instructions, which [`Lanes::run`] enters.
 
+use super::parts::ALL;
 use crate::cpu::half::bf16;
 
 /// Registers of one instruction set.
@@ -30,8 +31,8 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     }
     /// The units of `2 * WIDTH` values, rounded to bfloat16.
     fn units(self, values: &[f32]) -> Self::V;
-    /// The units of part `P` of `2 * WIDTH` values ([`parts`](super::parts)).
-    fn part<const P: usize>(self, values: &[f32]) -> Self::V;
+    /// The units of all [`parts`](super::parts) of `2 * WIDTH` values.
+    fn parts(self, values: &[f32]) -> [Self::V; ALL];
     /// The units of a and b in turns: those of the lower halves, those of the upper halves.
     fn zip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V);
     /// Asks for the cache line at an address, which will be wanted soon; any address will do.
@@ -93,9 +94,13 @@ impl Lanes for Plain {
         std::array::from_fn(|i| self.unit(values[2 * i], values[2 * i + 1]))
     }
 
-    fn part<const P: usize>(self, values: &[f32]) -> Self::V {
-        let part = super::parts::part::<P>;
-        std::array::from_fn(|i| part(values[2 * i]) | part(values[2 * i + 1]) << 16)
+    fn parts(self, values: &[f32]) -> [Self::V; ALL] {
+        let split = |v: f32| super::parts::split(v);
+        std::array::from_fn(|part| {
+            std::array::from_fn(|i| {
+                split(values[2 * i])[part] | split(values[2 * i + 1])[part] << 16
+            })
+        })
     }
 
     fn zip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V) {
@@ -133,7 +138,7 @@ mod x86 {
     use std::arch::is_x86_feature_detected as has;
     use std::arch::x86_64::*;
 
-    use super::{Lanes, Work};
+    use super::{ALL, Lanes, Work};
 
     /// Sixteen pairs of bfloat16, multiplied and added to f32 in one instruction.
     #[derive(Clone, Copy)]
@@ -243,25 +248,30 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn part<const P: usize>(self, values: &[f32]) -> __m512 {
+        fn parts(self, values: &[f32]) -> [__m512; ALL] {
             // SAFETY: as above.
             unsafe {
+                let wide = |bits: __m256bh| {
+                    let bits: __m256i = std::mem::transmute(bits);
+                    _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))
+                };
+                // What is left of values without their first part, nothing if that is not finite, and without the second.
                 let left = |at: *const f32| {
-                    let mut v = _mm512_loadu_ps(at);
-                    for _ in 0..P {
-                        let bits: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
-                        let first = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits));
-                        // Zero where that is not finite.
-                        let exponent = _mm512_set1_epi32(0x7f80_0000);
-                        let finite = _mm512_and_si512(first, exponent);
-                        let finite = _mm512_cmpneq_epi32_mask(finite, exponent);
-                        v = _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(first));
-                    }
-                    v
+                    let v = _mm512_loadu_ps(at);
+                    let first = wide(_mm512_cvtneps_pbh(v));
+                    let exponent = _mm512_set1_epi32(0x7f80_0000);
+                    let finite =
+                        _mm512_cmpneq_epi32_mask(_mm512_and_si512(first, exponent), exponent);
+                    let second = _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(first));
+                    let bits = wide(_mm512_cvtneps_pbh(second));
+                    [v, second, _mm512_sub_ps(second, _mm512_castsi512_ps(bits))]
                 };
                 let (low, high) = (left(sixteen(values)), left(sixteen(&values[16..])));
-                let both = _mm512_cvtne2ps_pbh(high, low);
-                std::mem::transmute::<__m512bh, __m512>(both)
+                let both = |part: usize| {
+                    let both = _mm512_cvtne2ps_pbh(high[part], low[part]);
+                    std::mem::transmute::<__m512bh, __m512>(both)
+                };
+                [both(0), both(1), both(2)]
             }
         }
     }

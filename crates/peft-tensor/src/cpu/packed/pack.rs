@@ -6,10 +6,10 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::lanes::{Lanes, ROWS, WIDTH, Work};
 use super::tiles::{SQUARE, TILE};
+use crate::cpu::par;
+use crate::cpu::pool::Floats;
 use crate::{FrozenWeight, WeightFormat};
 
 /// Where the strips of a side lie.
@@ -297,15 +297,13 @@ fn strips<L: Lanes, T: Item>(
     let size = (side.take * side.units).max(1);
     // A task long enough to be worth waking a thread.
     let together = (16 * 1024 / size).max(1);
-    let one = |(strip, out): (usize, &mut [u32])| {
-        one_strip(l, side, rows, stride, inside, strip, out);
-        low_strip(l, side, low, strip, out);
-    };
-    if side.strips <= together {
-        return out.chunks_mut(size).enumerate().for_each(one);
-    }
-    let tasks = out.par_chunks_mut(size).enumerate();
-    tasks.with_min_len(together).for_each(one);
+    par::chunks(out, size * together, |task, out| {
+        for (i, out) in out.chunks_mut(size).enumerate() {
+            let strip = task * together + i;
+            one_strip(l, side, rows, stride, inside, strip, out);
+            low_strip(l, side, low, strip, out);
+        }
+    });
 }
 
 fn one_strip<L: Lanes, T: Item>(
@@ -411,26 +409,21 @@ pub(super) fn weight_rows<L: Lanes>(
     if let Some(values) = w.as_f32() {
         return strips(l, side, &values[first * cols..], cols, cols, low, out);
     }
-    out.par_chunks_mut(take * side.units)
-        .enumerate()
-        .for_each_init(
-            || vec![0.0; take * cols],
-            |decoded, (strip, out)| {
-                let count = (side.outside - strip * take).min(take);
-                let from = first + strip * take;
-                w.decode_rows(from..from + count, &mut decoded[..count * cols]);
-                let rows = &decoded[..];
-                l.run(Strip {
-                    rows,
-                    stride: cols,
-                    inside: cols,
-                    count,
-                    take,
-                    out,
-                });
-                low_strip(l, side, low, strip, out);
-            },
-        );
+    par::chunks(out, take * side.units, |strip, out| {
+        let count = (side.outside - strip * take).min(take);
+        let from = first + strip * take;
+        let mut rows = Floats::dirty(count * cols);
+        w.decode_rows(from..from + count, &mut rows);
+        l.run(Strip {
+            rows: &rows,
+            stride: cols,
+            inside: cols,
+            count,
+            take,
+            out,
+        });
+        low_strip(l, side, low, strip, out);
+    });
 }
 
 /// One step along the inner dimension, for all strips: the values of two rows side by side.
@@ -538,59 +531,57 @@ pub(super) fn weight_columns<L: Lanes>(
     let stored = stored(w);
     let dense = w.as_f32();
     let size = side.piece * take * side.strips;
-    out.par_chunks_mut(size.max(1))
-        .enumerate()
-        .for_each(|(piece, out)| {
-            let units = out.len() / (take * side.strips);
-            let apart = units * take;
-            let mut decoded = Vec::new();
-            let mut line = vec![0; line(side)];
-            for unit in 0..units {
-                let out = &mut out[unit * take..];
-                // The step, of the weight's or, behind them, of the low rank's.
-                let step = piece * side.piece + unit;
-                let own = step < side.own();
-                let (at, end) = match own {
-                    true => (first + step * 2, first + count),
-                    false => ((step - side.own()) * 2, side.low),
+    par::chunks(out, size, |piece, out| {
+        let units = out.len() / (take * side.strips);
+        let apart = units * take;
+        let mut decoded = Vec::new();
+        let mut line = vec![0; line(side)];
+        for unit in 0..units {
+            let out = &mut out[unit * take..];
+            // The step, of the weight's or, behind them, of the low rank's.
+            let step = piece * side.piece + unit;
+            let own = step < side.own();
+            let (at, end) = match own {
+                true => (first + step * 2, first + count),
+                false => ((step - side.own()) * 2, side.low),
+            };
+            if at >= end {
+                blank(out, take, apart);
+                continue;
+            }
+            let there = 2.min(end - at);
+            if let (Some(all), true) = (stored, own) {
+                let row = |i: usize| match i < there {
+                    true => &all[(at + i) * cols / 2..][..cols / 2],
+                    false => &[],
                 };
-                if at >= end {
-                    blank(out, take, apart);
-                    continue;
-                }
-                let there = 2.min(end - at);
-                if let (Some(all), true) = (stored, own) {
-                    let row = |i: usize| match i < there {
-                        true => &all[(at + i) * cols / 2..][..cols / 2],
-                        false => &[],
-                    };
-                    let rows = [row(0), row(1)];
-                    l.run(StoredStep {
-                        rows,
-                        out,
-                        take,
-                        apart,
-                    });
-                    continue;
-                }
-                let values = match (own, dense) {
-                    (false, _) => &low[at * cols..(at + there) * cols],
-                    (true, Some(values)) => &values[at * cols..(at + there) * cols],
-                    (true, None) => {
-                        decoded.resize(there * cols, 0.0);
-                        w.decode_rows(at..at + there, &mut decoded);
-                        &decoded[..]
-                    }
-                };
-                let rows = [&values[..cols], &values[cols..]];
-                l.run(Step {
+                let rows = [row(0), row(1)];
+                l.run(StoredStep {
                     rows,
-                    line: &mut line,
                     out,
                     take,
                     apart,
-                    last: unit + 1 == units,
                 });
+                continue;
             }
-        });
+            let values = match (own, dense) {
+                (false, _) => &low[at * cols..(at + there) * cols],
+                (true, Some(values)) => &values[at * cols..(at + there) * cols],
+                (true, None) => {
+                    decoded.resize(there * cols, 0.0);
+                    w.decode_rows(at..at + there, &mut decoded);
+                    &decoded[..]
+                }
+            };
+            let rows = [&values[..cols], &values[cols..]];
+            l.run(Step {
+                rows,
+                line: &mut line,
+                out,
+                take,
+                apart,
+                last: unit + 1 == units,
+            });
+        }
+    });
 }

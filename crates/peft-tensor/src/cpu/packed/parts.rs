@@ -9,16 +9,18 @@ use crate::cpu::half::bf16;
 /// Parts that an f32 has.
 pub(super) const ALL: usize = 3;
 
-/// Part `P` of a value, as bfloat16.
+/// The parts of a value, as bfloat16.
 #[inline(always)]
-pub(super) fn part<const P: usize>(value: f32) -> u32 {
-    let mut left = value;
-    for _ in 0..P {
-        let first = f32::from_bits(bf16(left) << 16);
-        // Infinity is its first part, and so is what is not a number.
-        left = if first.is_finite() { left - first } else { 0.0 };
-    }
-    bf16(left)
+pub(super) fn split(value: f32) -> [u32; ALL] {
+    let wide = |bits: u32| f32::from_bits(bits << 16);
+    let first = bf16(value);
+    // Infinity is its first part, and so is what is not a number.
+    let left = match wide(first).is_finite() {
+        true => value - wide(first),
+        false => 0.0,
+    };
+    let second = bf16(left);
+    [first, second, bf16(left - wide(second))]
 }
 
 /// Lanes whose units are part `P` of values.
@@ -70,17 +72,17 @@ impl<L: Lanes, const P: usize> Lanes for Part<L, P> {
 
     #[inline(always)]
     fn unit(self, low: f32, high: f32) -> u32 {
-        part::<P>(low) | part::<P>(high) << 16
+        split(low)[P] | split(high)[P] << 16
     }
 
     #[inline(always)]
     fn units(self, values: &[f32]) -> L::V {
-        self.0.part::<P>(values)
+        self.0.parts(values)[P]
     }
 
     #[inline(always)]
-    fn part<const Q: usize>(self, values: &[f32]) -> L::V {
-        self.0.part::<Q>(values)
+    fn parts(self, values: &[f32]) -> [L::V; ALL] {
+        self.0.parts(values)
     }
 
     #[inline(always)]
@@ -104,8 +106,7 @@ mod tests {
     use super::*;
 
     fn parts(value: f32) -> [f32; ALL] {
-        [part::<0>(value), part::<1>(value), part::<2>(value)]
-            .map(|bits| f32::from_bits(bits << 16))
+        split(value).map(|bits| f32::from_bits(bits << 16))
     }
 
     #[test]

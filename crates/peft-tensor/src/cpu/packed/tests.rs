@@ -272,6 +272,7 @@ fn every_function<L: Lanes>(l: L) {
             let (a, b) = (l.units(self.a), l.units(self.b));
             let (low, high) = l.zip(a, b);
             let sum = l.load(bytemuck::cast_slice(&self.b[WIDTH..]));
+            let parts = l.parts(self.a);
             let all = [
                 l.zero(),
                 l.splat(self.a[3].to_bits()),
@@ -280,9 +281,9 @@ fn every_function<L: Lanes>(l: L) {
                 low,
                 high,
                 l.add(l.load(bytemuck::cast_slice(self.a)), sum),
-                l.part::<0>(self.a),
-                l.part::<1>(self.a),
-                l.part::<2>(self.a),
+                parts[0],
+                parts[1],
+                parts[2],
                 l.dot(sum, a, b),
             ];
             for (v, out) in all.into_iter().zip(self.out) {

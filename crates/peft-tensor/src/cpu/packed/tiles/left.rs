@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::super::lanes::{Lanes, WIDTH, Work};
 use super::super::pack::{pair, remainder, transpose};
 use super::super::parts::Part;
 use super::square::{SQUARE, STEP, TILE};
 use crate::cpu::matmul::View;
+use crate::cpu::par;
 
 /// Values of a step along the inner dimension.
 const VALUES: usize = 2 * WIDTH;
@@ -42,30 +41,34 @@ impl<'a> Left<'a> {
         let units = &mut units[..len(rows, inside, parts)];
         let one = |(strip, out): (usize, &mut [u32])| {
             let first = strip * SQUARE;
-            for (part, out) in out.chunks_mut(steps * STEP).enumerate() {
-                let strip = Strip {
-                    x: View {
-                        data: &x.data[first * x.rs..],
-                        ..x
-                    },
-                    rows: (rows - first).min(SQUARE),
-                    inside,
-                    out,
-                };
-                match (parts, part) {
-                    (1, _) => l.run(strip),
-                    (_, 0) => Part::<L, 0>(l).run(strip),
-                    (_, 1) => Part::<L, 1>(l).run(strip),
-                    _ => Part::<L, 2>(l).run(strip),
-                }
+            let mut strip = Strip {
+                x: View {
+                    data: &x.data[first * x.rs..],
+                    ..x
+                },
+                rows: (rows - first).min(SQUARE),
+                inside,
+                out,
+            };
+            if parts == 1 {
+                return l.run(strip);
             }
+            if x.cs == 1 {
+                return l.run(Parts(strip));
+            }
+            let len = steps * STEP;
+            Part::<L, 0>(l).run(strip.part(len, 0));
+            Part::<L, 1>(l).run(strip.part(len, 1));
+            Part::<L, 2>(l).run(strip.part(len, 2));
         };
         let size = (parts * steps * STEP).max(1);
         // A task long enough to be worth waking a thread.
         let together = (16 * 1024 / size).max(1);
-        if threads && units.len() > together * size {
-            let tasks = units.par_chunks_mut(size).enumerate();
-            tasks.with_min_len(together).for_each(one);
+        if threads {
+            par::chunks(units, together * size, |task, units| {
+                let strips = units.chunks_mut(size).enumerate();
+                strips.for_each(|(i, units)| one((task * together + i, units)));
+            });
         } else {
             units.chunks_mut(size).enumerate().for_each(one);
         }
@@ -93,6 +96,42 @@ struct Strip<'a> {
     out: &'a mut [u32],
 }
 
+/// Rows in all parts.
+struct Parts<'a>(Strip<'a>);
+
+impl<L: Lanes> Work<L> for Parts<'_> {
+    #[inline(always)]
+    fn on(self, l: L) {
+        let Strip {
+            x,
+            rows,
+            inside,
+            out,
+        } = self.0;
+        let steps = inside.div_ceil(VALUES);
+        let (first, rest) = out.split_at_mut(steps * STEP);
+        let (second, third) = rest.split_at_mut(steps * STEP);
+        for row in 0..rows {
+            let x = &x.data[row * x.rs..][..inside];
+            for step in 0..steps {
+                let parts = match x[step * VALUES..].first_chunk::<VALUES>() {
+                    Some(values) => l.parts(values),
+                    None => {
+                        let mut values = [0.0; VALUES];
+                        let rest = &x[step * VALUES..];
+                        values[..rest.len()].copy_from_slice(rest);
+                        l.parts(&values)
+                    }
+                };
+                let at = step * STEP + row * TILE;
+                l.store(parts[0], &mut first[at..]);
+                l.store(parts[1], &mut second[at..]);
+                l.store(parts[2], &mut third[at..]);
+            }
+        }
+    }
+}
+
 impl<L: Lanes> Work<L> for Strip<'_> {
     #[inline(always)]
     fn on(self, l: L) {
@@ -106,6 +145,14 @@ impl<L: Lanes> Work<L> for Strip<'_> {
 }
 
 impl Strip<'_> {
+    /// The strip with the place of one of several parts, each of `len` units.
+    fn part(&mut self, len: usize, part: usize) -> Strip<'_> {
+        Strip {
+            out: &mut self.out[part * len..][..len],
+            ..*self
+        }
+    }
+
     #[inline(always)]
     fn from_rows<L: Lanes>(self, l: L) {
         for row in 0..self.rows {
