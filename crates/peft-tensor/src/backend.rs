@@ -344,19 +344,19 @@ pub trait Backend: Send + Sync {
         up: &Buffer,
         dy: &Buffer,
     ) -> Result<(Buffer, Buffer)>;
-    /// [`Backend::glu`] where the device may write over the gate.
-    fn glu_owned(&self, kind: Glu, gate: Buffer, up: &Buffer) -> Result<Buffer> {
-        self.glu(kind, &gate, up)
+    /// [`Backend::glu`] of what [`Backend::pack`] made, or of whole tensors.
+    fn glu_packed(&self, kind: Glu, gate: Buffer, up: Buffer) -> Result<Buffer> {
+        self.glu(kind, &self.unpack(&gate)?, &self.unpack(&up)?)
     }
-    /// [`Backend::glu_grad`] where the device may write over both.
-    fn glu_grad_owned(
+    /// [`Backend::glu_grad`] of what [`Backend::pack`] made, or of whole tensors.
+    fn glu_grad_packed(
         &self,
         kind: Glu,
         gate: Buffer,
         up: Buffer,
         dy: &Buffer,
     ) -> Result<(Buffer, Buffer)> {
-        self.glu_grad(kind, &gate, &up, dy)
+        self.glu_grad(kind, &self.unpack(&gate)?, &self.unpack(&up)?, dy)
     }
     /// x with each element kept with probability 1 - p and scaled by 1 / (1 - p); element i is kept iff
     /// `key.uniform_at(i) >= p`, so that the same key gives the same mask on every device. Its own gradient.

@@ -3,7 +3,7 @@
 //! The output of a norm, a gate or an activation function is made again from its input, which is kept anyway; what has to
 //! be kept is handed to the device, which may pack it. So an operation says what it needs and not how it is stored.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::tape::Target;
 use crate::{Buffer, Device, Result, Tensor};
@@ -11,10 +11,38 @@ use crate::{Buffer, Device, Result, Tensor};
 /// Makes a tensor's values again.
 pub(crate) type Recipe = Arc<dyn Fn() -> Result<Buffer> + Send + Sync>;
 
+/// A recipe and those that wait for what it makes: the first of several makes it for all.
+struct Again {
+    recipe: Recipe,
+    /// How many wait, and what was made if some still do.
+    state: Mutex<(usize, Option<Buffer>)>,
+}
+
+impl Again {
+    fn wait(self: &Arc<Self>) -> Arc<Self> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0 += 1;
+        self.clone()
+    }
+
+    fn make(&self) -> Result<Buffer> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0 = state.0.saturating_sub(1);
+        let made = match state.1.take() {
+            Some(made) => made,
+            None => (self.recipe)()?,
+        };
+        if state.0 > 0 {
+            state.1 = Some(made.clone());
+        }
+        Ok(made)
+    }
+}
+
 /// How a tensor can be kept; shared by its clones and its views of another shape.
 #[derive(Clone, Default)]
 pub(crate) struct Keeping {
-    recipe: Option<Recipe>,
+    again: Option<Arc<Again>>,
     packed: Arc<OnceLock<Buffer>>,
 }
 
@@ -22,7 +50,10 @@ impl Keeping {
     /// Not at all, as long as there is a recipe.
     pub(crate) fn again(recipe: Recipe) -> Self {
         Self {
-            recipe: Some(recipe),
+            again: Some(Arc::new(Again {
+                recipe,
+                state: Mutex::default(),
+            })),
             ..Self::default()
         }
     }
@@ -42,13 +73,13 @@ pub(crate) struct Kept {
 enum Held {
     Whole(Buffer),
     Packed(Buffer),
-    Recipe(Recipe),
+    Again(Arc<Again>),
 }
 
 impl Kept {
     pub(crate) fn new(x: &Tensor) -> Self {
-        let held = match &x.keeping.recipe {
-            Some(recipe) => Held::Recipe(recipe.clone()),
+        let held = match &x.keeping.again {
+            Some(again) => Held::Again(again.wait()),
             // A parameter or a constant is alive elsewhere: packing it would be a second copy.
             None if !x.target.is_step() => Held::Whole(x.data.clone()),
             None => Held::of(&x.data, &x.keeping, x.device()),
@@ -76,12 +107,20 @@ impl Kept {
         &self.device
     }
 
+    /// The values, as the device packed them if it did.
+    pub(crate) fn packed(&self) -> Result<Buffer> {
+        match &self.held {
+            Held::Whole(data) | Held::Packed(data) => Ok(data.clone()),
+            Held::Again(again) => again.make(),
+        }
+    }
+
     /// The values.
     pub(crate) fn data(&self) -> Result<Buffer> {
         match &self.held {
             Held::Whole(data) => Ok(data.clone()),
             Held::Packed(data) => self.device.backend().unpack(data),
-            Held::Recipe(recipe) => recipe(),
+            Held::Again(again) => again.make(),
         }
     }
 

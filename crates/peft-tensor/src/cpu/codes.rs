@@ -40,6 +40,15 @@ impl Codes {
         }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Values from one on that a block begins with.
+    pub(super) fn read(&self, first: usize, out: &mut [f32]) {
+        unpack_blocks(&self.blocks[first / BLOCK * WORDS..], out);
+    }
+
     pub(super) fn unpack(&self) -> Floats {
         let mut out = Floats::dirty(self.len);
         super::par::rows(&mut out, TASK * BLOCK, TASK * BLOCK, |first, out| {

@@ -3,6 +3,7 @@
 use super::par;
 use super::pool::Floats;
 use super::simd::{exp, gelu_tanh_inner, phi, sigmoid, simd, tanh};
+use super::source::{PIECE, Source};
 use crate::backend::{Binary, Glu, Unary};
 
 /// 1 / sqrt(2 pi)
@@ -217,29 +218,21 @@ pub(super) fn accumulate(a: &mut [f32], b: &[f32]) {
     par::elements(a, |at, a| super::simd::add_into(&b[at..at + a.len()], a));
 }
 
-pub(super) fn glu(kind: Glu, gate: &[f32], up: &[f32]) -> Floats {
+pub(super) fn glu(kind: Glu, gate: Source<'_>, up: Source<'_>) -> Floats {
     let mut out = Floats::dirty(gate.len());
     par::elements(&mut out, |at, out| {
-        let here = at..at + out.len();
-        glu_chunk(kind, &gate[here.clone()], &up[here], out);
-    });
-    out
-}
-
-/// Values that are copied so that others can be written where they were; they stay in the first-level cache.
-const PIECE: usize = 1024;
-
-/// [`glu`] in the memory of the gate.
-pub(super) fn glu_over(kind: Glu, gate: &mut [f32], up: &[f32]) {
-    par::elements(gate, |at, gate| {
-        let mut copy = [0.0; PIECE];
-        let pieces = gate.chunks_mut(PIECE).zip(up[at..].chunks(PIECE));
-        for (gate, up) in pieces {
-            let copy = &mut copy[..gate.len()];
-            copy.copy_from_slice(gate);
-            glu_chunk(kind, copy, &up[..gate.len()], gate);
+        let (mut g, mut u) = ([0.0; PIECE], [0.0; PIECE]);
+        for (i, out) in out.chunks_mut(PIECE).enumerate() {
+            let here = at + i * PIECE..at + i * PIECE + out.len();
+            glu_chunk(
+                kind,
+                gate.read(here.clone(), &mut g),
+                up.read(here, &mut u),
+                out,
+            );
         }
     });
+    out
 }
 
 simd! {
@@ -252,36 +245,25 @@ simd! {
     }
 }
 
-pub(super) fn glu_grad(kind: Glu, gate: &[f32], up: &[f32], dy: &[f32]) -> (Floats, Floats) {
+pub(super) fn glu_grad(
+    kind: Glu,
+    gate: Source<'_>,
+    up: Source<'_>,
+    dy: &[f32],
+) -> (Floats, Floats) {
     let mut dgate = Floats::dirty(gate.len());
     let mut dup = Floats::dirty(gate.len());
     par::rows2(&mut dgate, 1, &mut dup, 1, 1, |at, dgate, dup| {
-        let here = at..at + dgate.len();
-        glu_grad_chunk(
-            kind,
-            &gate[here.clone()],
-            &up[here.clone()],
-            &dy[here],
-            dgate,
-            dup,
-        );
-    });
-    (dgate, dup)
-}
-
-/// [`glu_grad`] in the memory of the gate and of what it multiplies.
-pub(super) fn glu_grad_over(kind: Glu, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
-    par::rows2(gate, 1, up, 1, 1, |at, gate, up| {
-        let mut copies = ([0.0; PIECE], [0.0; PIECE]);
-        let sides = gate.chunks_mut(PIECE).zip(up.chunks_mut(PIECE));
-        for ((gate, up), dy) in sides.zip(dy[at..].chunks(PIECE)) {
-            let n = gate.len();
-            let (g, u) = (&mut copies.0[..n], &mut copies.1[..n]);
-            g.copy_from_slice(gate);
-            u.copy_from_slice(up);
-            glu_grad_chunk(kind, g, u, &dy[..n], gate, up);
+        let (mut g, mut u) = ([0.0; PIECE], [0.0; PIECE]);
+        let outs = dgate.chunks_mut(PIECE).zip(dup.chunks_mut(PIECE));
+        for (i, (dgate, dup)) in outs.enumerate() {
+            let here = at + i * PIECE..at + i * PIECE + dgate.len();
+            let gate = gate.read(here.clone(), &mut g);
+            let up = up.read(here.clone(), &mut u);
+            glu_grad_chunk(kind, gate, up, &dy[here], dgate, dup);
         }
     });
+    (dgate, dup)
 }
 
 simd! {
@@ -321,23 +303,40 @@ fn gate_map(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::codes::Codes;
+    use crate::cpu::half::Halves;
 
     #[test]
-    fn a_gate_written_over_gives_the_same() {
+    fn packed_gates_give_what_unpacked_ones_do() {
         let values = |n: usize, step: f32| -> Vec<f32> {
             (0..n).map(|i| (i as f32 * step).sin() * 3.0).collect()
         };
         // Several tasks, the last piece of each not full.
         let n = 2 * par::GRAIN + 3 * PIECE + 77;
         let (gate, up, dy) = (values(n, 0.37), values(n, 0.11), values(n, 0.73));
-        for kind in [Glu::Silu, Glu::Gelu, Glu::GeluTanh] {
-            let mut over = gate.clone();
-            glu_over(kind, &mut over, &up);
-            assert_eq!(over[..], glu(kind, &gate, &up)[..]);
-            let (mut dgate, mut dup) = (gate.clone(), up.clone());
-            glu_grad_over(kind, &mut dgate, &mut dup, &dy);
-            let want = glu_grad(kind, &gate, &up, &dy);
-            assert_eq!((&dgate[..], &dup[..]), (&want.0[..], &want.1[..]));
+        let halves = [Halves::pack(&gate), Halves::pack(&up)];
+        let codes = [Codes::pack(&gate), Codes::pack(&up)];
+        let all = [
+            (
+                halves.each_ref().map(Source::Halves),
+                halves.each_ref().map(Halves::unpack),
+            ),
+            (
+                codes.each_ref().map(Source::Codes),
+                codes.each_ref().map(Codes::unpack),
+            ),
+        ];
+        for ([gate, up], whole) in all {
+            let [whole_gate, whole_up] = whole.each_ref().map(|x| Source::Whole(x));
+            for kind in [Glu::Silu, Glu::Gelu, Glu::GeluTanh] {
+                let want = glu(kind, whole_gate, whole_up);
+                assert_eq!(glu(kind, gate, up)[..], want[..]);
+                // One of both may be whole.
+                assert_eq!(glu(kind, whole_gate, up)[..], want[..]);
+                let got = glu_grad(kind, gate, up, &dy);
+                let want = glu_grad(kind, whole_gate, whole_up, &dy);
+                assert_eq!((&got.0[..], &got.1[..]), (&want.0[..], &want.1[..]));
+            }
         }
     }
 }

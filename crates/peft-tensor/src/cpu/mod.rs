@@ -20,6 +20,7 @@ mod pool;
 mod rope;
 mod shape;
 pub(crate) mod simd;
+mod source;
 mod team;
 
 use crate::backend::{Attention, Backend, Binary, Buffer, Glu, LowRank, Rope, Unary};
@@ -27,6 +28,7 @@ use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};
 use codes::Codes;
 use half::Halves;
 use pool::Floats;
+use source::Source;
 
 /// The processor.
 pub(crate) struct CpuBackend {
@@ -60,6 +62,17 @@ fn get(buffer: &Buffer) -> Result<&[f32]> {
     values.map(|v| &v[..]).ok_or_else(|| {
         TensorError::Unsupported("a tensor of another device was given to the cpu".into())
     })
+}
+
+/// Values that may be packed.
+fn source(buffer: &Buffer) -> Result<Source<'_>> {
+    if let Some(halves) = buffer.get::<Halves>() {
+        return Ok(Source::Halves(halves));
+    }
+    match buffer.get::<Codes>() {
+        Some(codes) => Ok(Source::Codes(codes)),
+        None => Ok(Source::Whole(get(buffer)?)),
+    }
 }
 
 /// The values for writing: taken over from the only holder, else copied.
@@ -182,7 +195,11 @@ impl Backend for CpuBackend {
     }
 
     fn glu(&self, kind: Glu, gate: &Buffer, up: &Buffer) -> Result<Buffer> {
-        Ok(put(elementwise::glu(kind, get(gate)?, get(up)?)))
+        Ok(put(elementwise::glu(
+            kind,
+            Source::Whole(get(gate)?),
+            Source::Whole(get(up)?),
+        )))
     }
 
     fn glu_grad(
@@ -192,30 +209,26 @@ impl Backend for CpuBackend {
         up: &Buffer,
         dy: &Buffer,
     ) -> Result<(Buffer, Buffer)> {
-        let (dgate, dup) = elementwise::glu_grad(kind, get(gate)?, get(up)?, get(dy)?);
+        let (gate, up) = (Source::Whole(get(gate)?), Source::Whole(get(up)?));
+        let (dgate, dup) = elementwise::glu_grad(kind, gate, up, get(dy)?);
         Ok((put(dgate), put(dup)))
     }
 
-    fn glu_owned(&self, kind: Glu, mut gate: Buffer, up: &Buffer) -> Result<Buffer> {
-        match gate.get_mut::<Floats>() {
-            Some(values) => elementwise::glu_over(kind, values, get(up)?),
-            None => return self.glu(kind, &gate, up),
-        }
-        Ok(gate)
+    fn glu_packed(&self, kind: Glu, gate: Buffer, up: Buffer) -> Result<Buffer> {
+        let (gate, up) = (source(&gate)?, source(&up)?);
+        Ok(put(elementwise::glu(kind, gate, up)))
     }
 
-    fn glu_grad_owned(
+    fn glu_grad_packed(
         &self,
         kind: Glu,
-        mut gate: Buffer,
-        mut up: Buffer,
+        gate: Buffer,
+        up: Buffer,
         dy: &Buffer,
     ) -> Result<(Buffer, Buffer)> {
-        match (gate.get_mut::<Floats>(), up.get_mut::<Floats>()) {
-            (Some(gate), Some(up)) => elementwise::glu_grad_over(kind, gate, up, get(dy)?),
-            _ => return self.glu_grad(kind, &gate, &up, dy),
-        }
-        Ok((gate, up))
+        let (gate, up) = (source(&gate)?, source(&up)?);
+        let (dgate, dup) = elementwise::glu_grad(kind, gate, up, get(dy)?);
+        Ok((put(dgate), put(dup)))
     }
 
     fn dropout(&self, x: &Buffer, p: f32, key: RngKey) -> Result<Buffer> {

@@ -230,7 +230,7 @@ impl Tensor {
             let (gate, up) = (Kept::new(self), Kept::new(up));
             Arc::new(move || {
                 let backend = gate.device().backend();
-                backend.glu_owned(kind, gate.data()?, &up.data()?)
+                backend.glu_packed(kind, gate.packed()?, up.packed()?)
             })
         };
         let shape = self.shape().to_vec();
@@ -244,9 +244,8 @@ impl Tensor {
                 let (gate, up) = (Kept::new(self), Kept::new(up));
                 Box::new(move |dy, sink| {
                     let backend = gate.device().backend();
-                    // What was unpacked for this is written over.
-                    let (gate_data, up_data) = (gate.data()?, up.data()?);
-                    let (dg, du) = backend.glu_grad_owned(kind, gate_data, up_data, &dy.data)?;
+                    let (gate_data, up_data) = (gate.packed()?, up.packed()?);
+                    let (dg, du) = backend.glu_grad_packed(kind, gate_data, up_data, &dy.data)?;
                     sink.add(&gate.target, gate.wrap(dg))?;
                     sink.add(&up.target, up.wrap(du))
                 })

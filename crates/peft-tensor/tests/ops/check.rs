@@ -93,10 +93,7 @@ fn loss(y: &Tensor) -> Tensor {
 }
 
 /// Values and gradients of `f` on a device.
-fn run(
-    leaves: &[Tensor],
-    f: &impl Fn(&[Tensor]) -> Result<Tensor>,
-) -> (Vec<f64>, Vec<Vec<f64>>) {
+fn run(leaves: &[Tensor], f: &impl Fn(&[Tensor]) -> Result<Tensor>) -> (Vec<f64>, Vec<Vec<f64>>) {
     let y = f(leaves).unwrap();
     let values = y.to_f64().unwrap();
     if !y.requires_grad() {
