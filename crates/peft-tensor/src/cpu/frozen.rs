@@ -1,7 +1,7 @@
 //! Products with frozen weights, straight from their stored format.
 //!
 //! Many rows: a slab of the weight is decoded (in parallel) and multiplied, so that decoding costs a few percent
-//! and never more than a slab of memory; in bfloat16, where the processor multiplies it, by [`packed`](super::packed). A
+//! and never more than a slab of memory; where the processor multiplies bfloat16 faster, by [`packed`](super::packed). A
 //! few rows have kernels of their own, in [`few`](super::few).
 
 use super::matmul::{View, gemm_into, parallel};

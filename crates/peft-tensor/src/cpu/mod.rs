@@ -1,4 +1,4 @@
-//! The processor's backend: storage that is used again, threads by rayon, vector instructions chosen at run time.
+//! The processor's backend: storage that is used again, threads that stay awake for a moment, vector instructions chosen at run time.
 //!
 //! A result never depends on the number of threads: work is cut by shapes alone, and sums over cuts are taken
 //! in their order.

@@ -1,5 +1,5 @@
-//! Products of many rows with frozen weights on processors that multiply bfloat16: both sides are rounded and brought into
-//! panels, where what the innermost loop reads next stands next, and weights are decoded on the way there.
+//! Products of many rows with frozen weights on processors that multiply bfloat16: both sides are rounded, or cut into parts
+//! that sum to them ([`tiles`]), and brought into panels, where what the innermost loop reads next stands next, and weights are decoded on the way there.
 //!
 //! The result is cut into tiles of [`lanes::ROWS`] rows and two registers of columns, which stay in registers while the
 //! inner dimension goes by (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008). A weight
@@ -7,7 +7,7 @@
 //! element is summed in one order, whatever the threads do.
 //!
 //! The same loops for f32 (6 rows by 16 columns, AVX2) were 5 to 10 percent slower than the `gemm` crate, which therefore
-//! has what is multiplied in single precision.
+//! has what vectors multiply in single precision.
 
 mod dense;
 mod lanes;

@@ -18,12 +18,17 @@ fn rounded(values: &[f32]) -> Vec<f64> {
     values.iter().map(round).collect()
 }
 
+/// Transposed, into, added.
+type ByProduct<'a> = dyn Fn(&Product<'_>, bool, &mut [f32], bool) + 'a;
+/// Sides, shape, both matrices, into rows of a width, added.
+type Dense<'a> =
+    dyn Fn(&mut Sides, (usize, usize, usize), [View<'_>; 2], &mut [f32], usize, bool) + 'a;
+
 /// A way to make products, and what it sees of their values.
 struct Way<'a> {
     precision: Precision,
-    /// Transposed, into, added.
-    product: &'a dyn Fn(&Product<'_>, bool, &mut [f32], bool),
-    dense: &'a dyn Fn(&mut Sides, (usize, usize, usize), [View<'_>; 2], &mut [f32], usize, bool),
+    product: &'a ByProduct<'a>,
+    dense: &'a Dense<'a>,
 }
 
 impl Way<'_> {

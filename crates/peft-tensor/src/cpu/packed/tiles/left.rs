@@ -136,10 +136,10 @@ impl<L: Lanes> Work<L> for Strip<'_> {
     #[inline(always)]
     fn on(self, l: L) {
         if self.x.cs == 1 {
-            self.from_rows(l);
+            self.by_rows(l);
         } else {
             assert_eq!(self.x.rs, 1, "a side without contiguous rows or columns");
-            self.from_columns(l);
+            self.by_columns(l);
         }
     }
 }
@@ -154,7 +154,7 @@ impl Strip<'_> {
     }
 
     #[inline(always)]
-    fn from_rows<L: Lanes>(self, l: L) {
+    fn by_rows<L: Lanes>(self, l: L) {
         for row in 0..self.rows {
             let x = &self.x.data[row * self.x.rs..][..self.inside];
             let out = &mut self.out[row * TILE..];
@@ -171,7 +171,7 @@ impl Strip<'_> {
 
     /// Pairs of values below each other are units; squares of them are transposed.
     #[inline(always)]
-    fn from_columns<L: Lanes>(self, l: L) {
+    fn by_columns<L: Lanes>(self, l: L) {
         for (step, out) in self.out.chunks_mut(STEP).enumerate() {
             for (half, out) in out.chunks_mut(STEP / 2).enumerate() {
                 let first = half * TILE;

@@ -56,25 +56,25 @@ fn weight_parts(w: &FrozenWeight, parts: usize) -> usize {
 
 /// Calls `pack` with the lanes that make each part and the memory it goes to.
 macro_rules! each_part {
-    ($l:expr, $side:expr, $units:expr, |$lanes:ident, $out:ident| $pack:expr) => {{
+    ($all:expr, $side:expr, $units:expr, |$lanes:ident, $out:ident| $pack:expr) => {{
         let len = $side.len().max(1);
         let parts = $units.len() / len;
         for (part, $out) in $units.chunks_mut(len).enumerate() {
             match (parts, part) {
                 (1, _) => {
-                    let $lanes = $l;
+                    let $lanes = $all;
                     $pack
                 }
                 (_, 0) => {
-                    let $lanes = Part::<_, 0>($l);
+                    let $lanes = Part::<_, 0>($all);
                     $pack
                 }
                 (_, 1) => {
-                    let $lanes = Part::<_, 1>($l);
+                    let $lanes = Part::<_, 1>($all);
                     $pack
                 }
                 _ => {
-                    let $lanes = Part::<_, 2>($l);
+                    let $lanes = Part::<_, 2>($all);
                     $pack
                 }
             }
@@ -102,7 +102,7 @@ impl Product<'_> {
     /// `x [m, cols] Wt`, by slabs of W's rows: columns of the result.
     pub(super) fn forward_by_tiles<L: Lanes, T: Tiles>(
         &self,
-        (l, tiles): (L, T),
+        (lanes, tiles): (L, T),
         parts: usize,
         out: &mut [f32],
         add: bool,
@@ -110,13 +110,13 @@ impl Product<'_> {
         let (rows, cols, r) = (self.w.rows(), self.w.cols(), self.low.r);
         let step = (SLAB / cols).max(1).next_multiple_of(SQUARE);
         let mut left = [Floats::default(), Floats::default()];
-        let left = self.left(l, parts, 0, cols, r, &mut left);
+        let left = self.left(lanes, parts, 0, cols, r, &mut left);
         for first in (0..rows).step_by(step) {
             let count = step.min(rows - first);
             let side = Side::tiles(count, cols, false);
             let mut right = Floats::dirty(side.len() * weight_parts(self.w, parts));
             let right: &mut [u32] = bytemuck::cast_slice_mut(&mut right);
-            each_part!(l, side, right, |l, out| pack::weight_rows(
+            each_part!(lanes, side, right, |l, out| pack::weight_rows(
                 l,
                 &side,
                 self.w,
@@ -128,7 +128,7 @@ impl Product<'_> {
             let mut low = Floats::dirty(low_side.len() * parts);
             let low: &mut [u32] = bytemuck::cast_slice_mut(&mut low);
             let other = &self.low.other[first * r..];
-            each_part!(l, low_side, low, |l, out| pack::rows(
+            each_part!(lanes, low_side, low, |l, out| pack::rows(
                 l,
                 &low_side,
                 other,
@@ -147,7 +147,7 @@ impl Product<'_> {
     /// `x [m, rows] W`, by slabs of W's rows: parts of the sums.
     pub(super) fn backward_by_tiles<L: Lanes, T: Tiles>(
         &self,
-        (l, tiles): (L, T),
+        (lanes, tiles): (L, T),
         parts: usize,
         out: &mut [f32],
         add: bool,
@@ -159,11 +159,11 @@ impl Product<'_> {
             // What goes along does so with the last part.
             let r = if first + count == rows { self.low.r } else { 0 };
             let mut left = [Floats::default(), Floats::default()];
-            let left = self.left(l, parts, first, count, r, &mut left);
+            let left = self.left(lanes, parts, first, count, r, &mut left);
             let side = Side::tiles(cols, count, true);
             let mut right = Floats::dirty(side.len() * weight_parts(self.w, parts));
             let right: &mut [u32] = bytemuck::cast_slice_mut(&mut right);
-            each_part!(l, side, right, |l, out| pack::weight_columns(
+            each_part!(lanes, side, right, |l, out| pack::weight_columns(
                 l,
                 &side,
                 self.w,
@@ -176,7 +176,7 @@ impl Product<'_> {
             let mut low = Floats::dirty(low_side.len() * parts);
             let low: &mut [u32] = bytemuck::cast_slice_mut(&mut low);
             let (other, mut line) = (self.low.other, Vec::new());
-            each_part!(l, low_side, low, |l, out| pack::dense_columns(
+            each_part!(lanes, low_side, low, |l, out| pack::dense_columns(
                 l, &low_side, other, cols, r, out, &mut line
             ));
             let factors = Factors::new(&left[0], &side, right);
@@ -212,7 +212,7 @@ impl Product<'_> {
 
 /// `out = a b`, added to it if `add`, of two dense matrices that are not shared among threads.
 pub(super) fn dense<L: Lanes, T: Tiles>(
-    (l, tiles): (L, T),
+    (lanes, tiles): (L, T),
     parts: usize,
     sides: &mut Sides,
     (m, k, n): (usize, usize, usize),
@@ -225,10 +225,10 @@ pub(super) fn dense<L: Lanes, T: Tiles>(
     let Sides { left, right, line } = sides;
     let side = Side::tiles(n, k, false);
     let lens = [left::len(m, k, parts), side.len() * parts];
-    let left = Left::pack(l, a, m, k, parts, line_up(left, lens[0]), false);
+    let left = Left::pack(lanes, a, m, k, parts, line_up(left, lens[0]), false);
     let right = line_up(right, lens[1]);
     let b = b.t();
-    each_part!(l, side, right, |l, out| match b.cs {
+    each_part!(lanes, side, right, |l, out| match b.cs {
         1 => pack::dense_rows(l, &side, b.data, b.rs, k, out),
         _ => {
             assert_eq!(b.rs, 1, "a side without contiguous rows or columns");
