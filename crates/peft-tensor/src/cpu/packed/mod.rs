@@ -1,5 +1,6 @@
 //! Products of many rows with frozen weights on processors that multiply bfloat16: both sides are rounded, or cut into parts
-//! that sum to them ([`tiles`]), and brought into panels, where what the innermost loop reads next stands next, and weights are decoded on the way there.
+//! that sum to them ([`tiles`]), and brought into panels, where what the innermost loop reads next stands next, and
+//! weights are decoded on the way there.
 //!
 //! The result is cut into tiles of [`lanes::ROWS`] rows and two registers of columns, which stay in registers while the
 //! inner dimension goes by (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008). A weight

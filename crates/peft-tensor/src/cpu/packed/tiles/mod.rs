@@ -4,7 +4,8 @@
 //! In single precision, a value is a sum of three of bfloat16 that has all its bits ([`parts`](super::parts)). A weight that
 //! is stored in bfloat16 is one: the product is exact then, three times the work, and only sums are rounded, as they are in
 //! any product of f32. Other weights are cut as well; of the nine products of parts the six are made that are not smaller
-//! than what rounding the sum loses.
+//! than what rounding the sum loses. The instructions take denormal numbers as zero, so a value below 2^-110 loses its
+//! smaller parts: an error of at most 2^-126.
 //!
 //! As elsewhere in [`packed`](super), a slab of the weight is packed once for all rows of `x`, and threads take rows.
 
