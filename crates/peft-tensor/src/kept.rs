@@ -169,6 +169,36 @@ mod tests {
     }
 
     #[test]
+    fn what_is_made_again_is_made_once_for_all_that_wait() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let (made, values) = (Arc::new(AtomicUsize::new(0)), random(7, &[6]));
+        let (count, data) = (made.clone(), values.data.clone());
+        let mut x = random(8, &[6]);
+        x.keeping = Keeping::again(Arc::new(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            Ok(data.clone())
+        }));
+        let holders_before = holders(&values);
+        let all = [Kept::new(&x), Kept::new(&x), Kept::new(&x)];
+        for kept in &all {
+            assert_eq!(
+                kept.tensor().unwrap().to_vec().unwrap(),
+                values.to_vec().unwrap()
+            );
+        }
+        assert_eq!(made.load(Ordering::Relaxed), 1);
+        assert_eq!(
+            holders(&values),
+            holders_before,
+            "nobody waits: nothing is held"
+        );
+        // Who asks later, or again, gets it all the same.
+        Kept::new(&x).data().unwrap();
+        all[0].data().unwrap();
+        assert_eq!(made.load(Ordering::Relaxed), 3);
+    }
+
+    #[test]
     fn what_can_be_made_again_is_not_kept() {
         let x = random(0, &[2, 5, 8]).leaf();
         let (w, a) = (random(1, &[8]), random(2, &[3, 8]).leaf());
