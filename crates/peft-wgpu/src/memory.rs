@@ -12,6 +12,9 @@ use crate::record::Bind;
 /// Batches of work that tell what memory the next will need.
 const RECENT: usize = 8;
 
+/// Batches after which an untouched buffer is given back if a larger idle one can stand in for it.
+const NEAR: u64 = 2;
+
 /// Bytes that one upload stages at a time.
 const STAGED: usize = 64 << 20;
 
@@ -191,18 +194,17 @@ impl Pool {
             used,
             peaks,
         } = &mut *idle;
-        // The largest first: few of them are much.
-        for (&size, list) in by_size.iter_mut().rev() {
-            list.retain(|rest| {
-                let keep = *bytes <= spare || rest.since + RECENT as u64 > now;
-                if !keep {
-                    *bytes -= size;
-                    used.held -= size;
-                }
-                keep
-            });
+        let rests = by_size
+            .iter()
+            .map(|(&size, list)| (size, list.iter().map(|rest| now - rest.since).collect()));
+        let (gone, left) = to_give_back(&rests.collect(), *bytes, spare);
+        for (size, list) in by_size.iter_mut() {
+            let mut gone = gone[size].iter();
+            list.retain(|_| gone.next() != Some(&true));
         }
         by_size.retain(|_, list| !list.is_empty());
+        used.held -= *bytes - left;
+        *bytes = left;
         peaks.rotate_right(1);
         peaks[0] = used.live;
     }
@@ -221,6 +223,40 @@ impl Pool {
         idle.bytes = 0;
         idle.by_size.clear();
     }
+}
+
+/// Which idle buffers are given back, and the bytes that stay. `ages` has the batches since each was used, by size;
+/// `bytes` is their sum, of which `spare` may stay whatever their age.
+///
+/// Rows get longer and shorter from step to step, and their tensors change size with them. What a shorter step left behind
+/// would be touched often enough to stay for ever beside what a longer one made, though the larger can do for both: so a
+/// buffer goes early where there are larger ones for its tensors.
+fn to_give_back(
+    ages: &BTreeMap<u64, Vec<u64>>,
+    mut bytes: u64,
+    spare: u64,
+) -> (BTreeMap<u64, Vec<bool>>, u64) {
+    // Buffers that stay, by size.
+    let mut stay: BTreeMap<u64, usize> = BTreeMap::new();
+    let mut gone = BTreeMap::new();
+    // The largest first: few of them are much, and who stands in has to be known to stay.
+    for (&size, ages) in ages.iter().rev() {
+        let mut larger: usize = stay.range(size + 1..=most(size)).map(|(_, n)| n).sum();
+        let goes = ages.iter().map(|&age| {
+            let old = age >= RECENT as u64;
+            let done_for = !old && age >= NEAR && larger > 0;
+            let goes = bytes > spare && (old || done_for);
+            if goes {
+                bytes -= size;
+                larger -= usize::from(done_for);
+            }
+            goes
+        });
+        let goes: Vec<bool> = goes.collect();
+        stay.insert(size, goes.iter().filter(|&&goes| !goes).count());
+        gone.insert(size, goes);
+    }
+    (gone, bytes)
 }
 
 /// Sizes come in steps of at most an eighth, so that tensors of nearly one size share buffers.
@@ -475,7 +511,37 @@ pub(crate) fn get(buffer: &Buffer) -> Result<&Data> {
 
 #[cfg(test)]
 mod tests {
-    use super::class;
+    use std::collections::BTreeMap;
+
+    use super::{NEAR, RECENT, class, to_give_back};
+
+    #[test]
+    fn what_larger_buffers_do_for_is_given_back() {
+        let old = RECENT as u64;
+        let given = |ages: &[(u64, &[u64])], spare| {
+            let ages: BTreeMap<_, _> = ages.iter().map(|&(n, list)| (n, list.to_vec())).collect();
+            let all = ages.iter().map(|(n, list)| n * list.len() as u64).sum();
+            let (gone, left) = to_give_back(&ages, all, spare);
+            let taken: u64 = gone
+                .iter()
+                .map(|(n, list)| n * list.iter().filter(|&&gone| gone).count() as u64)
+                .sum();
+            assert_eq!(left + taken, all, "{ages:?}");
+            gone.into_values().flatten().collect::<Vec<_>>()
+        };
+        // Two of a longer step for three of a shorter one; the third may be wanted beside them.
+        let ages: &[(u64, &[u64])] = &[(720, &[NEAR, NEAR, NEAR]), (786, &[1, 0])];
+        assert_eq!(given(ages, 0), [true, true, false, false, false]);
+        // What was just used, and what is too small to be stood in for.
+        let ages: &[(u64, &[u64])] = &[(720, &[NEAR - 1]), (400, &[NEAR]), (786, &[0])];
+        assert_eq!(given(ages, 0), [false, false, false]);
+        // What goes itself stands in for nothing.
+        let ages: &[(u64, &[u64])] = &[(720, &[NEAR]), (786, &[old])];
+        assert_eq!(given(ages, 0), [false, true]);
+        // Little enough stays as it is.
+        assert_eq!(given(&[(720, &[old, old])], 720), [true, false]);
+        assert_eq!(given(&[(720, &[NEAR]), (786, &[0])], 2000), [false, false]);
+    }
 
     #[test]
     fn sizes_have_steps() {
