@@ -6,7 +6,7 @@ use crate::error::shape_err;
 use crate::kept::{Keeping, Kept};
 use crate::ops::check_ids;
 use crate::tape::{grad_enabled, record};
-use crate::{Buffer, Device, FrozenWeight, LowRank, Result, Tensor};
+use crate::{Buffer, Device, FrozenWeight, LowRank, LowRankBack, Result, Tensor};
 
 /// A weight of the base model, in whatever format it is stored: it can multiply, gather rows, give itself dense and
 /// be replaced. A matrix is logically `[out, in]` (an embedding `[rows, dim]`), also where a checkpoint stores its
@@ -292,27 +292,30 @@ fn frozen_low_rank(
         Box::new(move |dy, sink| {
             let device = dy.device();
             let backend = device.backend();
-            let (dy, a_data) = (&dy.data, a.data()?);
-            let product =
-                |left: &Buffer, right: &Buffer, (m, k, n), ta, scale, sum: Option<Tensor>| {
-                    let sum = sum.map(|sum| sum.data);
-                    backend.matmul(left, right, 1, m, k, n, false, false, ta, false, scale, sum)
-                };
-            let dlow = product(dy, &b.data()?, (m, out, r), false, scale, None)?;
-            if b.target.wanted() {
-                let low = low.data()?;
-                sink.add_with(&b.target, |sum| {
-                    Ok(b.wrap(product(dy, &low, (out, m, r), true, 1.0, sum)?))
-                })?;
+            let dy = &dy.data;
+            let low = b.target.wanted().then(|| low.data()).transpose()?;
+            if !x.wanted() && values.is_none() && low.is_none() {
+                return Ok(());
             }
-            if let Some(x) = &values {
-                let x = x.data()?;
-                sink.add_with(&a.target, |sum| {
-                    Ok(a.wrap(product(&dlow, &x, (r, m, inside), true, 1.0, sum)?))
-                })?;
+            let grad = backend.low_rank_grad(LowRankBack {
+                dy,
+                b: &b.data()?,
+                x: values.as_ref().map(Kept::packed).transpose()?,
+                low,
+                m,
+                inside,
+                out,
+                r,
+                scale,
+            })?;
+            for (factor, grad) in [(&a, grad.a), (&b, grad.b)] {
+                if let Some(grad) = grad {
+                    sink.add(&factor.target, factor.wrap(grad))?;
+                }
             }
+            let a_data = a.data()?;
             let side = LowRank {
-                low: &dlow,
+                low: &grad.low,
                 other: &a_data,
                 r,
             };

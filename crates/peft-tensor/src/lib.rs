@@ -30,7 +30,8 @@ pub mod torch_rng;
 
 pub use adamw::{AdamWMove, AdamWMoved, AdamWRule, AdamWState, DeviceAdamW};
 pub use backend::{
-    Attention, Backend, Binary, Buffer, Glu, KernelSpeed, LowRank, Mask, Rope, Unary,
+    Attention, Backend, Binary, Buffer, Glu, KernelSpeed, LowRank, LowRankBack, LowRankGrad, Mask,
+    Rope, Unary,
 };
 pub use base_weight::BaseWeight;
 pub use bytes::{Bytes, release_heap};

@@ -126,6 +126,22 @@ pub(super) fn thin(x: &[f32], w: &[f32], k: usize, n: usize, out: &mut [f32], th
     by_rows(level(), w, x, n, k, out, threads);
 }
 
+/// As [`thin`] for rows that are in a cache and belong to one thread.
+pub(super) fn thin_here(x: &[f32], w: &[f32], k: usize, n: usize, out: &mut [f32]) {
+    by_rows(level(), w, x, n, k, out, false);
+}
+
+/// `out [r, k] += st x` of `s [m, r]` and `x [m, k]`: best for so many rows of x that they stay in a cache, on one thread.
+pub(super) fn outer(s: &[f32], r: usize, x: &[f32], k: usize, out: &mut [f32]) {
+    outer_at(level(), s, r, x, k, out);
+}
+
+fn outer_at(level: Level, s: &[f32], r: usize, x: &[f32], k: usize, out: &mut [f32]) {
+    if r * k > 0 {
+        at!(level, outer(s, r, x, k, out));
+    }
+}
+
 /// Each of the rows `b [n, k]` with each of a few rows `a [m, k]`: `out [n, m]`.
 fn by_rows(level: Level, a: &[f32], b: &[f32], m: usize, k: usize, out: &mut [f32], threads: bool) {
     let run = |first: usize, out: &mut [f32]| {

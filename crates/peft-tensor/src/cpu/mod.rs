@@ -12,6 +12,7 @@ mod few;
 mod frozen;
 mod half;
 mod loss;
+mod low_rank;
 mod matmul;
 mod norm;
 mod packed;
@@ -23,7 +24,9 @@ pub(crate) mod simd;
 mod source;
 mod team;
 
-use crate::backend::{Attention, Backend, Binary, Buffer, Glu, LowRank, Rope, Unary};
+use crate::backend::{
+    Attention, Backend, Binary, Buffer, Glu, LowRank, LowRankBack, LowRankGrad, Rope, Unary,
+};
 use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};
 use codes::Codes;
 use half::Halves;
@@ -384,6 +387,28 @@ impl Backend for CpuBackend {
             low,
             into,
         )))
+    }
+
+    fn low_rank_grad(&self, back: LowRankBack<'_>) -> Result<LowRankGrad> {
+        if back.r > low_rank::MOST {
+            return back.by_products(self);
+        }
+        let (low, a, b) = low_rank::low_rank_grad(&low_rank::Back {
+            dy: get(back.dy)?,
+            b: get(back.b)?,
+            x: back.x.as_ref().map(source).transpose()?,
+            low: back.low.as_ref().map(get).transpose()?,
+            m: back.m,
+            inside: back.inside,
+            out: back.out,
+            r: back.r,
+            scale: back.scale,
+        });
+        Ok(LowRankGrad {
+            low: put(low),
+            a: a.map(put),
+            b: b.map(put),
+        })
     }
 
     fn frozen_matmul_all(

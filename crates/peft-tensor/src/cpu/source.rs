@@ -5,8 +5,11 @@ use std::ops::Range;
 use super::codes::Codes;
 use super::half::Halves;
 
-/// Values of a piece, whole blocks of all forms.
-pub(super) const PIECE: usize = 1024;
+/// Values of the longest block of a form; the others divide it.
+pub(super) const BLOCK: usize = 64;
+
+/// Values of a piece, whole blocks.
+pub(super) const PIECE: usize = 16 * BLOCK;
 
 /// Where values are.
 #[derive(Clone, Copy)]
@@ -25,12 +28,12 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// At most a piece of the values, from a multiple of its length on; `place` is for those that are packed.
-    pub(super) fn read<'b>(self, range: Range<usize>, place: &'b mut [f32; PIECE]) -> &'b [f32]
+    /// Some of the values, from the beginning of a block of any form on; `place` has room for those that are packed.
+    pub(super) fn read<'b>(self, range: Range<usize>, place: &'b mut [f32]) -> &'b [f32]
     where
         'a: 'b,
     {
-        debug_assert!(range.start.is_multiple_of(PIECE) && range.len() <= PIECE);
+        debug_assert!(range.start.is_multiple_of(BLOCK));
         let place = &mut place[..range.len()];
         match self {
             Self::Whole(values) => return &values[range],

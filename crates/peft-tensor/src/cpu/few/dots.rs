@@ -116,7 +116,7 @@ fn sixteens<const R: usize>(x: &[f32], row: usize, k: usize) -> [(&[[f32; 16]], 
 }
 
 macro_rules! kernels {
-    ($lanes:ident, $together:literal $(, $feature:literal)?) => {
+    ($lanes:ident, $together:literal, $wide:literal $(, $feature:literal)?) => {
         pub(super) mod $lanes {
             use super::super::lanes::{$lanes::*, AHEAD, Codes, PAGE, plain};
             use super::{sixteens, units};
@@ -241,6 +241,77 @@ macro_rules! kernels {
                 }
             }
 
+            /// `out [r, k] += st x` for as many rows of s, `[.., r]`, as x has, `[.., k]`. As many rows of `out` stay in
+            /// registers as there are for `$wide` of their columns of sixteen.
+            $(#[target_feature(enable = $feature)])?
+            pub(in super::super) fn outer(s: &[f32], r: usize, x: &[f32], k: usize, out: &mut [f32]) {
+                $(#[target_feature(enable = $feature)])?
+                #[inline]
+                fn some<const R: usize, const C: usize>(s: &[f32], r: usize, x: &[f32], k: usize, out: &mut [f32]) {
+                    let mut acc = [[splat(0.0); C]; R];
+                    for (i, acc) in acc.iter_mut().enumerate() {
+                        for (c, acc) in acc.iter_mut().enumerate() {
+                            *acc = load(&out[i * k..].as_chunks::<16>().0[c]);
+                        }
+                    }
+                    for (s, x) in s.chunks(r).zip(x.chunks(k)) {
+                        let (s, x) = (&s[..R], &x.as_chunks::<16>().0[..C]);
+                        let mut row = [splat(0.0); C];
+                        for c in 0..C {
+                            row[c] = load(&x[c]);
+                        }
+                        for i in 0..R {
+                            for c in 0..C {
+                                acc[i][c] = fma(splat(s[i]), row[c], acc[i][c]);
+                            }
+                        }
+                    }
+                    for (i, acc) in acc.into_iter().enumerate() {
+                        for (c, acc) in acc.into_iter().enumerate() {
+                            store(acc, &mut out[i * k..].as_chunks_mut::<16>().0[c]);
+                        }
+                    }
+                }
+                $(#[target_feature(enable = $feature)])?
+                #[inline]
+                fn all<const R: usize>(s: &[f32], r: usize, x: &[f32], k: usize, out: &mut [f32]) {
+                    let mut at = 0;
+                    while at + 16 * $wide <= k {
+                        some::<R, $wide>(s, r, &x[at..], k, &mut out[at..]);
+                        at += 16 * $wide;
+                    }
+                    while at + 16 <= k {
+                        some::<R, 1>(s, r, &x[at..], k, &mut out[at..]);
+                        at += 16;
+                    }
+                    for (s, x) in s.chunks(r).zip(x.chunks(k)) {
+                        for i in 0..R {
+                            for c in at..k {
+                                out[i * k + c] += s[i] * x[c];
+                            }
+                        }
+                    }
+                }
+                let mut i = 0;
+                while i < r {
+                    let (s, out) = (&s[i..], &mut out[i * k..]);
+                    i += match r - i {
+                        8.. if $wide > 1 => {
+                            all::<8>(s, r, x, k, out);
+                            8
+                        }
+                        4.. => {
+                            all::<4>(s, r, x, k, out);
+                            4
+                        }
+                        _ => {
+                            all::<1>(s, r, x, k, out);
+                            1
+                        }
+                    };
+                }
+            }
+
             /// `out += a w` for rows `w` as wide as `out`, `row` apart, and a factor for each.
             $(#[target_feature(enable = $feature)])?
             pub(in super::super) fn add_rows(a: &[f32], w: &[f32], row: usize, out: &mut [f32]) {
@@ -275,8 +346,8 @@ macro_rules! kernels {
     };
 }
 
-kernels!(plain, 2);
+kernels!(plain, 2, 1);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2, 2, "avx2,fma,f16c");
+kernels!(avx2, 2, 1, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512, 8, "avx512f,avx2,fma,f16c");
+kernels!(avx512, 8, 3, "avx512f,avx2,fma,f16c");

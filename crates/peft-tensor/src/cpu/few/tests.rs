@@ -214,3 +214,32 @@ fn results_do_not_depend_on_threads_or_company() {
     let alone = frozen(&x[..576], 1, &[&a]);
     assert_eq!(one[2][..700], alone[0][..]);
 }
+
+#[test]
+fn outer_products_at_every_level() {
+    for (m, r, k) in [
+        (1, 1, 1),
+        (5, 3, 16),
+        (16, 8, 115),
+        (17, 13, 48),
+        (3, 20, 64),
+    ] {
+        let (s, x) = (normal(1, m * r), normal(2, m * k));
+        let before = normal(3, r * k);
+        let columns = |v: &[f32], n: usize| -> Vec<f32> {
+            (0..n)
+                .flat_map(|c| v.iter().skip(c).step_by(n).copied())
+                .collect()
+        };
+        let mut sums = want(&columns(&s, r), &columns(&x, k), m);
+        for ((sum, size), before) in sums.iter_mut().zip(&before) {
+            *sum += f64::from(*before);
+            *size += f64::from(before.abs());
+        }
+        for level in levels() {
+            let mut out = before.clone();
+            outer_at(level, &s, r, &x, k, &mut out);
+            close(&out, &sums, &format!("{m} {r} {k}"));
+        }
+    }
+}
