@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 pub(super) use self::grad::attention_grad;
 use self::rows::LANES;
-pub(super) use self::rows::weights;
+pub(super) use self::rows::{row_grad, weights};
 use super::matmul::{View, gemm_into};
 use super::packed::{self, Kernel, Sides};
 use super::par;
@@ -25,18 +25,22 @@ use crate::backend::Attention;
 /// Most values of a score tile: 256 KiB of f32, half of a second-level cache, as the backward pass has two.
 const TILE: usize = 64 * 1024;
 
-/// Columns by which tiles differ.
-const PART: usize = 4 * LANES;
+/// Columns of a tile of so many rows, whole blocks.
+fn step(rows: usize) -> usize {
+    const COLUMNS: usize = 4 * LANES;
+    (TILE / rows.max(1) / COLUMNS).max(1) * COLUMNS
+}
 
 /// Everything about a call but its values.
 pub(super) struct Geometry<'a> {
-    s: usize,
+    pub(super) b: usize,
+    pub(super) s: usize,
     pub(super) t: usize,
     pub(super) spec: &'a Attention,
     /// Width of a row of q and out.
-    q_width: usize,
+    pub(super) q_width: usize,
     /// Width of a row of k and v.
-    kv_width: usize,
+    pub(super) kv_width: usize,
     /// Queries of a block.
     block: usize,
     /// 0 for keys that may be seen and -infinity for padding, `[B * T]`.
@@ -56,13 +60,13 @@ pub(super) struct Keys {
     pub(super) stride: usize,
     /// `Geometry::bias` of these keys, `stride` long.
     pub(super) bias: Option<Vec<f32>>,
+    /// Columns of which a stride is a multiple.
+    whole: usize,
 }
 
 impl Keys {
-    /// In parts of about `TILE` values for so many rows, where each begins in the whole. A part's columns are whole blocks,
-    /// but for the last.
-    fn parts(&self, rows: usize) -> Vec<(usize, Self)> {
-        let step = (TILE / rows.max(1) / PART).max(1) * PART;
+    /// In parts of `step` columns, the last perhaps fewer, and where each begins in the whole.
+    pub(super) fn parts(&self, step: usize) -> Vec<(usize, Self)> {
         let part = |at: usize| {
             let width = step.min(self.width - at);
             let mut spans = [0..0, 0..0];
@@ -70,7 +74,7 @@ impl Keys {
                 let cut = |c: usize| c.clamp(at, at + width).clamp(column, column + len) - column;
                 *span = first + cut(at)..first + cut(at + width);
             }
-            let stride = width.next_multiple_of(LANES);
+            let stride = width.next_multiple_of(self.whole);
             let bias = self
                 .bias
                 .as_ref()
@@ -82,6 +86,7 @@ impl Keys {
                     width,
                     stride,
                     bias,
+                    whole: self.whole,
                 },
             )
         };
@@ -101,7 +106,13 @@ impl Keys {
 }
 
 impl<'a> Geometry<'a> {
-    fn new(precision: Precision, b: usize, s: usize, t: usize, spec: &'a Attention) -> Self {
+    pub(super) fn new(
+        precision: Precision,
+        b: usize,
+        s: usize,
+        t: usize,
+        spec: &'a Attention,
+    ) -> Self {
         // Enough blocks for a few threads.
         let block = (b * s).div_ceil(8).clamp(16, 64).min(s.max(1));
         let bias = spec.mask.keys.as_ref().map(|keys| {
@@ -110,6 +121,7 @@ impl<'a> Geometry<'a> {
                 .collect()
         });
         Self {
+            b,
             s,
             t,
             spec,
@@ -118,7 +130,6 @@ impl<'a> Geometry<'a> {
             block,
             bias,
             runs: spec.mask.segments.as_ref().map(|all| runs(all, t)),
-            // Sums of parts take longer to pack for products of this size than they save.
             kernel: packed::kernel(precision).filter(|_| precision == Precision::Bf16),
         }
     }
@@ -154,17 +165,20 @@ impl<'a> Geometry<'a> {
         (prefix + shared).min(end).max(prefix).min(self.t)
     }
 
-    pub(super) fn keys(&self, batch: usize, queries: &Range<usize>) -> Keys {
+    /// The keys that some queries see, in spans that begin at multiples of `whole`, of as many keys but for the last.
+    pub(super) fn keys(&self, batch: usize, queries: &Range<usize>, whole: usize) -> Keys {
+        let end = self.seen(batch, queries.end - 1).1;
         let front = self.front(queries.end - 1);
-        let first = self.seen(batch, queries.start).0;
-        let end = self.seen(batch, queries.end - 1).1.max(front);
+        let end = end.max(front);
+        let front = front.next_multiple_of(whole).min(end);
+        let first = self.seen(batch, queries.start).0 / whole * whole;
         let spans = if first <= front {
             [0..0, 0..end]
         } else {
             [0..front, first..end.max(first)]
         };
         let width = spans[0].len() + spans[1].len();
-        let stride = width.next_multiple_of(LANES);
+        let stride = width.next_multiple_of(whole.max(LANES));
         let bias = self.bias.as_ref().map(|bias| {
             let bias = &bias[batch * self.t..(batch + 1) * self.t];
             let mut bias = [&bias[spans[0].clone()], &bias[spans[1].clone()]].concat();
@@ -176,11 +190,12 @@ impl<'a> Geometry<'a> {
             width,
             stride,
             bias,
+            whole: whole.max(LANES),
         }
     }
 
     /// [`columns`](Self::columns) of a part of the keys that begins at a column of the whole.
-    fn columns_of(
+    pub(super) fn columns_of(
         &self,
         batch: usize,
         i: usize,
@@ -205,7 +220,7 @@ impl<'a> Geometry<'a> {
     }
 
     /// Where heads from `h` on begin in a row of q, out or their gradients.
-    fn place(&self, row: usize, h: usize) -> usize {
+    pub(super) fn place(&self, row: usize, h: usize) -> usize {
         row * self.q_width + h * self.spec.head_dim
     }
 
@@ -319,15 +334,16 @@ pub(super) fn attention(
 ) -> (Floats, Vec<f32>) {
     let geometry = Geometry::new(precision, b, s, t, spec);
     let (heads, width) = (spec.heads, geometry.q_width);
-    let mut out = Floats::zeros(q.len());
     let mut lse = vec![f32::NEG_INFINITY; b * heads * s];
-    if out.is_empty() || t == 0 {
-        return (out, lse);
+    if q.is_empty() || t == 0 {
+        return (Floats::zeros(q.len()), lse);
     }
     if s == 1 {
+        let mut out = Floats::zeros(q.len());
         super::few::one_query(&geometry, q, k, v, &mut out, &mut lse);
         return (out, lse);
     }
+    let mut out = Floats::dirty(q.len());
     // A task a block of queries, all heads; out comes in whole rows, lse is put in its order afterwards.
     let per_batch = s.div_ceil(geometry.block);
     let mut tasks = Vec::with_capacity(b * per_batch);
@@ -336,20 +352,18 @@ pub(super) fn attention(
             tasks.push((batch, i * geometry.block, rows));
         }
     }
+    let by_tiles = geometry
+        .kernel
+        .and_then(|kernel| kernel.attention(&geometry, [q, k, v]));
     let parts = Mutex::new(Vec::with_capacity(tasks.len()));
     par::share(tasks, |(batch, first, rows): (usize, usize, &mut [f32])| {
         let count = rows.len() / width;
         let mut lse = vec![0.0; heads * count];
-        block(
-            &geometry,
-            q,
-            k,
-            v,
-            batch,
-            &(first..first + count),
-            rows,
-            &mut lse,
-        );
+        let queries = first..first + count;
+        match &by_tiles {
+            Some(block) => block(batch, &queries, rows, &mut lse),
+            None => block(&geometry, q, k, v, batch, &queries, rows, &mut lse),
+        }
         let mut parts = parts.lock().unwrap_or_else(PoisonError::into_inner);
         parts.push((batch, first, count, lse));
     });
@@ -375,12 +389,13 @@ fn block(
 ) {
     let (count, d) = (queries.len(), g.spec.head_dim);
     let group = g.spec.heads / g.spec.kv_heads;
-    let keys = g.keys(batch, queries);
+    let keys = g.keys(batch, queries, 1);
     if keys.width == 0 {
+        out.fill(0.0);
         return lse.fill(f32::NEG_INFINITY);
     }
     let all = group * count;
-    let parts = keys.parts(all);
+    let parts = keys.parts(step(all));
     let widest = parts.iter().map(|(_, part)| part.stride).max().unwrap_or(0);
     let (mut rows, mut sum) = (Vec::with_capacity(all * d), vec![0.0; all * d]);
     let mut more = vec![0.0; if parts.len() > 1 { all * d } else { 0 }];
@@ -424,13 +439,13 @@ fn block(
 /// What a row has seen of its keys, part after part (Milakov and Gimelshein, "Online normalizer calculation for softmax",
 /// 2018).
 #[derive(Clone, Copy)]
-struct Seen {
-    max: f32,
+pub(super) struct Seen {
+    pub(super) max: f32,
     /// Of e^(score - max).
-    sum: f32,
+    pub(super) sum: f32,
     /// What the sums of the parts before, and of the last, are multiplied by, so that they belong to `max`.
-    before: f32,
-    last: f32,
+    pub(super) before: f32,
+    pub(super) last: f32,
 }
 
 impl Default for Seen {
@@ -445,7 +460,7 @@ impl Default for Seen {
 }
 
 impl Seen {
-    fn add(&mut self, max: f32, sum: f32) {
+    pub(super) fn add(&mut self, max: f32, sum: f32) {
         let both = larger(self.max, max);
         // Where nothing was seen so far, the sums are 0.
         if both > f32::NEG_INFINITY {

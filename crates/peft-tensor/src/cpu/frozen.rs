@@ -12,17 +12,6 @@ use crate::{FrozenWeight, Precision};
 /// Most elements of a decoded slab: 4 MiB of f32, which stays in the last-level cache.
 const SLAB: usize = 1 << 20;
 
-/// `len` places of a buffer, from the beginning of a cache line on; it grows if need be.
-pub(super) fn line_up<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    const LINE: usize = 64;
-    let spare = LINE / size_of::<T>();
-    if buffer.len() < len + spare {
-        buffer.resize(len + spare, T::default());
-    }
-    let first = buffer.as_ptr().align_offset(LINE).min(spare);
-    &mut buffer[first..first + len]
-}
-
 /// Decodes rows `first..` of `w` into `out`, over threads.
 fn decode(w: &FrozenWeight, first: usize, out: &mut [f32]) {
     let cols = w.cols();

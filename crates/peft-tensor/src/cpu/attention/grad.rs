@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::Geometry;
 use super::rows::row_grad;
+use super::{Geometry, step};
 use crate::Precision;
 use crate::backend::Attention;
 use crate::cpu::matmul::View;
@@ -15,11 +15,11 @@ use crate::cpu::simd::{add_into, dot};
 /// What one task of the backward pass makes: a run of query heads that share a key/value head.
 struct Part {
     /// `[S, heads of the task * head_dim]`
-    dq: Vec<f32>,
+    dq: Floats,
     /// `[T, head_dim]`
-    dk: Vec<f32>,
+    dk: Floats,
     /// `[T, head_dim]`
-    dv: Vec<f32>,
+    dv: Floats,
 }
 
 pub(in crate::cpu) fn attention_grad(
@@ -36,26 +36,34 @@ pub(in crate::cpu) fn attention_grad(
     spec: &Attention,
 ) -> (Floats, Floats, Floats) {
     let geometry = Geometry::new(precision, b, s, t, spec);
-    let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Floats::zeros(x.len()));
     if q.is_empty() || k.is_empty() {
+        let [dq, dk, dv] = [q, k, v].map(|x| Floats::zeros(x.len()));
         return (dq, dk, dv);
     }
+    let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Floats::dirty(x.len()));
     let group = spec.heads / spec.kv_heads;
     // The heads of a task add to the same dk and dv; with few tasks each head gets its own, summed below.
     let share = if b * spec.kv_heads >= 16 { group } else { 1 };
     let per_batch = spec.heads / share;
+    let by_tiles = geometry
+        .kernel
+        .and_then(|kernel| kernel.attention_grad(&geometry, [q, k, v], (out, lse, dout)));
     let run = |i: usize| {
-        backward(
-            &geometry,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dout,
-            i / per_batch,
-            i % per_batch * share..(i % per_batch + 1) * share,
-        )
+        let heads = i % per_batch * share..(i % per_batch + 1) * share;
+        if let Some(by_tiles) = &by_tiles {
+            let mut part = Part {
+                dq: Floats::dirty(s * share * spec.head_dim),
+                dk: Floats::dirty(t * spec.head_dim),
+                dv: Floats::dirty(t * spec.head_dim),
+            };
+            by_tiles(
+                i / per_batch,
+                &heads,
+                [&mut part.dq, &mut part.dk, &mut part.dv],
+            );
+            return part;
+        }
+        backward(&geometry, q, k, v, out, lse, dout, i / per_batch, heads)
     };
     let parts: Vec<Part> = par::collect(b * per_batch, run);
 
@@ -71,6 +79,10 @@ pub(in crate::cpu) fn attention_grad(
         }
     });
     let shared = group / share;
+    let of = |batch: usize, h: usize| {
+        let (first, others) = parts[batch * per_batch + h * shared..][..shared].split_at(1);
+        (&first[0], others)
+    };
     par::rows2(
         &mut dk,
         kv_width,
@@ -85,7 +97,10 @@ pub(in crate::cpu) fn attention_grad(
             {
                 let (batch, key) = ((first + i) / t, (first + i) % t);
                 for (h, (dk, dv)) in dk.chunks_mut(d).zip(dv.chunks_mut(d)).enumerate() {
-                    for part in &parts[batch * per_batch + h * shared..][..shared] {
+                    let (first, others) = of(batch, h);
+                    dk.copy_from_slice(&first.dk[key * d..(key + 1) * d]);
+                    dv.copy_from_slice(&first.dv[key * d..(key + 1) * d]);
+                    for part in others {
                         add_into(&part.dk[key * d..(key + 1) * d], dk);
                         add_into(&part.dv[key * d..(key + 1) * d], dv);
                     }
@@ -110,9 +125,9 @@ fn backward(
 ) -> Part {
     let (s, t, d, width) = (g.s, g.t, g.spec.head_dim, heads.len() * g.spec.head_dim);
     let mut part = Part {
-        dq: vec![0.0; s * width],
-        dk: vec![0.0; t * d],
-        dv: vec![0.0; t * d],
+        dq: Floats::zeros(s * width),
+        dk: Floats::zeros(t * d),
+        dv: Floats::zeros(t * d),
     };
     let (mut tile, mut slopes) = (Vec::new(), Vec::new());
     let (mut q_rows, mut dout_rows, mut dq_rows) = (Vec::new(), Vec::new(), Vec::new());
@@ -122,7 +137,7 @@ fn backward(
     for start in (0..s).step_by(g.block) {
         let queries = start..(start + g.block).min(s);
         let count = queries.len();
-        let keys = g.keys(batch, &queries);
+        let keys = g.keys(batch, &queries, 1);
         if keys.width == 0 {
             continue;
         }
@@ -135,7 +150,7 @@ fn backward(
             let out = &out[g.place(batch * s + start + r % count, h + r / count)..][..d];
             deltas.push(dot(out, dout));
         }
-        for (at, part_keys) in keys.parts(rows) {
+        for (at, part_keys) in keys.parts(step(rows)) {
             let stride = part_keys.stride;
             tile.resize(rows * stride, 0.0);
             slopes.resize(rows * stride, 0.0);

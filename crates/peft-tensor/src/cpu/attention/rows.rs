@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::cpu::simd::{exp, larger, max16, simd, sum16, tanh};
+use crate::cpu::simd::{exp, larger, madd, max16, simd, sum16, tanh};
 
 /// Values of a block.
 pub(super) const LANES: usize = 16;
@@ -47,13 +47,35 @@ fn capped<const FMA: bool>(s: f32, scale: f32, softcap: Option<f32>) -> f32 {
     }
 }
 
+/// Scores of some blocks as they go into the softmax, but for what is hidden.
 #[inline(always)]
-fn add_bias(row: &mut [[f32; LANES]], bias: &[f32]) {
-    for (block, bias) in row.iter_mut().zip(bias.as_chunks::<LANES>().0) {
-        for (s, b) in block.iter_mut().zip(bias) {
-            *s += b;
+fn capped_row<const FMA: bool>(
+    row: &mut [[f32; LANES]],
+    bias: Option<&[f32]>,
+    scale: f32,
+    softcap: Option<f32>,
+) {
+    // One loop over all values: nested, the compiler gathers those of many blocks one by one.
+    for s in row.as_flattened_mut() {
+        *s = capped::<FMA>(*s, scale, softcap);
+    }
+    if let Some(bias) = bias {
+        for (s, bias) in row.as_flattened_mut().iter_mut().zip(bias) {
+            *s += bias;
         }
     }
+}
+
+/// The largest of a row that is a number.
+#[inline(always)]
+fn max_of(row: &[[f32; LANES]]) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    for block in row {
+        for (s, max) in block.iter().zip(&mut largest) {
+            *max = larger(*s, *max);
+        }
+    }
+    max16(&largest)
 }
 
 simd! {
@@ -61,34 +83,24 @@ simd! {
     pub(in crate::cpu) fn weights(row: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>) -> (f32, f32) {
         let span = span(columns);
         clear_outside(row, &span);
-        {
-            let part = row[span.clone()].as_chunks_mut::<LANES>().0;
-            for block in part.iter_mut() {
-                for s in block {
-                    *s = capped::<FMA>(*s, scale, softcap);
-                }
-            }
-            if let Some(bias) = bias {
-                add_bias(part, &bias[span.clone()]);
-            }
+        // Where scores are multiples of the products, so is the largest.
+        let multiples = softcap.is_none() && bias.is_none() && scale > 0.0;
+        if !multiples {
+            let bias = bias.map(|bias| &bias[span.clone()]);
+            capped_row::<FMA>(row[span.clone()].as_chunks_mut::<LANES>().0, bias, scale, softcap);
         }
+        let scale = if multiples { scale } else { 1.0 };
         hide(row, &span, columns, f32::NEG_INFINITY);
-        let row = &mut row[span];
-        let mut largest = [f32::NEG_INFINITY; LANES];
-        for block in row.as_chunks::<LANES>().0 {
-            for (s, max) in block.iter().zip(&mut largest) {
-                *max = larger(*s, *max);
-            }
-        }
-        let max = max16(&largest);
-        if max == f32::NEG_INFINITY && row.iter().all(|s| !s.is_nan()) {
-            row.fill(0.0);
+        let row = row[span].as_chunks_mut::<LANES>().0;
+        let max = max_of(row) * scale;
+        if max == f32::NEG_INFINITY && row.as_flattened().iter().all(|s| !s.is_nan()) {
+            row.fill([0.0; LANES]);
             return (f32::NEG_INFINITY, 0.0);
         }
         let mut sums = [0.0f32; LANES];
-        for block in row.as_chunks_mut::<LANES>().0 {
+        for block in row {
             for (s, sum) in block.iter_mut().zip(&mut sums) {
-                *s = exp::<FMA>(*s - max);
+                *s = exp::<FMA>(madd::<FMA>(*s, scale, -max));
                 *sum += *s;
             }
         }
@@ -98,7 +110,7 @@ simd! {
 
 simd! {
     /// Raw products of a row to softmax weights, and `slopes` from d weights to d raw products.
-    pub(super) fn row_grad(row: &mut [f32], slopes: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>, lse: f32, delta: f32) {
+    pub(in crate::cpu) fn row_grad(row: &mut [f32], slopes: &mut [f32], columns: &[Range<usize>; 2], bias: Option<&[f32]>, scale: f32, softcap: Option<f32>, lse: f32, delta: f32) {
         if lse == f32::NEG_INFINITY {
             row.fill(0.0);
             slopes.fill(0.0);
@@ -107,29 +119,29 @@ simd! {
         let span = span(columns);
         clear_outside(row, &span);
         clear_outside(slopes, &span);
-        let inv_cap = softcap.map_or(0.0, |cap| 1.0 / cap);
-        {
-            let part = row[span.clone()].as_chunks_mut::<LANES>().0;
-            for (block, slopes) in part.iter_mut().zip(slopes[span.clone()].as_chunks_mut::<LANES>().0) {
-                for (s, d) in block.iter_mut().zip(slopes) {
-                    *s = capped::<FMA>(*s, scale, softcap);
-                    // The slope of the cap; without one the factor is 1.
-                    let part = *s * inv_cap;
-                    *d = (*d - delta) * scale * (1.0 - part * part);
+        let multiples = softcap.is_none() && bias.is_none() && scale > 0.0;
+        if !multiples {
+            let bias = bias.map(|bias| &bias[span.clone()]);
+            let row = row[span.clone()].as_chunks_mut::<LANES>().0;
+            if let Some(cap) = softcap {
+                // The slope of the cap, before the bias is in the way.
+                capped_row::<FMA>(row, None, scale, softcap);
+                let inverse = 1.0 / cap;
+                for (s, d) in row.as_flattened().iter().zip(&mut slopes[span.clone()]) {
+                    let part = s * inverse;
+                    *d = (*d - delta) * (1.0 - part * part) + delta;
                 }
-            }
-            if let Some(bias) = bias {
-                add_bias(part, &bias[span.clone()]);
+                capped_row::<FMA>(row, bias, 1.0, None);
+            } else {
+                capped_row::<FMA>(row, bias, scale, None);
             }
         }
+        let product = if multiples { scale } else { 1.0 };
         hide(row, &span, columns, f32::NEG_INFINITY);
         hide(slopes, &span, columns, 0.0);
-        let (row, slopes) = (&mut row[span.clone()], &mut slopes[span]);
-        for (block, slopes) in row.as_chunks_mut::<LANES>().0.iter_mut().zip(slopes.as_chunks_mut::<LANES>().0) {
-            for (s, d) in block.iter_mut().zip(slopes) {
-                *s = exp::<FMA>(*s - lse);
-                *d *= *s;
-            }
+        for (s, d) in row[span.clone()].iter_mut().zip(&mut slopes[span]) {
+            *s = exp::<FMA>(madd::<FMA>(*s, product, -lse));
+            *d = (*d - delta) * scale * *s;
         }
     }
 }

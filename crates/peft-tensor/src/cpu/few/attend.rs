@@ -37,7 +37,7 @@ fn group(
     lse: &mut [f32],
 ) {
     let (d, heads, level) = (g.spec.head_dim, lse.len(), level());
-    let keys = g.keys(batch, &(0..1));
+    let keys = g.keys(batch, &(0..1), 1);
     if keys.width == 0 {
         return lse.fill(f32::NEG_INFINITY);
     }

@@ -17,11 +17,13 @@ mod parts;
 mod tile;
 mod tiles;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 pub(super) use self::dense::Sides;
 use self::lanes::Lanes;
 use self::pack::{Panels, Side};
+use super::attention::Geometry;
 use super::pool::Floats;
 use crate::{FrozenWeight, Precision};
 
@@ -38,6 +40,12 @@ pub(super) fn kernel(precision: Precision) -> Option<Kernel> {
             .or_else(|| Kernel::by_lanes(precision).filter(right))
     })
 }
+
+/// See [`Kernel::attention`].
+pub(super) type Block<'a> = dyn Fn(usize, &Range<usize>, &mut [f32], &mut [f32]) + Sync + 'a;
+
+/// See [`Kernel::attention_grad`].
+pub(super) type Heads<'a> = dyn Fn(usize, &Range<usize>, [&mut [f32]; 3]) + Sync + 'a;
 
 /// Code for instructions that were detected.
 #[derive(Clone, Copy)]
@@ -101,6 +109,54 @@ impl Kernel {
             Self::Amx(l, parts) if transposed => product.forward_by_tiles(l, parts, out, add),
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Self::Amx(l, parts) => product.backward_by_tiles(l, parts, out, add),
+        }
+    }
+
+    /// What makes a block of queries' part of attention and its log-sum-exps (batch entry, queries, out, lse), where there are
+    /// tiles.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        allow(unused_variables, reason = "elsewhere there are none")
+    )]
+    pub(super) fn attention<'a>(
+        self,
+        g: &'a Geometry<'a>,
+        [q, k, v]: [&'a [f32]; 3],
+    ) -> Option<Box<Block<'a>>> {
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(way, 1) => {
+                let forward = tiles::Forward::new(way, g, k, v);
+                Some(Box::new(move |batch, queries, out, lse| {
+                    forward.block(g, q, batch, queries, out, lse)
+                }))
+            }
+            // Sums of parts take longer to pack for products of this size than they save.
+            _ => None,
+        }
+    }
+
+    /// What makes the gradients of some heads (batch entry, query heads, dq, dk, dv) where there are tiles.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        allow(unused_variables, reason = "elsewhere there are none")
+    )]
+    pub(super) fn attention_grad<'a>(
+        self,
+        g: &'a Geometry<'a>,
+        [q, k, v]: [&'a [f32]; 3],
+        (out, lse, dout): (&'a [f32], &'a [f32], &'a [f32]),
+    ) -> Option<Box<Heads<'a>>> {
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(way, 1) => {
+                let backward = tiles::Backward::new(way, g, k, v);
+                Some(Box::new(move |batch, heads, grads| {
+                    backward.heads(g, q, out, lse, dout, batch, heads, grads)
+                }))
+            }
+            // Sums of parts take longer to pack for products of this size than they save.
+            _ => None,
         }
     }
 

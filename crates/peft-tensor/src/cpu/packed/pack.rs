@@ -360,11 +360,23 @@ pub(super) fn dense_columns<L: Lanes>(
     out: &mut [u32],
     line: &mut Vec<u32>,
 ) {
+    dense_pairs(l, side, (x, stride, inside), 0..side.units, out, line);
+}
+
+/// As [`dense_columns`] for some of the units along the inner dimension.
+pub(super) fn dense_pairs<L: Lanes>(
+    l: L,
+    side: &Side,
+    (x, stride, inside): (&[f32], usize, usize),
+    units: Range<usize>,
+    out: &mut [u32],
+    line: &mut Vec<u32>,
+) {
     let (take, apart) = (side.take, side.units * side.take);
     line.clear();
     line.resize(self::line(side), 0);
-    let there = inside.div_ceil(2);
-    for unit in there..side.units {
+    let there = inside.div_ceil(2).min(units.len());
+    for unit in units.start + there..units.end {
         blank(&mut out[unit * take..], take, apart);
     }
     for unit in 0..there {
@@ -372,13 +384,14 @@ pub(super) fn dense_columns<L: Lanes>(
             true => &x[i * stride..][..side.outside],
             false => &[],
         };
+        let place = units.start + unit;
         l.run(Step {
             rows: [row(2 * unit), row(2 * unit + 1)],
             line,
-            out: &mut out[unit * take..],
+            out: &mut out[place * take..],
             take,
             apart,
-            last: unit + 1 == side.units,
+            last: place + 1 == side.units,
         });
     }
 }

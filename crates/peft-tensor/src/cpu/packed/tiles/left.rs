@@ -72,10 +72,15 @@ impl<'a> Left<'a> {
         } else {
             units.chunks_mut(size).enumerate().for_each(one);
         }
+        Self::packed(rows, inside, parts, units)
+    }
+
+    /// What [`Left::pack`] made in `units`.
+    pub(super) fn packed(rows: usize, inside: usize, parts: usize, units: &'a [u32]) -> Self {
         Self {
             rows,
             parts,
-            steps,
+            steps: inside.div_ceil(VALUES),
             units,
         }
     }

@@ -9,11 +9,13 @@
 //!
 //! As elsewhere in [`packed`](super), a slab of the weight is packed once for all rows of `x`, and threads take rows.
 
+mod attend;
 mod left;
 mod square;
 
 use std::ops::Range;
 
+pub(super) use self::attend::{Backward, Forward};
 use self::left::Left;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(in crate::cpu) use self::square::Amx;
@@ -24,8 +26,7 @@ pub(super) use self::square::{SQUARE, TILE, Tiles};
 use super::lanes::Lanes;
 use super::pack::{self, Panels, Side};
 use super::parts::{ALL, Part};
-use super::{Product, SLAB, Sides};
-use crate::cpu::frozen::line_up;
+use super::{Product, SLAB};
 use crate::cpu::matmul::View;
 use crate::cpu::par;
 use crate::cpu::pool::Floats;
@@ -141,7 +142,7 @@ impl Product<'_> {
             let factors = Factors::new(&left[0], &side, right);
             let low = Factors::new(&left[1], &low_side, low);
             let low = (r > 0).then_some(&low);
-            multiply(tiles, &factors, low, &mut out[first..], rows, add, true);
+            multiply(tiles, &factors, low, &mut out[first..], rows, add);
         }
     }
 
@@ -183,7 +184,7 @@ impl Product<'_> {
             let factors = Factors::new(&left[0], &side, right);
             let low = Factors::new(&left[1], &low_side, low);
             let low = (r > 0).then_some(&low);
-            multiply(tiles, &factors, low, out, cols, add || first > 0, true);
+            multiply(tiles, &factors, low, out, cols, add || first > 0);
         }
     }
 
@@ -211,35 +212,6 @@ impl Product<'_> {
     }
 }
 
-/// `out = a b`, added to it if `add`, of two dense matrices that are not shared among threads.
-pub(super) fn dense<L: Lanes, T: Tiles>(
-    (lanes, tiles): (L, T),
-    parts: usize,
-    sides: &mut Sides,
-    (m, k, n): (usize, usize, usize),
-    a: View<'_>,
-    b: View<'_>,
-    out: &mut [f32],
-    width: usize,
-    add: bool,
-) {
-    let Sides { left, right, line } = sides;
-    let side = Side::tiles(n, k, false);
-    let lens = [left::len(m, k, parts), side.len() * parts];
-    let left = Left::pack(lanes, a, m, k, parts, line_up(left, lens[0]), false);
-    let right = line_up(right, lens[1]);
-    let b = b.t();
-    each_part!(lanes, side, right, |l, out| match b.cs {
-        1 => pack::dense_rows(l, &side, b.data, b.rs, k, out),
-        _ => {
-            assert_eq!(b.rs, 1, "a side without contiguous rows or columns");
-            pack::dense_columns(l, &side, b.data, b.cs, k, out, line);
-        }
-    });
-    let factors = Factors::new(&left, &side, right);
-    multiply(tiles, &factors, None, out, width, add, false);
-}
-
 /// `out` is the first product and, where there is one, the low one, added to it if `add`; rows of `out` are `width` apart,
 /// its columns are the first of each.
 fn multiply<T: Tiles>(
@@ -249,7 +221,6 @@ fn multiply<T: Tiles>(
     out: &mut [f32],
     width: usize,
     add: bool,
-    threads: bool,
 ) {
     let strips = factors.left.rows.div_ceil(SQUARE);
     let task = |strips, out: &mut [f32]| {
@@ -261,11 +232,7 @@ fn multiply<T: Tiles>(
         };
         tiles.with(|square| task.run(square, out, add));
     };
-    let threads = if threads {
-        rayon::current_num_threads()
-    } else {
-        1
-    };
+    let threads = rayon::current_num_threads();
     if threads == 1 {
         return task(0..strips, out);
     }
