@@ -19,6 +19,7 @@ mod frozen;
 mod kept;
 mod kernels;
 pub mod linalg;
+mod low_rank;
 mod ops;
 mod precision;
 #[cfg(feature = "reference")]
@@ -29,10 +30,7 @@ mod tensor;
 pub mod torch_rng;
 
 pub use adamw::{AdamWMove, AdamWMoved, AdamWRule, AdamWState, DeviceAdamW};
-pub use backend::{
-    Attention, Backend, Binary, Buffer, Glu, KernelSpeed, LowRank, LowRankBack, LowRankGrad, Mask,
-    Rope, Unary,
-};
+pub use backend::{Attention, Backend, Binary, Buffer, Glu, KernelSpeed, Mask, Rope, Unary};
 pub use base_weight::BaseWeight;
 pub use bytes::{Bytes, release_heap};
 pub use cpu::simd::all_finite;
@@ -40,6 +38,7 @@ pub use device::{AUTO, BackendEntry, Chosen, Device, DeviceFacts};
 pub use error::{Result, TensorError};
 pub use frozen::{FrozenWeight, WeightFormat, bnb, encode, encode_onto};
 pub use kernels::KernelStore;
+pub use low_rank::{LowRank, LowRankBack, LowRankGrad};
 pub use ops::{CustomOp, IGNORE, concat, custom};
 pub use precision::{Keep, Precision};
 #[cfg(feature = "reference")]

@@ -24,9 +24,8 @@ pub(crate) mod simd;
 mod source;
 mod team;
 
-use crate::backend::{
-    Attention, Backend, Binary, Buffer, Glu, LowRank, LowRankBack, LowRankGrad, Rope, Unary,
-};
+use crate::backend::{Attention, Backend, Binary, Buffer, Glu, Rope, Unary};
+use crate::low_rank::{LowRank, LowRankBack, LowRankGrad};
 use crate::{FrozenWeight, Keep, Precision, Result, RngKey, TensorError};
 use codes::Codes;
 use half::Halves;
