@@ -32,6 +32,15 @@ fn main() -> Result<()> {
         bench.flops * 1e-9,
         bench.bandwidth * 1e-9
     );
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if let Some(rates) = peak::tiles::flops(&[16 << 10, 512 << 10]) {
+        println!(
+            "products of tiles of bfloat16: {:.0} GFLOP/s, {:.0} from the first-level cache, {:.0} from the second\n",
+            rates[0] * 1e-9,
+            rates[1] * 1e-9,
+            rates[2] * 1e-9
+        );
+    }
     large_products(&bench)?;
     few_rows(&bench)?;
     attention(&bench)?;

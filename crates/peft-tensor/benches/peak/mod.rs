@@ -1,5 +1,8 @@
 //! What all threads together can do: fused multiply-adds in registers, and reading memory.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) mod tiles;
+
 use std::hint::black_box;
 use std::time::Instant;
 
