@@ -17,9 +17,10 @@ pub(super) const MOST: usize = 64;
 
 /// Rows of a piece, about.
 const PIECE: usize = 16;
-/// Rows of a task at least, and tasks at most: each has sums of its own.
+/// Rows of a task at least, and tasks at most: each has sums of its own, of which there are about as many as `SUMS` at most.
 const ROWS: usize = 64;
 const TASKS: usize = 16;
+const SUMS: usize = 8 << 20;
 
 /// See [`LowRankBack`](crate::backend::LowRankBack).
 pub(super) struct Back<'a> {
@@ -46,7 +47,8 @@ pub(super) fn low_rank_grad(back: &Back<'_>) -> (Floats, Option<Floats>, Option<
     ];
     let whole = whole_blocks(inside);
     let piece = PIECE.next_multiple_of(whole);
-    let rows = ROWS.max(m.div_ceil(TASKS)).next_multiple_of(piece);
+    let most = (SUMS / (r * (inside + out)).max(1)).clamp(1, TASKS);
+    let rows = ROWS.max(m.div_ceil(most)).next_multiple_of(piece);
     let tasks = m.div_ceil(rows).max(1);
     let mut sums = Floats::zeros(tasks * (lens[0] + lens[1]));
     if m * r > 0 {
