@@ -294,9 +294,6 @@ fn frozen_low_rank(
             let backend = device.backend();
             let dy = &dy.data;
             let low = b.target.wanted().then(|| low.data()).transpose()?;
-            if !x.wanted() && values.is_none() && low.is_none() {
-                return Ok(());
-            }
             let grad = backend.low_rank_grad(LowRankBack {
                 dy,
                 b: &b.data()?,

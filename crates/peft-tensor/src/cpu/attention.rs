@@ -167,9 +167,8 @@ impl<'a> Geometry<'a> {
 
     /// The keys that some queries see, in spans that begin at multiples of `whole`, of as many keys but for the last.
     pub(super) fn keys(&self, batch: usize, queries: &Range<usize>, whole: usize) -> Keys {
-        let end = self.seen(batch, queries.end - 1).1;
         let front = self.front(queries.end - 1);
-        let end = end.max(front);
+        let end = self.seen(batch, queries.end - 1).1.max(front);
         let front = front.next_multiple_of(whole).min(end);
         let first = self.seen(batch, queries.start).0 / whole * whole;
         let spans = if first <= front {

@@ -126,11 +126,6 @@ pub(super) fn thin(x: &[f32], w: &[f32], k: usize, n: usize, out: &mut [f32], th
     by_rows(level(), w, x, n, k, out, threads);
 }
 
-/// As [`thin`] for rows that are in a cache and belong to one thread.
-pub(super) fn thin_here(x: &[f32], w: &[f32], k: usize, n: usize, out: &mut [f32]) {
-    by_rows(level(), w, x, n, k, out, false);
-}
-
 /// `out [r, k] += st x` of `s [m, r]` and `x [m, k]`: best for so many rows of x that they stay in a cache, on one thread.
 pub(super) fn outer(s: &[f32], r: usize, x: &[f32], k: usize, out: &mut [f32]) {
     outer_at(level(), s, r, x, k, out);

@@ -22,7 +22,7 @@ const ROWS: usize = 64;
 const TASKS: usize = 16;
 const SUMS: usize = 8 << 20;
 
-/// See [`LowRankBack`](crate::backend::LowRankBack).
+/// See [`LowRankBack`](crate::LowRankBack).
 pub(super) struct Back<'a> {
     pub(super) dy: &'a [f32],
     pub(super) b: &'a [f32],
@@ -40,7 +40,7 @@ pub(super) fn low_rank_grad(back: &Back<'_>) -> (Floats, Option<Floats>, Option<
     let Back {
         m, inside, out, r, ..
     } = *back;
-    let mut dlow = Floats::zeros(m * r);
+    let mut dlow = Floats::dirty(m * r);
     let lens = [
         back.x.map_or(0, |_| r * inside),
         back.low.map_or(0, |_| r * out),
@@ -109,7 +109,7 @@ impl Back<'_> {
     ) {
         let Self { inside, out, r, .. } = *self;
         let dy = &self.dy[rows.start * out..rows.end * out];
-        few::thin_here(dy, columns, out, r, dlow);
+        few::thin(dy, columns, out, r, dlow, false);
         for v in dlow.iter_mut() {
             *v *= self.scale;
         }

@@ -47,22 +47,19 @@ fn capped<const FMA: bool>(s: f32, scale: f32, softcap: Option<f32>) -> f32 {
     }
 }
 
-/// Scores of some blocks as they go into the softmax, but for what is hidden.
+/// Products of a row to scores, but for the mask: one loop over all values, as of nested ones the compiler gathers the
+/// values of many blocks one by one.
 #[inline(always)]
-fn capped_row<const FMA: bool>(
-    row: &mut [[f32; LANES]],
-    bias: Option<&[f32]>,
-    scale: f32,
-    softcap: Option<f32>,
-) {
-    // One loop over all values: nested, the compiler gathers those of many blocks one by one.
-    for s in row.as_flattened_mut() {
+fn capped_row<const FMA: bool>(row: &mut [f32], scale: f32, softcap: Option<f32>) {
+    for s in row {
         *s = capped::<FMA>(*s, scale, softcap);
     }
-    if let Some(bias) = bias {
-        for (s, bias) in row.as_flattened_mut().iter_mut().zip(bias) {
-            *s += bias;
-        }
+}
+
+#[inline(always)]
+fn add_bias(row: &mut [f32], bias: &[f32]) {
+    for (s, bias) in row.iter_mut().zip(bias) {
+        *s += bias;
     }
 }
 
@@ -86,8 +83,10 @@ simd! {
         // Where scores are multiples of the products, so is the largest.
         let multiples = softcap.is_none() && bias.is_none() && scale > 0.0;
         if !multiples {
-            let bias = bias.map(|bias| &bias[span.clone()]);
-            capped_row::<FMA>(row[span.clone()].as_chunks_mut::<LANES>().0, bias, scale, softcap);
+            capped_row::<FMA>(&mut row[span.clone()], scale, softcap);
+            if let Some(bias) = bias {
+                add_bias(&mut row[span.clone()], &bias[span.clone()]);
+            }
         }
         let scale = if multiples { scale } else { 1.0 };
         hide(row, &span, columns, f32::NEG_INFINITY);
@@ -120,20 +119,20 @@ simd! {
         clear_outside(row, &span);
         clear_outside(slopes, &span);
         let multiples = softcap.is_none() && bias.is_none() && scale > 0.0;
+        let mut delta = delta;
         if !multiples {
-            let bias = bias.map(|bias| &bias[span.clone()]);
-            let row = row[span.clone()].as_chunks_mut::<LANES>().0;
+            capped_row::<FMA>(&mut row[span.clone()], scale, softcap);
             if let Some(cap) = softcap {
                 // The slope of the cap, before the bias is in the way.
-                capped_row::<FMA>(row, None, scale, softcap);
                 let inverse = 1.0 / cap;
-                for (s, d) in row.as_flattened().iter().zip(&mut slopes[span.clone()]) {
+                for (s, d) in row[span.clone()].iter().zip(&mut slopes[span.clone()]) {
                     let part = s * inverse;
-                    *d = (*d - delta) * (1.0 - part * part) + delta;
+                    *d = (*d - delta) * (1.0 - part * part);
                 }
-                capped_row::<FMA>(row, bias, 1.0, None);
-            } else {
-                capped_row::<FMA>(row, bias, scale, None);
+                delta = 0.0;
+            }
+            if let Some(bias) = bias {
+                add_bias(&mut row[span.clone()], &bias[span.clone()]);
             }
         }
         let product = if multiples { scale } else { 1.0 };

@@ -124,7 +124,7 @@ fn product(
     }
 }
 
-/// What [`forward`] multiplies with.
+/// What attention multiplies with.
 pub(in super::super) struct Forward<L, T> {
     way: (L, T),
     keys: Rights,
@@ -141,7 +141,7 @@ impl<L: Lanes, T: Tiles> Forward<L, T> {
         }
     }
 
-    /// A block of queries: `out [queries, heads]`, zeros, and `lse [heads, queries]`.
+    /// A block of queries: `out [queries, heads]` and `lse [heads, queries]`, whatever was in them.
     pub(in super::super) fn block(
         &self,
         g: &Geometry<'_>,
