@@ -1,8 +1,8 @@
 //! Products of two dense matrices that are too small to share among threads: those of attention.
 
 use super::lanes::{Lanes, ROWS, WIDTH};
-use super::pack::{self, Panels, Side};
-use super::{Kernel, tile};
+use super::side::{Panels, Side};
+use super::{Kernel, pack, tile};
 use crate::cpu::matmul::View;
 
 /// Panels of both sides, to be used again by the next product.

@@ -5,6 +5,7 @@
 //! only fast where they are compiled into a function for these instructions, which [`Lanes::run`] enters.
 
 use super::parts::ALL;
+#[cfg(test)]
 use crate::cpu::half::bf16;
 
 /// Registers of one instruction set.
@@ -24,17 +25,14 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     fn dot(self, sum: Self::V, a: Self::V, b: Self::V) -> Self::V;
     /// `a + b` of f32.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The unit of two values, rounded to bfloat16.
-    #[inline(always)]
-    fn unit(self, low: f32, high: f32) -> u32 {
-        bf16(low) | bf16(high) << 16
-    }
     /// The units of `2 * WIDTH` values, rounded to bfloat16.
     fn units(self, values: &[f32]) -> Self::V;
     /// The units of all [`parts`](super::parts) of `2 * WIDTH` values.
     fn parts(self, values: &[f32]) -> [Self::V; ALL];
     /// The units of a and b in turns: those of the lower halves, those of the upper halves.
     fn zip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V);
+    /// Units of the values of a and b in turns: those of the lower halves, those of the upper halves.
+    fn weave(self, a: Self::V, b: Self::V) -> (Self::V, Self::V);
     /// Asks for the cache line at an address, which will be wanted soon; any address will do.
     fn prefetch<T>(self, at: *const T);
     /// Does the work in a function that is compiled for the instructions.
@@ -91,7 +89,7 @@ impl Lanes for Plain {
     }
 
     fn units(self, values: &[f32]) -> Self::V {
-        std::array::from_fn(|i| self.unit(values[2 * i], values[2 * i + 1]))
+        std::array::from_fn(|i| bf16(values[2 * i]) | bf16(values[2 * i + 1]) << 16)
     }
 
     fn parts(self, values: &[f32]) -> [Self::V; ALL] {
@@ -111,6 +109,15 @@ impl Lanes for Plain {
                 b[i / 2]
             }
         };
+        (
+            std::array::from_fn(both),
+            std::array::from_fn(|i| both(WIDTH + i)),
+        )
+    }
+
+    fn weave(self, a: Self::V, b: Self::V) -> (Self::V, Self::V) {
+        let half = |v: &Self::V, i: usize| v[i / 2] >> (i % 2 * 16) & 0xffff;
+        let both = |i: usize| half(&a, i) | half(&b, i) << 16;
         (
             std::array::from_fn(both),
             std::array::from_fn(|i| both(WIDTH + i)),
@@ -217,6 +224,19 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn weave(self, a: __m512, b: __m512) -> (__m512, __m512) {
+            // Bits of the first where the mask has them, else of the second.
+            const SELECT: i32 = 0b1110_0100;
+            unsafe {
+                let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+                let mask = _mm512_set1_epi32(0xffff);
+                let even = _mm512_ternarylogic_epi32::<SELECT>(a, _mm512_slli_epi32::<16>(b), mask);
+                let odd = _mm512_ternarylogic_epi32::<SELECT>(_mm512_srli_epi32::<16>(a), b, mask);
+                self.zip(_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd))
+            }
+        }
+
+        #[inline(always)]
         fn prefetch<T>(self, at: *const T) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
@@ -240,39 +260,51 @@ mod x86 {
         #[inline(always)]
         fn units(self, values: &[f32]) -> __m512 {
             let (low, high) = (sixteen(values), sixteen(&values[16..]));
-            // SAFETY: as above; the instruction takes the values of the upper half first.
-            unsafe {
-                let both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(high), _mm512_loadu_ps(low));
-                std::mem::transmute::<__m512bh, __m512>(both)
-            }
+            // SAFETY: as above.
+            unsafe { both(_mm512_loadu_ps(low), _mm512_loadu_ps(high)) }
         }
 
         #[inline(always)]
         fn parts(self, values: &[f32]) -> [__m512; ALL] {
             // SAFETY: as above.
             unsafe {
-                let wide = |bits: __m256bh| {
-                    let bits: __m256i = std::mem::transmute(bits);
-                    _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))
-                };
-                // What is left of values without their first part, nothing if that is not finite, and without the second.
-                let left = |at: *const f32| {
-                    let v = _mm512_loadu_ps(at);
-                    let first = wide(_mm512_cvtneps_pbh(v));
-                    let exponent = _mm512_set1_epi32(0x7f80_0000);
-                    let finite =
-                        _mm512_cmpneq_epi32_mask(_mm512_and_si512(first, exponent), exponent);
-                    let second = _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(first));
-                    let bits = wide(_mm512_cvtneps_pbh(second));
-                    [v, second, _mm512_sub_ps(second, _mm512_castsi512_ps(bits))]
-                };
-                let (low, high) = (left(sixteen(values)), left(sixteen(&values[16..])));
-                let both = |part: usize| {
-                    let both = _mm512_cvtne2ps_pbh(high[part], low[part]);
-                    std::mem::transmute::<__m512bh, __m512>(both)
-                };
-                [both(0), both(1), both(2)]
+                let low = left(_mm512_loadu_ps(sixteen(values)));
+                let high = left(_mm512_loadu_ps(sixteen(&values[16..])));
+                [
+                    both(low[0], high[0]),
+                    both(low[1], high[1]),
+                    both(low[2], high[2]),
+                ]
             }
         }
+    }
+
+    // Not closures in `parts`: one that is not inlined is compiled without the instructions.
+
+    /// The bfloat16 of each value, as f32.
+    #[inline(always)]
+    unsafe fn first(v: __m512) -> __m512i {
+        unsafe {
+            let bits: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
+            _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))
+        }
+    }
+
+    /// Values, what is left of them without their first part, nothing if that is not finite, and without the second.
+    #[inline(always)]
+    unsafe fn left(v: __m512) -> [__m512; ALL] {
+        unsafe {
+            let (bits, exponent) = (first(v), _mm512_set1_epi32(0x7f80_0000));
+            let finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512(bits, exponent), exponent);
+            let second = _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(bits));
+            let third = _mm512_sub_ps(second, _mm512_castsi512_ps(first(second)));
+            [v, second, third]
+        }
+    }
+
+    /// The units of values that are rounded: the upper half first, as the instruction has it.
+    #[inline(always)]
+    unsafe fn both(low: __m512, high: __m512) -> __m512 {
+        unsafe { std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low)) }
     }
 }

@@ -14,6 +14,7 @@ mod dense;
 mod lanes;
 mod pack;
 mod parts;
+mod side;
 mod tile;
 mod tiles;
 
@@ -22,7 +23,7 @@ use std::sync::OnceLock;
 
 pub(super) use self::dense::Sides;
 use self::lanes::Lanes;
-use self::pack::{Panels, Side};
+use self::side::{Panels, Side};
 use super::attention::Geometry;
 use super::pool::Floats;
 use crate::{FrozenWeight, Precision};
@@ -233,7 +234,7 @@ impl Product<'_> {
     /// `x [m, rows] W`, by slabs of W's rows: parts of the sums.
     fn backward<L: Lanes>(&self, l: L, out: &mut [f32], add: bool) {
         let (m, rows, cols) = (self.m, self.w.rows(), self.w.cols());
-        let step = (SLAB / cols).max(1).next_multiple_of(2 * pack::BLOCK);
+        let step = (SLAB / cols).max(1).next_multiple_of(2 * side::BLOCK);
         for first in (0..rows).step_by(step) {
             let count = step.min(rows - first);
             // What goes along does so with the last part.
@@ -250,7 +251,7 @@ impl Product<'_> {
             pack::rows(l, &side, x, rows, count, low.values, units);
             let left = Panels::new(&side, units);
             let units = bytemuck::cast_slice_mut(&mut right);
-            pack::weight_columns(l, &other, self.w, first, count, low.other, units);
+            pack::weight_columns(l, &other, self.w, (first, count), 0, low.other, units);
             let right = Panels::new(&other, units);
             tile::multiply(l, &left, &right, out, cols, add || first > 0);
         }

@@ -2,193 +2,66 @@
 //!
 //! A panel side is cut into strips of as many rows (of `x`) or columns (of the result) as a tile has; in a strip, the units
 //! of one step along the inner dimension stand together. What is missing at the end of the inner dimension is zero; what is
-//! missing of a last strip is anything.
+//! missing of a last strip is anything. Of values that are sums of several parts, all are made at once.
 
 use std::ops::Range;
 
-use super::lanes::{Lanes, ROWS, WIDTH, Work};
-use super::tiles::{SQUARE, TILE};
+use super::lanes::{Lanes, WIDTH, Work};
+use super::side::Side;
 use crate::cpu::par;
 use crate::cpu::pool::Floats;
 use crate::{FrozenWeight, WeightFormat};
 
-/// Where the strips of a side lie.
-pub(super) struct Side {
-    /// Rows or columns without the padding.
-    pub(super) outside: usize,
-    /// In a strip.
-    pub(super) take: usize,
-    pub(super) strips: usize,
-    /// Units along the inner dimension.
-    pub(super) units: usize,
-    /// Values at its end that come from a product of low rank, after whole units.
-    low: usize,
-    /// Units that are multiplied before the next strip comes (the last time fewer).
-    block: usize,
-    /// Units of a piece: what stands together first by strips, then by steps.
-    pub(super) piece: usize,
-}
-
-/// Units of a piece where threads pack along the inner dimension.
-const PIECE: usize = 96;
-
-/// Units of the inner dimension that are multiplied at a time, so that a strip of the right side stays in the first-level
-/// cache; two of them have room for 1536 values and a rank of 64.
-pub(super) const BLOCK: usize = 400;
-
-/// As [`BLOCK`] for tiles, which read strips from the second-level cache.
-const TILES_BLOCK: usize = 1024;
-
-impl Side {
-    fn new(outside: usize, take: usize, inside: usize, low: usize, piece: usize) -> Self {
-        let units = inside.div_ceil(2) + low.div_ceil(2);
-        Self::of(outside, take, units, low, piece, BLOCK)
-    }
-
-    fn of(
-        outside: usize,
-        take: usize,
-        units: usize,
-        low: usize,
-        piece: usize,
-        block: usize,
-    ) -> Self {
-        let blocks = units.div_ceil(block).max(1);
-        let block = units.div_ceil(blocks);
-        // Whole pieces, or whole tiles where the side has such.
-        let whole = if piece < units { piece } else { TILE };
-        let block = block.next_multiple_of(whole);
-        Self {
-            outside,
-            take,
-            strips: outside.div_ceil(take),
-            units,
-            low,
-            block: block.max(1),
-            piece: piece.min(units).max(1),
-        }
-    }
-
-    /// `m` rows of `inside` values and `low` more.
-    pub(super) fn rows(m: usize, inside: usize, low: usize) -> Self {
-        Self::new(m, ROWS, inside, low, usize::MAX)
-    }
-
-    /// `n` columns that are rows of the stored weight.
-    pub(super) fn weight_rows(n: usize, inside: usize, low: usize) -> Self {
-        Self::new(n, 2 * WIDTH, inside, low, usize::MAX)
-    }
-
-    /// `n` columns that are columns of the stored weight.
-    pub(super) fn weight_columns(n: usize, inside: usize, low: usize) -> Self {
-        Self::new(n, 2 * WIDTH, inside, low, PIECE)
-    }
-
-    /// `n` columns for products of tiles, in whole steps along the inner dimension; packed in pieces where these are columns
-    /// of the stored weight.
-    pub(super) fn tiles(n: usize, inside: usize, pieces: bool) -> Self {
-        let units = inside.div_ceil(2).next_multiple_of(TILE);
-        let piece = if pieces { PIECE } else { usize::MAX };
-        Self::of(n, SQUARE, units, 0, piece, TILES_BLOCK)
-    }
-
-    /// A side of a product that is not shared among threads.
-    pub(super) fn dense(outside: usize, take: usize, inside: usize) -> Self {
-        Self::new(outside, take, inside, 0, usize::MAX)
-    }
-
-    /// Units that do not come from a product of low rank.
-    fn own(&self) -> usize {
-        self.units - self.low.div_ceil(2)
-    }
-
-    /// Units of all panels.
-    pub(super) fn len(&self) -> usize {
-        self.strips * self.take * self.units
-    }
-
-    /// The blocks, as ranges of units.
-    pub(super) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        cuts(0..self.units, self.block)
-    }
-
-    /// The pieces of a block.
-    #[inline(always)]
-    pub(super) fn pieces(
-        &self,
-        block: &Range<usize>,
-    ) -> impl Iterator<Item = Range<usize>> + use<> {
-        // A block is in one piece, or begins where a piece does.
-        cuts(block.clone(), self.piece)
-    }
-}
-
-/// Ranges of `length`, the last perhaps shorter.
-#[inline(always)]
-fn cuts(whole: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
-    let end = whole.end;
-    whole
-        .step_by(length)
-        .map(move |first| first..(first + length).min(end))
-}
-
-/// A packed side.
-pub(super) struct Panels<'a> {
-    pub(super) side: &'a Side,
-    units: &'a [u32],
-}
-
-impl<'a> Panels<'a> {
-    pub(super) fn new(side: &'a Side, units: &'a [u32]) -> Self {
-        Self { side, units }
-    }
-
-    /// One strip over a range of the inner dimension that lies in one piece.
-    #[inline(always)]
-    pub(super) fn strip(&self, strip: usize, range: &Range<usize>) -> &'a [u32] {
-        let Side {
-            take,
-            strips,
-            units,
-            piece,
-            ..
-        } = *self.side;
-        let begin = range.start - range.start % piece;
-        let length = piece.min(units - begin);
-        let first = begin * strips + strip * length + range.start - begin;
-        &self.units[first * take..(first + range.len()) * take]
-    }
-}
+/// Units that are worth waking a thread to pack.
+const TASK: usize = 16 * 1024;
 
 /// Values or units of which registers are made.
 pub(super) trait Item: Copy + Default + Sync {
     /// Items of a register.
     const REGISTER: usize;
-    /// The register of the first of them.
-    fn register<L: Lanes>(l: L, items: &[Self]) -> L::V;
+    /// The register of the first of them, in so many parts.
+    fn registers<L: Lanes, const PARTS: usize>(l: L, items: &[Self]) -> [L::V; PARTS];
 }
 
 impl Item for f32 {
     const REGISTER: usize = 2 * WIDTH;
 
     #[inline(always)]
-    fn register<L: Lanes>(l: L, items: &[Self]) -> L::V {
-        l.units(items)
+    fn registers<L: Lanes, const PARTS: usize>(l: L, items: &[Self]) -> [L::V; PARTS] {
+        if PARTS == 1 {
+            return [l.units(items); PARTS];
+        }
+        let all = l.parts(items);
+        let mut some = [all[0]; PARTS];
+        some.copy_from_slice(&all[..PARTS]);
+        some
     }
 }
 
-/// Units that are stored as such.
+/// Units that are stored as such: values of one part.
 impl Item for u32 {
     const REGISTER: usize = WIDTH;
 
     #[inline(always)]
-    fn register<L: Lanes>(l: L, items: &[Self]) -> L::V {
-        l.load(items)
+    fn registers<L: Lanes, const PARTS: usize>(l: L, items: &[Self]) -> [L::V; PARTS] {
+        debug_assert_eq!(PARTS, 1);
+        [l.load(items); PARTS]
     }
 }
 
+/// Does work in as many parts as a side has.
+macro_rules! in_parts {
+    ($l:expr, $side:expr, $work:ident { $($field:tt)* }) => {
+        match $side.parts {
+            1 => $l.run($work::<_, 1> { $($field)* }),
+            2 => $l.run($work::<_, 2> { $($field)* }),
+            _ => $l.run($work::<_, 3> { $($field)* }),
+        }
+    };
+}
+
 /// One strip of rows that are contiguous along the inner dimension: a transpose, square by square.
-struct Strip<'a, T> {
+struct Strip<'a, T, const PARTS: usize> {
     /// Rows `stride` apart, of which the first `inside` items count.
     rows: &'a [T],
     stride: usize,
@@ -196,10 +69,12 @@ struct Strip<'a, T> {
     /// How many there are, and how many a full strip has.
     count: usize,
     take: usize,
+    /// From a part to the next.
+    apart: usize,
     out: &'a mut [u32],
 }
 
-impl<L: Lanes, T: Item> Work<L> for Strip<'_, T> {
+impl<L: Lanes, T: Item, const PARTS: usize> Work<L> for Strip<'_, T, PARTS> {
     #[inline(always)]
     fn on(self, l: L) {
         let (take, wide) = (self.take, T::REGISTER);
@@ -209,28 +84,36 @@ impl<L: Lanes, T: Item> Work<L> for Strip<'_, T> {
             for (i, start) in starts.iter_mut().enumerate() {
                 *start = (group + i).min(self.count - 1) * self.stride;
             }
-            let out = &mut self.out[group..];
             for at in (0..self.inside).step_by(wide) {
-                let out = &mut out[at / wide * WIDTH * take..];
+                // Registers for one part; squares of several go by way of the first-level cache.
+                let mut squares = [[[0; WIDTH]; WIDTH]; PARTS];
                 let mut square = [l.zero(); WIDTH];
-                if at + wide <= self.inside {
-                    for i in 0..WIDTH {
-                        square[i] = T::register(l, &self.rows[starts[i] + at..]);
-                    }
-                } else {
-                    for i in 0..WIDTH {
-                        let row = &self.rows[starts[i]..][..self.inside];
-                        square[i] = remainder(l, &row[at..]);
+                for i in 0..WIDTH {
+                    let row: [L::V; PARTS] =
+                        registers(l, &self.rows[starts[i]..][..self.inside], at);
+                    square[i] = row[0];
+                    for part in 1..PARTS {
+                        l.store(row[part], &mut squares[part][i]);
                     }
                 }
-                transpose(l, &mut square);
-                // A strip narrower than a register is overwritten by the step after it, but for the last steps.
-                if out.len() >= (WIDTH - 1) * take + WIDTH {
-                    for i in 0..WIDTH {
-                        l.store(square[i], &mut out[i * take..]);
+                for part in 0..PARTS {
+                    if part > 0 {
+                        for i in 0..WIDTH {
+                            square[i] = l.load(&squares[part][i]);
+                        }
                     }
-                } else {
-                    cut(l, square, take, out);
+                    transpose(l, &mut square);
+                    let first = part * self.apart + group + at / wide * WIDTH * take;
+                    let end = (part + 1) * self.apart;
+                    let out = &mut self.out[first..end];
+                    // A strip narrower than a register is overwritten by the step after it, but for the last steps.
+                    if out.len() >= (WIDTH - 1) * take + WIDTH {
+                        for i in 0..WIDTH {
+                            l.store(square[i], &mut out[i * take..]);
+                        }
+                    } else {
+                        cut(l, square, take, out);
+                    }
                 }
             }
         }
@@ -248,12 +131,22 @@ fn cut<L: Lanes>(l: L, square: [L::V; WIDTH], take: usize, out: &mut [u32]) {
     }
 }
 
-/// The register of what is left of a row, zero beyond.
+/// The registers of a row from one item on, zero beyond.
+#[inline(always)]
+fn registers<L: Lanes, T: Item, const PARTS: usize>(l: L, row: &[T], at: usize) -> [L::V; PARTS] {
+    let items = row.get(at..).unwrap_or(&[]);
+    match items.len() >= T::REGISTER {
+        true => T::registers(l, items),
+        false => remainder(l, items),
+    }
+}
+
+/// The registers of what is left of a row, zero beyond.
 #[inline(never)]
-pub(super) fn remainder<L: Lanes, T: Item>(l: L, items: &[T]) -> L::V {
+pub(super) fn remainder<L: Lanes, T: Item, const PARTS: usize>(l: L, items: &[T]) -> [L::V; PARTS] {
     let mut padded = [T::default(); 2 * WIDTH];
     padded[..items.len()].copy_from_slice(items);
-    T::register(l, &padded)
+    T::registers(l, &padded)
 }
 
 /// The first `WIDTH` registers as columns: each pass turns the bits of an element's place, its row's before its lane's, by
@@ -294,9 +187,8 @@ fn strips<L: Lanes, T: Item>(
     low: &[f32],
     out: &mut [u32],
 ) {
-    let size = (side.take * side.units).max(1);
-    // A task long enough to be worth waking a thread.
-    let together = (16 * 1024 / size).max(1);
+    let size = (side.parts * side.take * side.units).max(1);
+    let together = (TASK / size).max(1);
     par::chunks(out, size * together, |task, out| {
         for (i, out) in out.chunks_mut(size).enumerate() {
             let strip = task * together + i;
@@ -317,14 +209,19 @@ fn one_strip<L: Lanes, T: Item>(
 ) {
     let take = side.take;
     let first = strip * take;
-    l.run(Strip {
-        rows: &rows[first * stride..],
-        stride,
-        inside,
-        count: (side.outside - first).min(take),
-        take,
-        out,
-    });
+    in_parts!(
+        l,
+        side,
+        Strip {
+            rows: &rows[first * stride..],
+            stride,
+            inside,
+            count: (side.outside - first).min(take),
+            take,
+            apart: out.len() / side.parts,
+            out,
+        }
+    );
 }
 
 /// The end of a strip, after the rest of it: rows of `low`.
@@ -344,7 +241,7 @@ pub(super) fn dense_rows<L: Lanes>(
     inside: usize,
     out: &mut [u32],
 ) {
-    let size = (side.take * side.units).max(1);
+    let size = (side.parts * side.take * side.units).max(1);
     for (strip, out) in out.chunks_mut(size).enumerate() {
         one_strip(l, side, x, stride, inside, strip, out);
     }
@@ -372,12 +269,16 @@ pub(super) fn dense_pairs<L: Lanes>(
     out: &mut [u32],
     line: &mut Vec<u32>,
 ) {
-    let (take, apart) = (side.take, side.units * side.take);
+    let (take, part) = (side.take, side.units * side.take);
     line.clear();
     line.resize(self::line(side), 0);
+    let apart = Apart {
+        part,
+        strip: side.parts * part,
+    };
     let there = inside.div_ceil(2).min(units.len());
     for unit in units.start + there..units.end {
-        blank(&mut out[unit * take..], take, apart);
+        blank(&mut out[unit * take..], take, part);
     }
     for unit in 0..there {
         let row = |i: usize| match i < inside {
@@ -385,14 +286,18 @@ pub(super) fn dense_pairs<L: Lanes>(
             false => &[],
         };
         let place = units.start + unit;
-        l.run(Step {
-            rows: [row(2 * unit), row(2 * unit + 1)],
-            line,
-            out: &mut out[place * take..],
-            take,
-            apart,
-            last: place + 1 == side.units,
-        });
+        in_parts!(
+            l,
+            side,
+            Step {
+                rows: [row(2 * unit), row(2 * unit + 1)],
+                line,
+                out: &mut out[place * take..],
+                take,
+                apart,
+                last: place + 1 == side.units,
+            }
+        );
     }
 }
 
@@ -422,60 +327,77 @@ pub(super) fn weight_rows<L: Lanes>(
     if let Some(values) = w.as_f32() {
         return strips(l, side, &values[first * cols..], cols, cols, low, out);
     }
-    par::chunks(out, take * side.units, |strip, out| {
+    par::chunks(out, side.parts * take * side.units, |strip, out| {
         let count = (side.outside - strip * take).min(take);
         let from = first + strip * take;
         let mut rows = Floats::dirty(count * cols);
         w.decode_rows(from..from + count, &mut rows);
-        l.run(Strip {
-            rows: &rows,
-            stride: cols,
-            inside: cols,
-            count,
-            take,
-            out,
-        });
+        in_parts!(
+            l,
+            side,
+            Strip {
+                rows: &rows[..],
+                stride: cols,
+                inside: cols,
+                count,
+                take,
+                apart: out.len() / side.parts,
+                out,
+            }
+        );
         low_strip(l, side, low, strip, out);
     });
 }
 
+/// From a part of a strip to the next, and to that of the next strip.
+#[derive(Clone, Copy)]
+struct Apart {
+    part: usize,
+    strip: usize,
+}
+
 /// One step along the inner dimension, for all strips: the values of two rows side by side.
-struct Step<'a> {
+struct Step<'a, T, const PARTS: usize> {
     /// The second is empty beyond the last.
-    rows: [&'a [f32]; 2],
+    rows: [&'a [T]; 2],
     /// A place of [`line`] for the units of the whole row, zero beyond it.
     line: &'a mut [u32],
-    /// From the place of the step in the first strip on; strips are `apart`.
+    /// From the place of the step in the first strip on.
     out: &'a mut [u32],
     take: usize,
-    apart: usize,
+    apart: Apart,
     /// Whether nothing of a strip comes after.
     last: bool,
 }
 
-impl<L: Lanes> Work<L> for Step<'_> {
+impl<L: Lanes, T: Item, const PARTS: usize> Work<L> for Step<'_, T, PARTS> {
     #[inline(always)]
     fn on(self, l: L) {
         let [a, b] = self.rows;
-        let zero = [0.0; WIDTH];
-        let (blocks, tail) = a.as_chunks::<WIDTH>();
-        let (b_blocks, b_tail) = b.as_chunks::<WIDTH>();
-        let lines = self.line.as_chunks_mut::<WIDTH>().0;
-        for (i, (line, a)) in lines.iter_mut().zip(blocks).enumerate() {
-            pair(l, a, b_blocks.get(i).unwrap_or(&zero), line);
+        let strips = (a.len() * 2 * WIDTH / T::REGISTER).div_ceil(self.take);
+        for i in 0..a.len().div_ceil(T::REGISTER) {
+            let at = i * T::REGISTER;
+            let a: [L::V; PARTS] = registers(l, a, at);
+            let b: [L::V; PARTS] = registers(l, b, at);
+            for part in 0..PARTS {
+                let (low, high) = l.weave(a[part], b[part]);
+                // A strip takes what two registers have, or the whole row is cut into strips below.
+                let out = match self.take == 2 * WIDTH {
+                    true => &mut self.out[i * self.apart.strip + part * self.apart.part..],
+                    false => &mut self.line[i * 2 * WIDTH..],
+                };
+                l.store(low, out);
+                l.store(high, &mut out[WIDTH..]);
+            }
         }
-        if !tail.is_empty() {
-            let (mut a, mut b) = (zero, zero);
-            a[..tail.len()].copy_from_slice(tail);
-            b[..b_tail.len()].copy_from_slice(b_tail);
-            pair(l, &a, &b, &mut lines[blocks.len()]);
+        if self.take == 2 * WIDTH {
+            return;
         }
+        debug_assert_eq!(PARTS, 1);
         let take = self.take;
-        for (strip, line) in (0..a.len().div_ceil(take)).map(|i| (i, &self.line[i * take..])) {
-            let out = &mut self.out[strip * self.apart..];
-            if take == 2 * WIDTH {
-                out[..2 * WIDTH].copy_from_slice(&line[..2 * WIDTH]);
-            } else if self.last {
+        for (strip, line) in (0..strips).map(|i| (i, &self.line[i * take..])) {
+            let out = &mut self.out[strip * self.apart.strip..];
+            if self.last {
                 out[..take].copy_from_slice(&line[..take]);
             } else {
                 // Less than a register: the next step overwrites what is too much.
@@ -485,116 +407,150 @@ impl<L: Lanes> Work<L> for Step<'_> {
     }
 }
 
-/// Zeroes one step of all strips, `apart`.
+/// Zeroes one step of all strips and their parts, `apart`.
 fn blank(out: &mut [u32], take: usize, apart: usize) {
     for out in out.chunks_mut(apart) {
         out[..take].fill(0);
     }
 }
 
-/// The length of a place for the units of one step of all strips, in whole registers and one more to read beyond.
+/// The length of a place for the units of one step of all strips, in whole pairs of registers and one more register to read
+/// beyond; strips of two registers need none.
 fn line(side: &Side) -> usize {
-    (side.strips * side.take).next_multiple_of(WIDTH) + WIDTH
-}
-
-/// The units of values that stand next to each other along the inner dimension.
-#[inline(always)]
-pub(super) fn pair<L: Lanes>(l: L, a: &[f32; WIDTH], b: &[f32; WIDTH], units: &mut [u32; WIDTH]) {
-    for i in 0..WIDTH {
-        units[i] = l.unit(a[i], b[i]);
+    match side.take == 2 * WIDTH {
+        true => 0,
+        false => (side.strips * side.take).next_multiple_of(2 * WIDTH) + WIDTH,
     }
 }
 
-/// As [`Step`] for two rows of bfloat16, each unit two values of one row.
-struct StoredStep<'a> {
-    rows: [&'a [u32]; 2],
-    out: &'a mut [u32],
-    take: usize,
-    apart: usize,
-}
-
-impl<L: Lanes> Work<L> for StoredStep<'_> {
-    #[inline(always)]
-    fn on(self, _l: L) {
-        let [a, b] = self.rows;
-        for (strip, a) in a.chunks(self.take / 2).enumerate() {
-            let out = &mut self.out[strip * self.apart..][..self.take];
-            let at = strip * self.take / 2;
-            for (i, (out, a)) in out.as_chunks_mut::<2>().0.iter_mut().zip(a).enumerate() {
-                let b = b.get(at + i).copied().unwrap_or(0);
-                *out = [a & 0xffff | b << 16, a >> 16 | b & 0xffff_0000];
-            }
-            out[2 * a.len()..].fill(0);
-        }
-    }
+/// Whether some columns of a weight are as easy to read as all of them.
+pub(super) fn has_columns(w: &FrozenWeight) -> bool {
+    stored(w).is_some() || w.as_f32().is_some()
 }
 
 /// Packs rows `first..first + count` of a weight, and those of `low` after them, as steps of the inner dimension of the right
-/// side.
+/// side, of their columns those from `from` on.
 pub(super) fn weight_columns<L: Lanes>(
     l: L,
     side: &Side,
     w: &FrozenWeight,
-    first: usize,
-    count: usize,
+    rows: (usize, usize),
+    from: usize,
     low: &[f32],
     out: &mut [u32],
 ) {
-    let (take, cols) = (side.take, w.cols());
-    let stored = stored(w);
-    let dense = w.as_f32();
-    let size = side.piece * take * side.strips;
-    par::chunks(out, size, |piece, out| {
-        let units = out.len() / (take * side.strips);
-        let apart = units * take;
+    let (take, parts) = (side.take, side.parts);
+    let of_pieces = out
+        .chunks_mut(side.piece * parts * take * side.strips)
+        .enumerate();
+    let tasks = of_pieces.flat_map(|(piece, out)| {
+        let units = out.len() / (parts * take * side.strips);
+        let together = match has_columns(w) {
+            true => (TASK / (units * parts * take)).max(1),
+            false => side.strips,
+        };
+        let of_strips = out.chunks_mut(together * units * parts * take).enumerate();
+        of_strips.map(move |(i, out)| Columns {
+            side,
+            w,
+            rows,
+            from,
+            low,
+            first: piece * side.piece,
+            units,
+            strips: i * together..((i + 1) * together).min(side.strips),
+            out,
+        })
+    });
+    par::share(tasks.collect(), |task: Columns<'_>| task.pack(l));
+}
+
+/// Some strips of a piece.
+struct Columns<'a> {
+    side: &'a Side,
+    w: &'a FrozenWeight,
+    rows: (usize, usize),
+    from: usize,
+    low: &'a [f32],
+    /// The first unit, and how many.
+    first: usize,
+    units: usize,
+    strips: Range<usize>,
+    out: &'a mut [u32],
+}
+
+impl Columns<'_> {
+    fn pack<L: Lanes>(self, l: L) {
+        let Self { side, w, low, .. } = self;
+        let (take, cols) = (side.take, w.cols());
+        let part = self.units * take;
+        let apart = Apart {
+            part,
+            strip: side.parts * part,
+        };
+        // Columns of the side, and of the weight.
+        let columns = self.strips.start * take..(self.strips.end * take).min(side.outside);
+        let (begin, end) = (self.from + columns.start, self.from + columns.end);
+        let (stored, dense) = (stored(w), w.as_f32());
         let mut decoded = Vec::new();
-        let mut line = vec![0; line(side)];
-        for unit in 0..units {
-            let out = &mut out[unit * take..];
+        let mut line = vec![0; self::line(side)];
+        for unit in 0..self.units {
+            let out = &mut self.out[unit * take..];
             // The step, of the weight's or, behind them, of the low rank's.
-            let step = piece * side.piece + unit;
+            let step = self.first + unit;
             let own = step < side.own();
-            let (at, end) = match own {
-                true => (first + step * 2, first + count),
+            let (at, last) = match own {
+                true => (self.rows.0 + step * 2, self.rows.0 + self.rows.1),
                 false => ((step - side.own()) * 2, side.low),
             };
-            if at >= end {
-                blank(out, take, apart);
+            if at >= last {
+                blank(out, take, part);
                 continue;
             }
-            let there = 2.min(end - at);
+            let there = 2.min(last - at);
+            let line = &mut line[..];
+            let last = unit + 1 == self.units;
             if let (Some(all), true) = (stored, own) {
+                // A last column without another is zero beyond: so is what is stored there.
                 let row = |i: usize| match i < there {
-                    true => &all[(at + i) * cols / 2..][..cols / 2],
+                    true => &all[(at + i) * cols / 2..][begin / 2..end.div_ceil(2)],
                     false => &[],
                 };
-                let rows = [row(0), row(1)];
-                l.run(StoredStep {
-                    rows,
+                l.run(Step::<_, 1> {
+                    rows: [row(0), row(1)],
+                    line,
                     out,
                     take,
                     apart,
+                    last,
                 });
                 continue;
             }
-            let values = match (own, dense) {
-                (false, _) => &low[at * cols..(at + there) * cols],
-                (true, Some(values)) => &values[at * cols..(at + there) * cols],
+            let (values, width, columns) = match (own, dense) {
+                (false, _) => (&low[at * side.outside..], side.outside, columns.clone()),
+                (true, Some(values)) => (&values[at * cols..], cols, begin..end),
                 (true, None) => {
                     decoded.resize(there * cols, 0.0);
                     w.decode_rows(at..at + there, &mut decoded);
-                    &decoded[..]
+                    (&decoded[..], cols, begin..end)
                 }
             };
-            let rows = [&values[..cols], &values[cols..]];
-            l.run(Step {
-                rows,
-                line: &mut line,
-                out,
-                take,
-                apart,
-                last: unit + 1 == units,
-            });
+            let row = |i: usize| match i < there {
+                true => &values[i * width..][columns.clone()],
+                false => &[],
+            };
+            in_parts!(
+                l,
+                side,
+                Step {
+                    rows: [row(0), row(1)],
+                    line,
+                    out,
+                    take,
+                    apart,
+                    last,
+                }
+            );
         }
-    });
+    }
 }

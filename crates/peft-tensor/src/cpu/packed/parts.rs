@@ -3,14 +3,14 @@
 //! Each part is what is left of the value, rounded (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial
 //! intelligence datatype for higher-precision computations", 2019).
 
-use super::lanes::{Lanes, Work};
+#[cfg(test)]
 use crate::cpu::half::bf16;
 
 /// Parts that an f32 has.
 pub(super) const ALL: usize = 3;
 
-/// The parts of a value, as bfloat16.
-#[inline(always)]
+/// The parts of a value, as bfloat16: what those of lanes are tested against.
+#[cfg(test)]
 pub(super) fn split(value: f32) -> [u32; ALL] {
     let wide = |bits: u32| f32::from_bits(bits << 16);
     let first = bf16(value);
@@ -21,84 +21,6 @@ pub(super) fn split(value: f32) -> [u32; ALL] {
     };
     let second = bf16(left);
     [first, second, bf16(left - wide(second))]
-}
-
-/// Lanes whose units are part `P` of values.
-#[derive(Clone, Copy)]
-pub(super) struct Part<L, const P: usize>(pub(super) L);
-
-/// Work with the lanes inside of the function that has their instructions.
-struct Inside<L, W, const P: usize>(Part<L, P>, W);
-
-impl<L: Lanes, W: Work<Part<L, P>>, const P: usize> Work<L> for Inside<L, W, P> {
-    #[inline(always)]
-    fn on(self, _l: L) {
-        self.1.on(self.0);
-    }
-}
-
-impl<L: Lanes, const P: usize> Lanes for Part<L, P> {
-    type V = L::V;
-
-    #[inline(always)]
-    fn zero(self) -> L::V {
-        self.0.zero()
-    }
-
-    #[inline(always)]
-    fn load(self, units: &[u32]) -> L::V {
-        self.0.load(units)
-    }
-
-    #[inline(always)]
-    fn store(self, v: L::V, out: &mut [u32]) {
-        self.0.store(v, out);
-    }
-
-    #[inline(always)]
-    fn splat(self, unit: u32) -> L::V {
-        self.0.splat(unit)
-    }
-
-    #[inline(always)]
-    fn dot(self, sum: L::V, a: L::V, b: L::V) -> L::V {
-        self.0.dot(sum, a, b)
-    }
-
-    #[inline(always)]
-    fn add(self, a: L::V, b: L::V) -> L::V {
-        self.0.add(a, b)
-    }
-
-    #[inline(always)]
-    fn unit(self, low: f32, high: f32) -> u32 {
-        split(low)[P] | split(high)[P] << 16
-    }
-
-    #[inline(always)]
-    fn units(self, values: &[f32]) -> L::V {
-        self.0.parts(values)[P]
-    }
-
-    #[inline(always)]
-    fn parts(self, values: &[f32]) -> [L::V; ALL] {
-        self.0.parts(values)
-    }
-
-    #[inline(always)]
-    fn zip(self, a: L::V, b: L::V) -> (L::V, L::V) {
-        self.0.zip(a, b)
-    }
-
-    #[inline(always)]
-    fn prefetch<T>(self, at: *const T) {
-        self.0.prefetch(at);
-    }
-
-    #[inline(always)]
-    fn run<W: Work<Self>>(self, work: W) {
-        self.0.run(Inside(self, work));
-    }
 }
 
 #[cfg(test)]

@@ -277,6 +277,7 @@ fn every_function<L: Lanes>(l: L) {
         fn on(self, l: L) {
             let (a, b) = (l.units(self.a), l.units(self.b));
             let (low, high) = l.zip(a, b);
+            let (even, odd) = l.weave(a, b);
             let sum = l.load(bytemuck::cast_slice(&self.b[WIDTH..]));
             let parts = l.parts(self.a);
             let all = [
@@ -286,6 +287,8 @@ fn every_function<L: Lanes>(l: L) {
                 a,
                 low,
                 high,
+                even,
+                odd,
                 l.add(l.load(bytemuck::cast_slice(self.a)), sum),
                 parts[0],
                 parts[1],
@@ -299,9 +302,10 @@ fn every_function<L: Lanes>(l: L) {
     }
     let (a, b) = (values(11, 2 * WIDTH), values(12, 2 * WIDTH));
     let names = [
-        "zero", "splat", "load", "units", "zip", "zip", "add", "part 0", "part 1", "part 2", "dot",
+        "zero", "splat", "load", "units", "zip", "zip", "weave", "weave", "add", "part 0",
+        "part 1", "part 2", "dot",
     ];
-    let (mut got, mut want) = (vec![vec![1; WIDTH]; 11], vec![vec![2; WIDTH]; 11]);
+    let (mut got, mut want) = (vec![vec![1; WIDTH]; 13], vec![vec![2; WIDTH]; 13]);
     l.run(Each {
         a: &a,
         b: &b,

@@ -2,7 +2,7 @@
 
 use super::super::par;
 use super::lanes::{Lanes, ROWS, WIDTH, Work};
-use super::pack::Panels;
+use super::side::Panels;
 
 /// Strips of the left side that a task takes at most: their block stays in the second-level cache.
 const STRIPS: usize = 11;

@@ -7,9 +7,11 @@
 use std::ops::Range;
 
 use super::super::lanes::Lanes;
-use super::super::pack::{self, Panels, Side};
+use super::super::pack;
+use super::super::side::{Panels, Side};
 use super::left::{self, Left};
-use super::square::{SQUARE, Square, TILE, Tiles};
+use super::out::Spot;
+use super::square::{Ahead, SQUARE, Square, TILE, Tiles};
 use crate::cpu::attention::{Geometry, Keys, Seen, row_grad, softmax_of, weights};
 use crate::cpu::matmul::View;
 use crate::cpu::par;
@@ -32,7 +34,7 @@ impl Rights {
     /// Keys as columns: what queries are multiplied with.
     fn across<L: Lanes>(l: L, g: &Geometry<'_>, x: &[f32]) -> Self {
         let (t, d) = (g.t, g.spec.head_dim);
-        Self::pack(Side::tiles(t, d, false), g, |side, first, units| {
+        Self::pack(Side::tiles(t, d, false, 1, 1), g, |side, first, units| {
             pack::dense_rows(l, side, &x[first..], g.kv_width, d, units);
         })
     }
@@ -40,7 +42,7 @@ impl Rights {
     /// Keys one below the other: what weights are multiplied with.
     fn along<L: Lanes>(l: L, g: &Geometry<'_>, x: &[f32]) -> Self {
         let (t, d) = (g.t, g.spec.head_dim);
-        Self::pack(Side::tiles(d, t, false), g, |side, first, units| {
+        Self::pack(Side::tiles(d, t, false, 1, 1), g, |side, first, units| {
             pack::dense_columns(l, side, &x[first..], g.kv_width, t, units, &mut Vec::new());
         })
     }
@@ -71,7 +73,7 @@ fn add(
     (right, column, first): (&Panels<'_>, usize, usize),
 ) {
     let right = right.strip(column, &(first..first + units.len()));
-    square.add(&[left.strip(row, 0, &units)], &[right]);
+    square.add(&[left.strip(row, 0, &units)], &[right], Ahead::default());
 }
 
 /// Units of so many values along the inner dimension, whole steps.
@@ -94,7 +96,7 @@ fn scores(
             square.zero();
             let left = (left, row, 0..units(inside));
             add(square, left, (right, first / SQUARE + strip, 0));
-            square.store(&mut out[column + strip * SQUARE..], keys.stride);
+            square.store(Spot::of(&mut out[column + strip * SQUARE..], keys.stride));
         }
     }
 }
@@ -112,7 +114,7 @@ fn product(
     for strip in 0..width / SQUARE {
         let out = &mut out[strip * SQUARE..];
         match more {
-            true => square.load(out, width),
+            true => square.load(Spot::of(out, width)),
             false => square.zero(),
         }
         for (first, len, column) in keys.spans() {
@@ -120,7 +122,7 @@ fn product(
             let left = (left, 0, first_unit..first_unit + units(len));
             add(square, left, (right, strip, first / 2));
         }
-        square.store(out, width);
+        square.store(Spot::of(out, width));
     }
 }
 
@@ -378,7 +380,7 @@ impl Work<'_> {
         let keys = g.keys(batch, queries, SQUARE);
         for (at, part) in keys.parts(KEYS) {
             let stride = part.stride;
-            let side = Side::tiles(stride, inside, false);
+            let side = Side::tiles(stride, inside, false, 1, 1);
             let [tile, slopes] = [&mut tile, &mut slopes].map(|tile| &mut tile[..SQUARE * stride]);
             let [of_weights, of_slopes] = panels
                 .each_mut()
@@ -420,10 +422,10 @@ impl Work<'_> {
                         for row in 0..width / SQUARE {
                             let sums =
                                 &mut sums[row * SQUARE * self.keys + first + strip * SQUARE..];
-                            square.load(sums, self.keys);
+                            square.load(Spot::of(sums, self.keys));
                             let left = (*left, row, 0..units(inside));
                             add(square, left, (right, column / SQUARE + strip, 0));
-                            square.store(sums, self.keys);
+                            square.store(Spot::of(sums, self.keys));
                         }
                     }
                 }

@@ -3,8 +3,7 @@
 use std::ops::Range;
 
 use super::super::lanes::{Lanes, WIDTH, Work};
-use super::super::pack::{pair, remainder, transpose};
-use super::super::parts::Part;
+use super::super::pack::{remainder, transpose};
 use super::square::{SQUARE, STEP, TILE};
 use crate::cpu::matmul::View;
 use crate::cpu::par;
@@ -41,7 +40,7 @@ impl<'a> Left<'a> {
         let units = &mut units[..len(rows, inside, parts)];
         let one = |(strip, out): (usize, &mut [u32])| {
             let first = strip * SQUARE;
-            let mut strip = Strip {
+            let strip = Strip {
                 x: View {
                     data: &x.data[first * x.rs..],
                     ..x
@@ -56,10 +55,7 @@ impl<'a> Left<'a> {
             if x.cs == 1 {
                 return l.run(Parts(strip));
             }
-            let len = steps * STEP;
-            Part::<L, 0>(l).run(strip.part(len, 0));
-            Part::<L, 1>(l).run(strip.part(len, 1));
-            Part::<L, 2>(l).run(strip.part(len, 2));
+            unreachable!("columns of values that are sums of parts");
         };
         let size = (parts * steps * STEP).max(1);
         // A task long enough to be worth waking a thread.
@@ -150,14 +146,6 @@ impl<L: Lanes> Work<L> for Strip<'_> {
 }
 
 impl Strip<'_> {
-    /// The strip with the place of one of several parts, each of `len` units.
-    fn part(&mut self, len: usize, part: usize) -> Strip<'_> {
-        Strip {
-            out: &mut self.out[part * len..][..len],
-            ..*self
-        }
-    }
-
     #[inline(always)]
     fn by_rows<L: Lanes>(self, l: L) {
         for row in 0..self.rows {
@@ -168,8 +156,8 @@ impl Strip<'_> {
                 l.store(l.units(&x[step * VALUES..]), &mut out[step * STEP..]);
             }
             if whole * VALUES < self.inside {
-                let rest = remainder(l, &x[whole * VALUES..]);
-                l.store(rest, &mut out[whole * STEP..]);
+                let rest = remainder::<L, f32, 1>(l, &x[whole * VALUES..]);
+                l.store(rest[0], &mut out[whole * STEP..]);
             }
         }
     }
@@ -177,35 +165,38 @@ impl Strip<'_> {
     /// Pairs of values below each other are units; squares of them are transposed.
     #[inline(always)]
     fn by_columns<L: Lanes>(self, l: L) {
-        for (step, out) in self.out.chunks_mut(STEP).enumerate() {
-            for (half, out) in out.chunks_mut(STEP / 2).enumerate() {
-                let first = half * TILE;
-                let mut square = [l.zero(); WIDTH];
-                if first >= self.rows {
-                    continue;
-                }
-                let count = (self.rows - first).min(TILE);
-                for (i, line) in square.iter_mut().enumerate() {
-                    let (mut a, mut b) = ([0.0; WIDTH], [0.0; WIDTH]);
-                    for (j, row) in [&mut a, &mut b].into_iter().enumerate() {
-                        let at = step * VALUES + 2 * i + j;
-                        if at < self.inside {
-                            let from = &self.x.data[at * self.x.cs + first..];
-                            match from.first_chunk::<WIDTH>() {
-                                Some(from) if count == WIDTH => *row = *from,
-                                _ => row[..count].copy_from_slice(&from[..count]),
-                            }
-                        }
-                    }
-                    let mut units = [0; WIDTH];
-                    pair(l, &a, &b, &mut units);
-                    *line = l.load(&units);
-                }
+        let Self {
+            x,
+            rows,
+            inside,
+            out,
+        } = self;
+        for (step, out) in out.chunks_mut(STEP).enumerate() {
+            let mut squares = [[l.zero(); WIDTH]; 2];
+            for i in 0..WIDTH {
+                let at = step * VALUES + 2 * i;
+                let pair = [at, at + 1].map(|at| match at < inside {
+                    true => &x.data[at * x.cs..][..rows],
+                    false => &[],
+                });
+                let (a, b) = (column(l, pair[0]), column(l, pair[1]));
+                (squares[0][i], squares[1][i]) = l.weave(a, b);
+            }
+            for (mut square, out) in squares.into_iter().zip(out.chunks_mut(STEP / 2)) {
                 transpose(l, &mut square);
                 for i in 0..WIDTH {
                     l.store(square[i], &mut out[i * TILE..]);
                 }
             }
         }
+    }
+}
+
+/// The units of at most a square's rows, zero beyond.
+#[inline(always)]
+fn column<L: Lanes>(l: L, values: &[f32]) -> L::V {
+    match values.len() == SQUARE {
+        true => l.units(values),
+        false => remainder::<L, f32, 1>(l, values)[0],
     }
 }

@@ -1,6 +1,8 @@
 //! Squares of the result, in the tile registers of AMX (Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual",
 //! volume 1, chapter 18) or, for tests, in memory.
 
+use super::out::Spot;
+
 /// Rows of a square, and its columns.
 pub(in super::super) const SQUARE: usize = 32;
 
@@ -14,28 +16,31 @@ pub(super) const STEP: usize = 2 * TILE * TILE;
 pub(in super::super) trait Square {
     /// All zero.
     fn zero(&mut self);
-    /// The sums from a result with rows of `width`.
-    fn load(&mut self, out: &[f32], width: usize);
-    /// The sums into such a result.
-    fn store(&mut self, out: &mut [f32], width: usize);
+    /// The sums from a result.
+    fn load(&mut self, from: Spot<'_>);
+    /// The sums into a result.
+    fn store(&mut self, to: Spot<'_>);
     /// Adds the products of some steps, [`STEP`] units of each side for each: of the left side two tiles of rows, of the right
     /// side rows of `SQUARE` columns. A side may be a sum of parts, of which each is at most 2^-8 of the one before: products
     /// that are as small as what was lost when the parts were made are left out.
-    fn add(&mut self, left: &[&[u32]], right: &[&[u32]]);
+    fn add(&mut self, left: &[&[u32]], right: &[&[u32]], ahead: Ahead<'_>);
+}
+
+/// What the product after this one wants of the right side: some of the lines of each step are brought into the second-level
+/// cache while this one is made. Steps of the first product that takes them would wait for each of their lines.
+#[derive(Clone, Copy, Default)]
+pub(in super::super) struct Ahead<'a> {
+    /// The parts, or nothing.
+    pub(super) right: &'a [&'a [u32]],
+    /// Of the lines of a step.
+    pub(super) first: usize,
+    pub(super) lines: usize,
 }
 
 /// What has squares.
 pub(in super::super) trait Tiles: Copy + Send + Sync {
     /// Calls `f` with a square; `f` does not do so again.
     fn with<R>(self, f: impl FnOnce(&mut dyn Square) -> R) -> R;
-}
-
-/// Where all of a square has to be in a slice.
-fn check(len: usize, width: usize) {
-    assert!(
-        width >= SQUARE && (SQUARE - 1) * width + SQUARE <= len,
-        "a square beyond the end of a result"
-    );
 }
 
 /// Squares in memory.
@@ -56,21 +61,19 @@ impl Square for [[f32; SQUARE]; SQUARE] {
         *self = [[0.0; SQUARE]; SQUARE];
     }
 
-    fn load(&mut self, out: &[f32], width: usize) {
-        check(out.len(), width);
-        for (sums, out) in self.iter_mut().zip(out.chunks(width)) {
-            sums.copy_from_slice(&out[..SQUARE]);
+    fn load(&mut self, from: Spot<'_>) {
+        for (i, sums) in self.iter_mut().enumerate() {
+            sums.copy_from_slice(from.row(i));
         }
     }
 
-    fn store(&mut self, out: &mut [f32], width: usize) {
-        check(out.len(), width);
-        for (sums, out) in self.iter().zip(out.chunks_mut(width)) {
-            out[..SQUARE].copy_from_slice(sums);
+    fn store(&mut self, mut to: Spot<'_>) {
+        for (i, sums) in self.iter().enumerate() {
+            to.row_mut(i).copy_from_slice(sums);
         }
     }
 
-    fn add(&mut self, left: &[&[u32]], right: &[&[u32]]) {
+    fn add(&mut self, left: &[&[u32]], right: &[&[u32]], _ahead: Ahead<'_>) {
         let values = |unit: u32| [f32::from_bits(unit << 16), f32::from_bits(unit & !0xffff)];
         let parts = left.len().max(right.len());
         for (j, right) in right.iter().enumerate() {
@@ -105,7 +108,7 @@ mod amx {
     use std::arch::x86_64::__cpuid_count;
     use std::marker::PhantomData;
 
-    use super::{SQUARE, STEP, Square, TILE, Tiles, check};
+    use super::{Ahead, SQUARE, STEP, Spot, Square, TILE, Tiles};
 
     /// The tile registers of this processor.
     #[derive(Clone, Copy)]
@@ -173,13 +176,29 @@ mod amx {
 
     /// One after the other, the parts that there are of each step.
     #[inline(always)]
-    fn add<const LEFT: usize, const RIGHT: usize>(left: &[&[u32]], right: &[&[u32]]) {
+    fn add<const LEFT: usize, const RIGHT: usize>(
+        left: &[&[u32]],
+        right: &[&[u32]],
+        ahead: Ahead<'_>,
+    ) {
         let len = left[0].len();
         let all = left[..LEFT].iter().chain(&right[..RIGHT]);
         assert!(all.clone().all(|part| part.len() == len) && len.is_multiple_of(STEP));
         let starts = |parts: &[&[u32]], i: usize| parts[i].as_ptr();
         let left: [*const u32; LEFT] = std::array::from_fn(|i| starts(left, i));
         let right: [*const u32; RIGHT] = std::array::from_fn(|i| starts(right, i));
+        let next: [*const u32; RIGHT] = std::array::from_fn(|i| {
+            let next = ahead
+                .right
+                .get(i)
+                .map_or(std::ptr::null(), |part| part.as_ptr());
+            next.wrapping_add(ahead.first * TILE)
+        });
+        let lines = if ahead.right.is_empty() {
+            0
+        } else {
+            ahead.lines
+        };
         for at in (0..len).step_by(STEP) {
             for j in (0..RIGHT).rev() {
                 // SAFETY: whole steps inside of slices, as the assertion says; only the registers change.
@@ -192,6 +211,13 @@ mod amx {
                         asm!("tileloadd tmm4, [{at} + {row}]", "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
                             "tileloadd tmm5, [{at} + {row} + 1024]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
                             at = in(reg) left[i].add(at), row = in(reg) 4 * TILE, options(nostack, readonly));
+                        if i == 0 {
+                            for line in 0..lines {
+                                // It may be beyond the end: a hint.
+                                asm!("prefetcht1 [{}]", in(reg) next[j].wrapping_add(at + line * TILE),
+                                    options(nostack, readonly, preserves_flags));
+                            }
+                        }
                     }
                 }
             }
@@ -212,35 +238,32 @@ mod amx {
             }
         }
 
-        fn load(&mut self, out: &[f32], width: usize) {
-            check(out.len(), width);
-            let (high, low) = (out.as_ptr(), out[TILE * width..].as_ptr());
-            // SAFETY: the check bounds all rows that are read.
+        fn load(&mut self, from: Spot<'_>) {
+            let (high, low) = (from.at, from.at.wrapping_add(TILE * from.width));
+            // SAFETY: a spot has all the rows that are read.
             unsafe {
                 asm!("tileloadd tmm0, [{high} + {row}]", "tileloadd tmm1, [{high} + {row} + 64]",
                     "tileloadd tmm2, [{low} + {row}]", "tileloadd tmm3, [{low} + {row} + 64]",
-                    high = in(reg) high, low = in(reg) low, row = in(reg) 4 * width, options(nostack, readonly));
+                    high = in(reg) high, low = in(reg) low, row = in(reg) 4 * from.width, options(nostack, readonly));
             }
         }
 
-        fn store(&mut self, out: &mut [f32], width: usize) {
-            check(out.len(), width);
-            let (high, low) = out.split_at_mut(TILE * width);
-            let (high, low) = (high.as_mut_ptr(), low.as_mut_ptr());
-            // SAFETY: the check bounds all rows that are written.
+        fn store(&mut self, to: Spot<'_>) {
+            let (high, low) = (to.at, to.at.wrapping_add(TILE * to.width));
+            // SAFETY: a spot has all the rows that are written, to itself.
             unsafe {
                 asm!("tilestored [{high} + {row}], tmm0", "tilestored [{high} + {row} + 64], tmm1",
                     "tilestored [{low} + {row}], tmm2", "tilestored [{low} + {row} + 64], tmm3",
-                    high = in(reg) high, low = in(reg) low, row = in(reg) 4 * width, options(nostack));
+                    high = in(reg) high, low = in(reg) low, row = in(reg) 4 * to.width, options(nostack));
             }
         }
 
-        fn add(&mut self, left: &[&[u32]], right: &[&[u32]]) {
+        fn add(&mut self, left: &[&[u32]], right: &[&[u32]], ahead: Ahead<'_>) {
             match (left.len(), right.len()) {
-                (1, 1) => add::<1, 1>(left, right),
-                (3, 1) => add::<3, 1>(left, right),
-                (3, 2) => add::<3, 2>(left, right),
-                (3, 3) => add::<3, 3>(left, right),
+                (1, 1) => add::<1, 1>(left, right, ahead),
+                (3, 1) => add::<3, 1>(left, right, ahead),
+                (3, 2) => add::<3, 2>(left, right, ahead),
+                (3, 3) => add::<3, 3>(left, right, ahead),
                 other => unreachable!("{other:?} parts of a left and a right side"),
             }
         }
