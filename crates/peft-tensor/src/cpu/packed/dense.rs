@@ -2,7 +2,7 @@
 
 use super::lanes::{Lanes, ROWS, WIDTH};
 use super::side::{Panels, Side};
-use super::{Kernel, pack, tile};
+use super::{Kernel, columns, pack, tile};
 use crate::cpu::matmul::View;
 
 /// Panels of both sides, to be used again by the next product.
@@ -82,6 +82,6 @@ fn side<L: Lanes>(
         pack::dense_rows(l, side, x.data, x.rs, inside, out);
     } else {
         assert_eq!(x.rs, 1, "a side without contiguous rows or columns");
-        pack::dense_columns(l, side, x.data, x.cs, inside, out, line);
+        columns::dense_columns(l, side, x.data, x.cs, inside, out, line);
     }
 }

@@ -10,6 +10,7 @@
 //! The same loops for f32 (6 rows by 16 columns, AVX2) were 5 to 10 percent slower than the `gemm` crate, which therefore
 //! has what vectors multiply in single precision.
 
+mod columns;
 mod dense;
 mod lanes;
 mod pack;
@@ -251,7 +252,7 @@ impl Product<'_> {
             pack::rows(l, &side, x, rows, count, low.values, units);
             let left = Panels::new(&side, units);
             let units = bytemuck::cast_slice_mut(&mut right);
-            pack::weight_columns(l, &other, self.w, (first, count), 0, low.other, units);
+            columns::weight_columns(l, &other, self.w, (first, count), 0, low.other, units);
             let right = Panels::new(&other, units);
             tile::multiply(l, &left, &right, out, cols, add || first > 0);
         }

@@ -4,8 +4,6 @@
 //! of one step along the inner dimension stand together. What is missing at the end of the inner dimension is zero; what is
 //! missing of a last strip is anything. Of values that are sums of several parts, all are made at once.
 
-use std::ops::Range;
-
 use super::lanes::{Lanes, WIDTH, Work};
 use super::side::Side;
 use crate::cpu::par;
@@ -13,7 +11,7 @@ use crate::cpu::pool::Floats;
 use crate::{FrozenWeight, WeightFormat};
 
 /// Units that are worth waking a thread to pack.
-const TASK: usize = 16 * 1024;
+pub(super) const TASK: usize = 16 * 1024;
 
 /// Values or units of which registers are made.
 pub(super) trait Item: Copy + Default + Sync {
@@ -133,7 +131,11 @@ fn cut<L: Lanes>(l: L, square: [L::V; WIDTH], take: usize, out: &mut [u32]) {
 
 /// The registers of a row from one item on, zero beyond.
 #[inline(always)]
-fn registers<L: Lanes, T: Item, const PARTS: usize>(l: L, row: &[T], at: usize) -> [L::V; PARTS] {
+pub(super) fn registers<L: Lanes, T: Item, const PARTS: usize>(
+    l: L,
+    row: &[T],
+    at: usize,
+) -> [L::V; PARTS] {
     let items = row.get(at..).unwrap_or(&[]);
     match items.len() >= T::REGISTER {
         true => T::registers(l, items),
@@ -247,62 +249,8 @@ pub(super) fn dense_rows<L: Lanes>(
     }
 }
 
-/// Packs columns of a dense matrix of `inside` rows, `stride` apart; `line` is memory to work in.
-pub(super) fn dense_columns<L: Lanes>(
-    l: L,
-    side: &Side,
-    x: &[f32],
-    stride: usize,
-    inside: usize,
-    out: &mut [u32],
-    line: &mut Vec<u32>,
-) {
-    dense_pairs(l, side, (x, stride, inside), 0..side.units, out, line);
-}
-
-/// As [`dense_columns`] for some of the units along the inner dimension.
-pub(super) fn dense_pairs<L: Lanes>(
-    l: L,
-    side: &Side,
-    (x, stride, inside): (&[f32], usize, usize),
-    units: Range<usize>,
-    out: &mut [u32],
-    line: &mut Vec<u32>,
-) {
-    let (take, part) = (side.take, side.units * side.take);
-    line.clear();
-    line.resize(self::line(side), 0);
-    let apart = Apart {
-        part,
-        strip: side.parts * part,
-    };
-    let there = inside.div_ceil(2).min(units.len());
-    for unit in units.start + there..units.end {
-        blank(&mut out[unit * take..], take, part);
-    }
-    for unit in 0..there {
-        let row = |i: usize| match i < inside {
-            true => &x[i * stride..][..side.outside],
-            false => &[],
-        };
-        let place = units.start + unit;
-        in_parts!(
-            l,
-            side,
-            Step {
-                rows: [row(2 * unit), row(2 * unit + 1)],
-                line,
-                out: &mut out[place * take..],
-                take,
-                apart,
-                last: place + 1 == side.units,
-            }
-        );
-    }
-}
-
 /// The stored units of a bfloat16 matrix, where they are what the lanes want and can be read as such.
-fn stored(w: &FrozenWeight) -> Option<&[u32]> {
+pub(super) fn stored(w: &FrozenWeight) -> Option<&[u32]> {
     let fits = w.format() == WeightFormat::BF16 && w.cols().is_multiple_of(2);
     if !fits || cfg!(target_endian = "big") {
         return None;
@@ -347,210 +295,4 @@ pub(super) fn weight_rows<L: Lanes>(
         );
         low_strip(l, side, low, strip, out);
     });
-}
-
-/// From a part of a strip to the next, and to that of the next strip.
-#[derive(Clone, Copy)]
-struct Apart {
-    part: usize,
-    strip: usize,
-}
-
-/// One step along the inner dimension, for all strips: the values of two rows side by side.
-struct Step<'a, T, const PARTS: usize> {
-    /// The second is empty beyond the last.
-    rows: [&'a [T]; 2],
-    /// A place of [`line`] for the units of the whole row, zero beyond it.
-    line: &'a mut [u32],
-    /// From the place of the step in the first strip on.
-    out: &'a mut [u32],
-    take: usize,
-    apart: Apart,
-    /// Whether nothing of a strip comes after.
-    last: bool,
-}
-
-impl<L: Lanes, T: Item, const PARTS: usize> Work<L> for Step<'_, T, PARTS> {
-    #[inline(always)]
-    fn on(self, l: L) {
-        let [a, b] = self.rows;
-        let strips = (a.len() * 2 * WIDTH / T::REGISTER).div_ceil(self.take);
-        for i in 0..a.len().div_ceil(T::REGISTER) {
-            let at = i * T::REGISTER;
-            let a: [L::V; PARTS] = registers(l, a, at);
-            let b: [L::V; PARTS] = registers(l, b, at);
-            for part in 0..PARTS {
-                let (low, high) = l.weave(a[part], b[part]);
-                // A strip takes what two registers have, or the whole row is cut into strips below.
-                let out = match self.take == 2 * WIDTH {
-                    true => &mut self.out[i * self.apart.strip + part * self.apart.part..],
-                    false => &mut self.line[i * 2 * WIDTH..],
-                };
-                l.store(low, out);
-                l.store(high, &mut out[WIDTH..]);
-            }
-        }
-        if self.take == 2 * WIDTH {
-            return;
-        }
-        debug_assert_eq!(PARTS, 1);
-        let take = self.take;
-        for (strip, line) in (0..strips).map(|i| (i, &self.line[i * take..])) {
-            let out = &mut self.out[strip * self.apart.strip..];
-            if self.last {
-                out[..take].copy_from_slice(&line[..take]);
-            } else {
-                // Less than a register: the next step overwrites what is too much.
-                out[..WIDTH].copy_from_slice(&line[..WIDTH]);
-            }
-        }
-    }
-}
-
-/// Zeroes one step of all strips and their parts, `apart`.
-fn blank(out: &mut [u32], take: usize, apart: usize) {
-    for out in out.chunks_mut(apart) {
-        out[..take].fill(0);
-    }
-}
-
-/// The length of a place for the units of one step of all strips, in whole pairs of registers and one more register to read
-/// beyond; strips of two registers need none.
-fn line(side: &Side) -> usize {
-    match side.take == 2 * WIDTH {
-        true => 0,
-        false => (side.strips * side.take).next_multiple_of(2 * WIDTH) + WIDTH,
-    }
-}
-
-/// Whether some columns of a weight are as easy to read as all of them.
-pub(super) fn has_columns(w: &FrozenWeight) -> bool {
-    stored(w).is_some() || w.as_f32().is_some()
-}
-
-/// Packs rows `first..first + count` of a weight, and those of `low` after them, as steps of the inner dimension of the right
-/// side, of their columns those from `from` on.
-pub(super) fn weight_columns<L: Lanes>(
-    l: L,
-    side: &Side,
-    w: &FrozenWeight,
-    rows: (usize, usize),
-    from: usize,
-    low: &[f32],
-    out: &mut [u32],
-) {
-    let (take, parts) = (side.take, side.parts);
-    let of_pieces = out
-        .chunks_mut(side.piece * parts * take * side.strips)
-        .enumerate();
-    let tasks = of_pieces.flat_map(|(piece, out)| {
-        let units = out.len() / (parts * take * side.strips);
-        let together = match has_columns(w) {
-            true => (TASK / (units * parts * take)).max(1),
-            false => side.strips,
-        };
-        let of_strips = out.chunks_mut(together * units * parts * take).enumerate();
-        of_strips.map(move |(i, out)| Columns {
-            side,
-            w,
-            rows,
-            from,
-            low,
-            first: piece * side.piece,
-            units,
-            strips: i * together..((i + 1) * together).min(side.strips),
-            out,
-        })
-    });
-    par::share(tasks.collect(), |task: Columns<'_>| task.pack(l));
-}
-
-/// Some strips of a piece.
-struct Columns<'a> {
-    side: &'a Side,
-    w: &'a FrozenWeight,
-    rows: (usize, usize),
-    from: usize,
-    low: &'a [f32],
-    /// The first unit, and how many.
-    first: usize,
-    units: usize,
-    strips: Range<usize>,
-    out: &'a mut [u32],
-}
-
-impl Columns<'_> {
-    fn pack<L: Lanes>(self, l: L) {
-        let Self { side, w, low, .. } = self;
-        let (take, cols) = (side.take, w.cols());
-        let part = self.units * take;
-        let apart = Apart {
-            part,
-            strip: side.parts * part,
-        };
-        // Columns of the side, and of the weight.
-        let columns = self.strips.start * take..(self.strips.end * take).min(side.outside);
-        let (begin, end) = (self.from + columns.start, self.from + columns.end);
-        let (stored, dense) = (stored(w), w.as_f32());
-        let mut decoded = Vec::new();
-        let mut line = vec![0; self::line(side)];
-        for unit in 0..self.units {
-            let out = &mut self.out[unit * take..];
-            // The step, of the weight's or, behind them, of the low rank's.
-            let step = self.first + unit;
-            let own = step < side.own();
-            let (at, last) = match own {
-                true => (self.rows.0 + step * 2, self.rows.0 + self.rows.1),
-                false => ((step - side.own()) * 2, side.low),
-            };
-            if at >= last {
-                blank(out, take, part);
-                continue;
-            }
-            let there = 2.min(last - at);
-            let line = &mut line[..];
-            let last = unit + 1 == self.units;
-            if let (Some(all), true) = (stored, own) {
-                // A last column without another is zero beyond: so is what is stored there.
-                let row = |i: usize| match i < there {
-                    true => &all[(at + i) * cols / 2..][begin / 2..end.div_ceil(2)],
-                    false => &[],
-                };
-                l.run(Step::<_, 1> {
-                    rows: [row(0), row(1)],
-                    line,
-                    out,
-                    take,
-                    apart,
-                    last,
-                });
-                continue;
-            }
-            let (values, width, columns) = match (own, dense) {
-                (false, _) => (&low[at * side.outside..], side.outside, columns.clone()),
-                (true, Some(values)) => (&values[at * cols..], cols, begin..end),
-                (true, None) => {
-                    decoded.resize(there * cols, 0.0);
-                    w.decode_rows(at..at + there, &mut decoded);
-                    (&decoded[..], cols, begin..end)
-                }
-            };
-            let row = |i: usize| match i < there {
-                true => &values[i * width..][columns.clone()],
-                false => &[],
-            };
-            in_parts!(
-                l,
-                side,
-                Step {
-                    rows: [row(0), row(1)],
-                    line,
-                    out,
-                    take,
-                    apart,
-                    last,
-                }
-            );
-        }
-    }
 }

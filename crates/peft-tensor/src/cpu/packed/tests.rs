@@ -58,6 +58,12 @@ impl Way<'_> {
         check(self, (15, 1030, 1100), WeightFormat::BF16, true, false, 16);
         check(self, (15, 1030, 1100), WeightFormat::NF4, false, true, 33);
         check(self, (2, 40, 2300), WeightFormat::BF16, true, true, 0);
+        // Columns whose steps are packed in several pieces.
+        check(self, (3, 1500, 400), WeightFormat::BF16, false, true, 4);
+        // So many rows that they are not kept: packed by who takes them, in ranges of several parts, and for all slabs.
+        check(self, (450, 35, 1100), WeightFormat::F32, true, true, 0);
+        check(self, (450, 1100, 35), WeightFormat::F32, false, true, 5);
+        check(self, (58, 170, 8000), WeightFormat::BF16, true, false, 3);
     }
 }
 
@@ -349,6 +355,22 @@ fn of_this_processor() {
         return;
     }
     eprintln!("no product of bfloat16 on this processor: only the simulated one was tested");
+}
+
+#[test]
+fn a_row_is_the_same_among_few_and_among_many() {
+    let (rows, cols) = (1100, 1000);
+    let w = values(7, rows * cols);
+    let w = FrozenWeight::quantize(rows, cols, &w, WeightFormat::NF4).unwrap();
+    let x = values(8, 40 * rows);
+    let product = |m: usize| {
+        let (x, low) = (&x[..m * rows], Low::default());
+        let mut out = vec![1.0; m * cols];
+        Product { x, m, w: &w, low }.backward_by_tiles((Plain, tiles::Plain), 1, &mut out, true);
+        out
+    };
+    // Weights of two slabs: the sums of the second go on from those of the first, in whole squares and in parts of one.
+    assert_eq!(product(40)[..3 * cols], product(3));
 }
 
 #[test]

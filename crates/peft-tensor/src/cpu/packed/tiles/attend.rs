@@ -7,8 +7,8 @@
 use std::ops::Range;
 
 use super::super::lanes::Lanes;
-use super::super::pack;
 use super::super::side::{Panels, Side};
+use super::super::{columns, pack};
 use super::left::{self, Left};
 use super::out::Spot;
 use super::square::{Ahead, SQUARE, Square, TILE, Tiles};
@@ -43,7 +43,7 @@ impl Rights {
     fn along<L: Lanes>(l: L, g: &Geometry<'_>, x: &[f32]) -> Self {
         let (t, d) = (g.t, g.spec.head_dim);
         Self::pack(Side::tiles(d, t, false, 1, 1), g, |side, first, units| {
-            pack::dense_columns(l, side, &x[first..], g.kv_width, t, units, &mut Vec::new());
+            columns::dense_columns(l, side, &x[first..], g.kv_width, t, units, &mut Vec::new());
         })
     }
 
@@ -411,7 +411,7 @@ impl Work<'_> {
                 for (tile, units) in [(&*tile, &mut *of_weights), (&*slopes, &mut *of_slopes)] {
                     let rows = (tile, stride, count);
                     let steps = n * TILE..(n + 1) * TILE;
-                    pack::dense_pairs(l, &side, rows, steps, units, &mut line);
+                    columns::dense_pairs(l, &side, rows, steps, units, &mut line);
                 }
             }
             let of_keys = (&by_column[0], Panels::new(&side, of_slopes));

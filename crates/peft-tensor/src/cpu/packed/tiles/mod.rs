@@ -26,12 +26,13 @@ use self::out::Window;
 pub(in crate::cpu) use self::square::Amx;
 #[cfg(test)]
 pub(super) use self::square::Plain;
-pub(super) use self::square::{SQUARE, TILE, Tiles};
-use self::task::{Lefts, PackRows, Right, Rights, by_columns, by_rows};
+pub(super) use self::square::{LINE, SQUARE, TILE, Tiles};
+use self::task::{Columns, Lefts, PackRows, Piece, Right, Rights, by_columns, by_rows};
+use super::columns::Region;
 use super::lanes::Lanes;
 use super::parts::ALL;
 use super::side::Side;
-use super::{Product, SLAB, pack};
+use super::{Product, SLAB, columns, pack};
 use crate::cpu::matmul::View;
 use crate::cpu::pool::Floats;
 use crate::{FrozenWeight, Precision, WeightFormat};
@@ -39,8 +40,13 @@ use crate::{FrozenWeight, Precision, WeightFormat};
 /// Units of a left side that stays in a second-level cache of 2 MiB while columns go by, and beside it what goes by.
 const WHOLE: usize = 224 * 1024;
 
-/// As many units of the right side as are packed at a time there, about.
-const GROUP: usize = 96 * 1024;
+/// As many units of the right side as are packed at a time there, about: rows of a weight.
+const ROWS: usize = 64 * 1024;
+
+/// The same where they are columns of a weight, [`WIDE`] strips of them, so that of each row as many bytes are read as it is
+/// worth going there for. Not much less than all of the inner dimension: sums are stored and loaded in between.
+const COLUMNS: usize = 256 * 1024;
+const WIDE: usize = 12;
 
 /// Parts of what is not rounded.
 pub(super) fn parts(precision: Precision) -> usize {
@@ -83,28 +89,35 @@ impl Product<'_> {
         let shared = (whole || step < rows).then(|| of_rows(all, units(cols), &mut places));
         for first in (0..rows).step_by(step) {
             let count = step.min(rows - first);
-            let side = |count| Side::tiles(count, cols, false, parts, of_weight);
-            let pack = |from: usize, side: &Side, units: &mut [u32]| {
-                pack::weight_rows(lanes, side, self.w, first + from, &[], units);
-            };
             let low_side = Side::tiles(count, r, false, parts, parts);
             let mut low = Floats::dirty(low_side.len());
             let low: &mut [u32] = bytemuck::cast_slice_mut(&mut low);
             let other = &self.low.other[first * r..];
             pack::rows(lanes, &low_side, other, r, r, &[], low);
-            let low = Right::new(&low_side, low, 0);
+            let low = Right::new(&low_side, low);
             let low = (r > 0).then_some(&low);
             let out = Window::new(&mut out[first..], m, count, rows);
             if let (Some(left), true) = (&shared, whole) {
-                by_columns(tiles, left, low, (&side, &pack), out, add);
+                let units = units(cols).end;
+                let right = Columns {
+                    units,
+                    step: units,
+                    strips: ROWS / (units * SQUARE * of_weight).max(1),
+                    side: &|piece| Side::tiles(piece.columns.len(), cols, false, parts, of_weight),
+                    pack: &|Piece { columns, .. }, side, units| {
+                        pack::weight_rows(lanes, side, self.w, columns.start, &[], units);
+                    },
+                    region: &|piece| Region::of_rows(self.w, piece.columns.clone()),
+                };
+                by_columns(tiles, left, low, right, out, add);
                 continue;
             }
-            let side = side(count);
+            let side = Side::tiles(count, cols, false, parts, of_weight);
             let mut units = Floats::dirty(side.len());
             let units: &mut [u32] = bytemuck::cast_slice_mut(&mut units);
-            pack(0, &side, units);
+            pack::weight_rows(lanes, &side, self.w, first, &[], units);
             let rights = Rights {
-                own: &Right::new(&side, units, 0),
+                own: &Right::new(&side, units),
                 low,
             };
             by_rows(tiles, parts, (shared.as_ref(), of_rows), rights, out, add);
@@ -121,7 +134,7 @@ impl Product<'_> {
     ) {
         let (m, rows, cols) = (self.m, self.w.rows(), self.w.cols());
         // Whole rows are decoded: not for some of their columns.
-        let whole = left::len(m, rows, parts) <= WHOLE && pack::has_columns(self.w);
+        let whole = left::len(m, rows, parts) <= WHOLE && columns::has_columns(self.w);
         let step = match whole {
             true => rows,
             false => (SLAB / cols).max(1).next_multiple_of(2 * SQUARE),
@@ -134,30 +147,49 @@ impl Product<'_> {
             let of_rows: &PackRows<'_> = &|strips, units, places| {
                 self.lefts(lanes, parts, strips, (first, count), units, r, places)
             };
-            let side = |cols| Side::tiles(cols, count, true, parts, of_weight);
-            let pack = |from: usize, side: &Side, units: &mut [u32]| {
-                pack::weight_columns(lanes, side, self.w, (first, count), from, &[], units);
-            };
             let low_side = Side::tiles(cols, r, false, parts, parts);
             let mut low = Floats::dirty(low_side.len());
             let low: &mut [u32] = bytemuck::cast_slice_mut(&mut low);
             let other = self.low.other;
-            pack::dense_columns(lanes, &low_side, other, cols, r, low, &mut Vec::new());
-            let low = Right::new(&low_side, low, 0);
+            columns::dense_columns(lanes, &low_side, other, cols, r, low, &mut Vec::new());
+            let low = Right::new(&low_side, low);
             let low = (r > 0).then_some(&low);
             let (out, add) = (Window::new(out, m, cols, cols), add || first > 0);
             if whole {
                 let mut places = Places::default();
                 let left = of_rows(0..m.div_ceil(SQUARE), units(count), &mut places);
-                by_columns(tiles, &left, low, (&side, &pack), out, add);
+                let strips = WIDE.min(cols.div_ceil(SQUARE));
+                let step = COLUMNS / (strips * SQUARE * of_weight).max(1);
+                let in_rows = |piece: &Piece| {
+                    let Range { start, end } = piece.units;
+                    2 * start..(2 * end).min(rows)
+                };
+                let right = Columns {
+                    units: units(rows).end,
+                    step: step.next_multiple_of(TILE),
+                    strips,
+                    side: &|piece| {
+                        let inside = in_rows(piece).len();
+                        Side::tiles(piece.columns.len(), inside, true, parts, of_weight)
+                    },
+                    pack: &|piece, side, units| {
+                        let (of, from) = (in_rows(piece), piece.columns.start);
+                        let rows = (of.start, of.len());
+                        columns::weight_columns(lanes, side, self.w, rows, from, &[], units);
+                    },
+                    region: &|piece| {
+                        Region::of_columns(self.w, in_rows(piece), piece.columns.clone())
+                    },
+                };
+                by_columns(tiles, &left, low, right, out, add);
                 continue;
             }
-            let side = side(cols);
+            let side = Side::tiles(cols, count, true, parts, of_weight);
             let mut units = Floats::dirty(side.len());
             let units: &mut [u32] = bytemuck::cast_slice_mut(&mut units);
-            pack(0, &side, units);
+            columns::weight_columns(lanes, &side, self.w, (first, count), 0, &[], units);
             let rights = Rights {
-                own: &Right::new(&side, units, 0),
+                own: &Right::new(&side, units),
                 low,
             };
             by_rows(tiles, parts, (None, of_rows), rights, out, add);

@@ -26,16 +26,21 @@ pub(in super::super) trait Square {
     fn add(&mut self, left: &[&[u32]], right: &[&[u32]], ahead: Ahead<'_>);
 }
 
-/// What the product after this one wants of the right side: some of the lines of each step are brought into the second-level
-/// cache while this one is made. Steps of the first product that takes them would wait for each of their lines.
+/// What is brought into the second-level cache while a product is made: who takes it next would wait for each of its lines.
 #[derive(Clone, Copy, Default)]
 pub(in super::super) struct Ahead<'a> {
-    /// The parts, or nothing.
-    pub(super) right: &'a [&'a [u32]],
-    /// Of the lines of a step.
-    pub(super) first: usize,
+    /// Where it begins, in at most as many places as the right side has parts.
+    pub(super) from: &'a [*const u8],
+    /// For each step of the product, from where that of the last one ended.
+    pub(super) runs: usize,
+    /// From a run to the next, in bytes.
+    pub(super) apart: usize,
+    /// Cache lines of each run.
     pub(super) lines: usize,
 }
+
+/// Bytes of a cache line.
+pub(in super::super) const LINE: usize = 64;
 
 /// What has squares.
 pub(in super::super) trait Tiles: Copy + Send + Sync {
@@ -108,7 +113,7 @@ mod amx {
     use std::arch::x86_64::__cpuid_count;
     use std::marker::PhantomData;
 
-    use super::{Ahead, SQUARE, STEP, Spot, Square, TILE, Tiles};
+    use super::{Ahead, LINE, SQUARE, STEP, Spot, Square, TILE, Tiles};
 
     /// The tile registers of this processor.
     #[derive(Clone, Copy)]
@@ -187,18 +192,9 @@ mod amx {
         let starts = |parts: &[&[u32]], i: usize| parts[i].as_ptr();
         let left: [*const u32; LEFT] = std::array::from_fn(|i| starts(left, i));
         let right: [*const u32; RIGHT] = std::array::from_fn(|i| starts(right, i));
-        let next: [*const u32; RIGHT] = std::array::from_fn(|i| {
-            let next = ahead
-                .right
-                .get(i)
-                .map_or(std::ptr::null(), |part| part.as_ptr());
-            next.wrapping_add(ahead.first * TILE)
-        });
-        let lines = if ahead.right.is_empty() {
-            0
-        } else {
-            ahead.lines
-        };
+        let mut next: [*const u8; RIGHT] = [std::ptr::null(); RIGHT];
+        let places = ahead.from.len().min(RIGHT);
+        next[..places].copy_from_slice(&ahead.from[..places]);
         for at in (0..len).step_by(STEP) {
             for j in (0..RIGHT).rev() {
                 // SAFETY: whole steps inside of slices, as the assertion says; only the registers change.
@@ -211,14 +207,20 @@ mod amx {
                         asm!("tileloadd tmm4, [{at} + {row}]", "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
                             "tileloadd tmm5, [{at} + {row} + 1024]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
                             at = in(reg) left[i].add(at), row = in(reg) 4 * TILE, options(nostack, readonly));
-                        if i == 0 {
-                            for line in 0..lines {
-                                // It may be beyond the end: a hint.
-                                asm!("prefetcht1 [{}]", in(reg) next[j].wrapping_add(at + line * TILE),
-                                    options(nostack, readonly, preserves_flags));
-                            }
+                    }
+                }
+                if j >= places {
+                    continue;
+                }
+                for _ in 0..ahead.runs {
+                    for line in 0..ahead.lines {
+                        // SAFETY: a hint, which may be beyond the end of what there is.
+                        unsafe {
+                            asm!("prefetcht1 [{}]", in(reg) next[j].wrapping_add(line * LINE),
+                                options(nostack, readonly, preserves_flags));
                         }
                     }
+                    next[j] = next[j].wrapping_add(ahead.apart);
                 }
             }
         }

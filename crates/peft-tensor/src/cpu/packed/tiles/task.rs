@@ -6,11 +6,12 @@
 
 use std::ops::Range;
 
+use super::super::columns::Region;
 use super::super::side::{Panels, Side, cuts};
+use super::Places;
 use super::left::Left;
 use super::out::{Spot, Window};
-use super::square::{Ahead, SQUARE, Square, Tiles};
-use super::{GROUP, Places};
+use super::square::{Ahead, SQUARE, Square, TILE, Tiles};
 use crate::cpu::par;
 use crate::cpu::pool::Floats;
 
@@ -28,10 +29,11 @@ pub(super) struct Lefts<'a> {
     pub(super) low: Left<'a>,
 }
 
-/// A right side, from one of the result's strips of columns on.
+/// A right side, from one of the result's strips of columns and one of the units on.
 pub(super) struct Right<'a> {
     panels: Panels<'a>,
-    first: usize,
+    strip: usize,
+    begin: usize,
 }
 
 /// A right side and that of the product of low rank, where there is one.
@@ -42,10 +44,11 @@ pub(super) struct Rights<'a> {
 }
 
 impl<'a> Right<'a> {
-    pub(super) fn new(side: &'a Side, units: &'a [u32], first: usize) -> Self {
+    pub(super) fn new(side: &'a Side, units: &'a [u32]) -> Self {
         Self {
             panels: Panels::new(side, units),
-            first,
+            strip: 0,
+            begin: 0,
         }
     }
 
@@ -65,8 +68,26 @@ impl<'a> Right<'a> {
 pub(super) type PackRows<'a> =
     dyn for<'u> Fn(Range<usize>, Range<usize>, &'u mut Places) -> Lefts<'u> + Sync + 'a;
 
-/// Packs columns of the right side from one of the result on.
-pub(super) type PackColumns<'a> = dyn Fn(usize, &Side, &mut [u32]) + Sync + 'a;
+/// A right side that is packed where it is wanted.
+#[derive(Clone, Copy)]
+pub(super) struct Columns<'a> {
+    /// Along the inner dimension.
+    pub(super) units: usize,
+    /// Units and strips of columns that are packed at a time.
+    pub(super) step: usize,
+    pub(super) strips: usize,
+    /// Of a piece.
+    pub(super) side: &'a (dyn Fn(&Piece) -> Side + Sync),
+    pub(super) pack: &'a (dyn Fn(&Piece, &Side, &mut [u32]) + Sync),
+    /// What it is packed from.
+    pub(super) region: &'a (dyn Fn(&Piece) -> Region + Sync),
+}
+
+/// Some columns of the right side over some units.
+pub(super) struct Piece {
+    pub(super) columns: Range<usize>,
+    pub(super) units: Range<usize>,
+}
 
 /// `out` is a product and, where there is one, that of low rank, added to it if `add`. Threads take rows, of values of so many
 /// parts: all of them are packed, or those of a task are by who takes it.
@@ -89,10 +110,10 @@ pub(super) fn by_rows<T: Tiles>(
         .div_ceil((TASK / size).clamp(1, STRIPS))
         .next_multiple_of(rayon::current_num_threads())
         .min(strips);
-    let cuts = cut(strips, tasks, out, |out, strips| {
+    let tasks = split(strips, tasks, out, |out, strips| {
         out.split_rows(strips * SQUARE)
     });
-    par::share(cuts, |(part, mut out)| {
+    par::share(tasks, |(part, mut out)| {
         let mut places = Places::default();
         let mut sums = Floats::default();
         tiles.with(|square| {
@@ -115,9 +136,8 @@ pub(super) fn by_rows<T: Tiles>(
                     strips,
                     units: units.clone(),
                     add: add || units.start > 0,
-                    ahead: true,
                 };
-                task.run(square, 0..side.strips, &mut out, &mut sums);
+                task.run(square, 0..side.strips, None, &mut out, &mut sums);
             }
         });
     });
@@ -128,55 +148,73 @@ pub(super) fn by_columns<T: Tiles>(
     tiles: T,
     lefts: &Lefts<'_>,
     low: Option<&Right<'_>>,
-    (side, pack): (&(dyn Fn(usize) -> Side + Sync), &PackColumns<'_>),
+    right: Columns<'_>,
     out: Window<'_>,
     add: bool,
 ) {
     let (cols, strips) = (out.cols(), out.cols().div_ceil(SQUARE));
     // As long as they can be: short parts of rows are slow to read.
     let tasks = rayon::current_num_threads().min(strips);
-    let group = (GROUP / side(SQUARE).len().max(1)).max(1);
-    let cuts = cut(strips, tasks, out, |out, strips| {
+    let tasks = split(strips, tasks, out, |out, strips| {
         out.split_columns(strips * SQUARE)
     });
-    par::share(cuts, |(part, out)| {
+    let ranges: Vec<_> = cuts(0..right.units, right.step.max(1)).collect();
+    par::share(tasks, |(part, out)| {
         let mut rest = Some(out);
+        let mut pieces = Vec::new();
+        for strips in cuts(part, right.strips.max(1)) {
+            let columns = strips.start * SQUARE..(strips.end * SQUARE).min(cols);
+            let piece = |units: &Range<usize>| Piece {
+                columns: columns.clone(),
+                units: units.clone(),
+            };
+            pieces.extend(ranges.iter().map(piece));
+        }
         let mut sums = Floats::default();
-        let mut units = Floats::default();
+        let mut memory = Floats::default();
         tiles.with(|square| {
-            for first in part.clone().step_by(group) {
-                let last = (first + group).min(part.end);
-                let count = (last * SQUARE).min(cols) - first * SQUARE;
-                let Some((mut out, others)) = rest.take().map(|rest| rest.split_columns(count))
-                else {
-                    break;
-                };
-                rest = Some(others);
-                let side = side(count);
-                if units.len() < side.len() {
-                    units = Floats::dirty(side.len());
+            let mut window: Option<Window<'_>> = None;
+            for (i, piece) in pieces.iter().enumerate() {
+                let Piece { columns, units } = piece;
+                if units.start == 0 {
+                    let Some((own, others)) =
+                        rest.take().map(|out| out.split_columns(columns.len()))
+                    else {
+                        break;
+                    };
+                    (window, rest) = (Some(own), Some(others));
                 }
-                let units = bytemuck::cast_slice_mut(&mut units[..side.len()]);
-                pack(first * SQUARE, &side, units);
+                let Some(out) = &mut window else { break };
+                let side = (right.side)(piece);
+                if memory.len() < side.len() {
+                    memory = Floats::dirty(side.len());
+                }
+                let packed = bytemuck::cast_slice_mut(&mut memory[..side.len()]);
+                (right.pack)(piece, &side, packed);
+                let strip = columns.start / SQUARE;
                 let task = Task {
                     lefts,
                     rights: Rights {
-                        own: &Right::new(&side, units, first),
-                        low,
+                        own: &Right {
+                            panels: Panels::new(&side, packed),
+                            strip,
+                            begin: units.start,
+                        },
+                        low: low.filter(|_| units.end == right.units),
                     },
                     strips: 0..lefts.own.rows.div_ceil(SQUARE),
-                    units: 0..side.units,
-                    add,
-                    ahead: false,
+                    units: units.clone(),
+                    add: add || units.start > 0,
                 };
-                task.run(square, first..last, &mut out, &mut sums);
+                let next = pieces.get(i + 1).map(right.region);
+                task.run(square, strip..strip + side.strips, next, out, &mut sums);
             }
         });
     });
 }
 
 /// Cuts a window into those of some tasks, each with so many of the strips.
-fn cut<'a>(
+fn split<'a>(
     strips: usize,
     tasks: usize,
     out: Window<'a>,
@@ -200,26 +238,29 @@ struct Task<'a> {
     /// Along the inner dimension.
     units: Range<usize>,
     add: bool,
-    /// Whether the right side is far away, and every strip of it wanted once.
-    ahead: bool,
 }
 
 impl Task<'_> {
-    /// The window begins with the first strip and column.
+    /// The window begins with the first strip and column. What is wanted after it is asked for meanwhile; if that is not
+    /// known, the right side is far away and its next column is.
     fn run(
         &self,
         square: &mut dyn Square,
         columns: Range<usize>,
+        next: Option<Region>,
         out: &mut Window<'_>,
         sums: &mut Floats,
     ) {
         let side = self.rights.own.side();
+        let steps = columns.len() * self.strips.len() * self.units.len() / TILE;
+        let mut coming = next.map(|region| Coming {
+            each: region.runs.div_ceil(steps.max(1)),
+            region,
+        });
         for column in columns.clone() {
-            let ahead = self.ahead && column + 1 < columns.end;
             let col = (column - columns.start) * SQUARE;
             for first in self.strips.clone().step_by(STRIPS) {
                 let some = first..(first + STRIPS).min(self.strips.end);
-                let lines = SQUARE.div_ceil(some.len());
                 for block in cuts(self.units.clone(), side.block) {
                     let is_first = block.start == self.units.start;
                     let is_last = block.end == self.units.end;
@@ -227,28 +268,31 @@ impl Task<'_> {
                         *sums = Floats::dirty(STRIPS * SQUARE * SQUARE);
                     }
                     for (i, strip) in some.clone().enumerate() {
-                        let row = (strip - self.strips.start) * SQUARE;
+                        let place = ((strip - self.strips.start) * SQUARE, col);
                         let between = i * SQUARE * SQUARE;
                         if !is_first {
                             square.load(Spot::of(&mut sums[between..], SQUARE));
-                        } else if let (true, Some(spot)) = (self.add, out.spot(row, col)) {
-                            square.load(spot);
+                        } else if self.add {
+                            load(square, out, place);
                         } else {
                             square.zero();
                         }
-                        let first = i * lines;
-                        let ahead = ahead.then_some(Lines { first, lines });
+                        let next = match &mut coming {
+                            Some(coming) => Next::Region(coming),
+                            None if column + 1 < columns.end => Next::Column(i, some.len()),
+                            None => Next::Nothing,
+                        };
                         let own = (&self.lefts.own, strip, self.lefts.begin);
-                        add(square, own, (self.rights.own, column), &block, ahead);
+                        add(square, own, (self.rights.own, column), &block, next);
                         if !is_last {
                             square.store(Spot::of(&mut sums[between..], SQUARE));
                             continue;
                         }
                         if let Some(right) = self.rights.low {
                             let (low, all) = ((&self.lefts.low, strip, 0), 0..right.side().units);
-                            add(square, low, (right, column), &all, None);
+                            add(square, low, (right, column), &all, Next::Nothing);
                         }
-                        finish(square, out, (row, col), self.add);
+                        store(square, out, place);
                     }
                 }
             }
@@ -256,58 +300,102 @@ impl Task<'_> {
     }
 }
 
-/// Adds the products of a block, asking for some lines of each step of the next column's.
+/// What is asked for while a product is made.
+enum Next<'a> {
+    Nothing,
+    /// A part of the next column of the right side: which, and of how many.
+    Column(usize, usize),
+    Region(&'a mut Coming),
+}
+
+/// What is left of a region, and how many of its runs each step asks for.
+struct Coming {
+    region: Region,
+    each: usize,
+}
+
+impl Coming {
+    /// Where those begin that so many steps ask for, and how many each of them does.
+    fn take(&mut self, steps: usize) -> (*const u8, usize) {
+        let Region {
+            at, runs, apart, ..
+        } = self.region;
+        let taken = (steps * self.each).min(runs);
+        self.region.at = at.wrapping_add(taken * apart);
+        self.region.runs -= taken;
+        (at, taken.div_ceil(steps.max(1)))
+    }
+}
+
+/// Adds the products of a block.
 #[inline(always)]
 fn add(
     square: &mut dyn Square,
     (left, row, begin): (&Left<'_>, usize, usize),
     (right, column): (&Right<'_>, usize),
     block: &Range<usize>,
-    ahead: Option<Lines>,
+    mut next: Next<'_>,
 ) {
-    let (parts, right_parts) = (left.parts, right.side().parts);
-    for units in right.side().pieces(block) {
-        let of_left = units.start - begin..units.end - begin;
+    let (side, parts) = (right.side(), left.parts);
+    let block = block.start - right.begin..block.end - right.begin;
+    for units in side.pieces(&block) {
+        let first = right.begin + units.start - begin;
+        let of_left = first..first + units.len();
         let lefts = [0, 1, 2].map(|part| left.strip(row, part.min(parts - 1), &of_left));
-        let [at, of_parts, of_strips] = right.side().place(column - right.first, &units);
+        let [at, of_parts, of_strips] = side.place(column - right.strip, &units);
         let rights = right.units(at, of_parts, &units);
-        let (lefts, rights) = (&lefts[..parts], &rights[..right_parts]);
-        match ahead {
-            Some(Lines { first, lines }) => {
-                let next = right.units(at + of_strips, of_parts, &units);
-                let right = &next[..right_parts];
-                square.add(
-                    lefts,
-                    rights,
-                    Ahead {
-                        right,
-                        first,
-                        lines,
-                    },
-                );
+        let (lefts, rights) = (&lefts[..parts], &rights[..side.parts]);
+        match &mut next {
+            Next::Nothing => square.add(lefts, rights, Ahead::default()),
+            Next::Column(i, of) => {
+                let lines = SQUARE.div_ceil(*of);
+                let from = right.units(at + of_strips, of_parts, &units);
+                let from = from.map(|part| part[*i * lines * TILE..].as_ptr().cast());
+                let ahead = Ahead {
+                    from: &from[..side.parts],
+                    runs: 1,
+                    apart: TILE * SQUARE * size_of::<u32>(),
+                    lines,
+                };
+                square.add(lefts, rights, ahead);
             }
-            None => square.add(lefts, rights, Ahead::default()),
+            Next::Region(coming) => {
+                let (from, runs) = coming.take(units.len() / TILE);
+                let Region { apart, lines, .. } = coming.region;
+                let ahead = Ahead {
+                    from: &[from],
+                    runs,
+                    apart,
+                    lines,
+                };
+                square.add(lefts, rights, ahead);
+            }
         }
     }
 }
 
-/// Lines of each step.
-#[derive(Clone, Copy)]
-struct Lines {
-    first: usize,
-    lines: usize,
+/// The sums from where what there is of a square is.
+fn load(square: &mut dyn Square, out: &mut Window<'_>, (row, col): (usize, usize)) {
+    if let Some(spot) = out.spot(row, col) {
+        return square.load(spot);
+    }
+    let mut whole = [0.0; SQUARE * SQUARE];
+    for (row, sums) in (row..out.rows()).zip(whole.chunks_mut(SQUARE)) {
+        let there = out.row(row, col);
+        sums[..there.len()].copy_from_slice(there);
+    }
+    square.load(Spot::of(&mut whole, SQUARE));
 }
 
 /// Writes what there is of a square.
-fn finish(square: &mut dyn Square, out: &mut Window<'_>, (row, col): (usize, usize), add: bool) {
+fn store(square: &mut dyn Square, out: &mut Window<'_>, (row, col): (usize, usize)) {
     if let Some(spot) = out.spot(row, col) {
         return square.store(spot);
     }
     let mut whole = [0.0; SQUARE * SQUARE];
     square.store(Spot::of(&mut whole, SQUARE));
     for (row, sums) in (row..out.rows()).zip(whole.chunks(SQUARE)) {
-        for (out, sum) in out.row(row, col).iter_mut().zip(sums) {
-            *out = if add { *out + sum } else { *sum };
-        }
+        let there = out.row(row, col);
+        there.copy_from_slice(&sums[..there.len()]);
     }
 }
