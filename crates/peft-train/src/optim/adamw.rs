@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use peft_core::{Error, Param, Result};
 use peft_io::{Checkpoint, PlanEntry, Scratch};
 use peft_tensor::{AdamWRule, Tensor};
+use rayon::prelude::*;
 
 use super::moments::{Form, Moments};
 use crate::io;
@@ -18,6 +19,20 @@ pub struct Rate {
     /// Decoupled weight decay.
     pub weight_decay: f64,
 }
+
+/// A parameter, its gradient and how far it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Move<'a> {
+    /// What is moved.
+    pub param: &'a Param,
+    /// As many values.
+    pub grad: &'a [f32],
+    /// This step's.
+    pub rate: Rate,
+}
+
+/// Values of parameters that are moved together: their new values are made beside the old ones.
+const TOGETHER: usize = 1 << 20;
 
 /// The optimiser with its state, by parameter key.
 #[derive(Debug)]
@@ -53,7 +68,15 @@ impl AdamW {
         Form::of(numel, eight_bit).bytes(numel)
     }
 
-    /// Moves one parameter along its gradient times `factor` (what clipping came to). In f32, with g = factor * grad:
+    /// [`AdamW::step_all`] of one parameter.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn step(&mut self, param: &Param, grad: &[f32], factor: f32, rate: Rate) -> Result<()> {
+        self.step_all(&[Move { param, grad, rate }], factor)
+    }
+
+    /// Moves parameters, each once, along their gradients times `factor` (what clipping came to). In f32, with g = factor * grad:
     ///
     /// ```text
     /// w <- w (1 - lr decay)          m <- m + (g - m)(1 - b1)        v <- v b2 + (1 - b2) g g
@@ -61,25 +84,48 @@ impl AdamW {
     /// ```
     ///
     /// # Errors
-    /// If the gradient has another length than the parameter, the device refuses, or the moments' file cannot be used.
-    pub fn step(&mut self, param: &Param, grad: &[f32], factor: f32, rate: Rate) -> Result<()> {
-        let before = param.tensor();
-        let mut weight = before.to_vec()?;
-        let n = weight.len();
-        if grad.len() != n {
-            return Err(Error::other(format!(
-                "{}: {} gradients for {n} values",
-                param.key(),
-                grad.len()
-            )));
+    /// If a gradient has another length than its parameter, the device refuses, or the moments' file cannot be used.
+    pub fn step_all(&mut self, moves: &[Move<'_>], factor: f32) -> Result<()> {
+        let mut rest = moves;
+        while !rest.is_empty() {
+            let mut values = 0;
+            let fits = |m: &&Move<'_>| {
+                let room = values < TOGETHER;
+                values += m.grad.len();
+                room
+            };
+            let (some, others) = rest.split_at(rest.iter().take_while(fits).count());
+            self.step_some(some, factor)?;
+            rest = others;
         }
-        if self.state.get(param.key()).is_none_or(|m| m.numel != n) {
-            let form = Form::of(n, self.eight_bit);
-            let zeros = Moments::zeros(n, form, self.file.as_mut())?;
-            self.state.insert(param.key().to_owned(), zeros);
+        Ok(())
+    }
+
+    fn step_some(&mut self, moves: &[Move<'_>], factor: f32) -> Result<()> {
+        let mut weights = Vec::with_capacity(moves.len());
+        for Move { param, grad, .. } in moves {
+            let weight = param.tensor().to_vec()?;
+            let n = weight.len();
+            if grad.len() != n {
+                return Err(Error::other(format!(
+                    "{}: {} gradients for {n} values",
+                    param.key(),
+                    grad.len()
+                )));
+            }
+            if self.state.get(param.key()).is_none_or(|m| m.numel != n) {
+                let form = Form::of(n, self.eight_bit);
+                let zeros = Moments::zeros(n, form, self.file.as_mut())?;
+                self.state.insert(param.key().to_owned(), zeros);
+            }
+            weights.push(weight);
         }
-        let steps = self.state.get(param.key()).map_or(0, |m| m.steps) + 1;
-        let [decay, size, root] = self.factors(rate, steps);
+        // Taken out for the time being, so that threads can have them.
+        let mut jobs: Vec<_> = moves
+            .iter()
+            .zip(weights)
+            .filter_map(|(m, weight)| Some((m, self.state.remove_entry(m.param.key())?, weight)))
+            .collect();
         let AdamWRule {
             towards,
             keep,
@@ -87,19 +133,31 @@ impl AdamW {
             eps,
             ..
         } = self.rule(0.0);
-        let Some(moments) = self.state.get_mut(param.key()) else {
-            return Ok(());
-        };
-        moments.steps = steps;
-        moments.update(self.file.as_ref(), &mut weight, grad, |w, m, v, g| {
-            for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
-                let g = g * factor;
-                *m += (g - *m) * towards;
-                *v = *v * keep + add * g * g;
-                *w = *w * decay - size * (*m / (v.sqrt() / root + eps));
-            }
-        })?;
-        param.set(Tensor::from_vec(weight, before.shape(), before.device())?)
+        let done = jobs
+            .par_iter_mut()
+            .try_for_each(|(m, (_, moments), weight)| {
+                moments.steps += 1;
+                let [decay, size, root] = self.factors(m.rate, moments.steps);
+                moments.update(self.file.as_ref(), weight, m.grad, |w, m, v, g| {
+                    for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
+                        let g = g * factor;
+                        *m += (g - *m) * towards;
+                        *v = *v * keep + add * g * g;
+                        *w = *w * decay - size * (*m / (v.sqrt() / root + eps));
+                    }
+                })
+            });
+        let mut moved = Vec::with_capacity(jobs.len());
+        for (m, (key, moments), weight) in jobs {
+            self.state.insert(key, moments);
+            moved.push((m.param, weight));
+        }
+        done?;
+        for (param, weight) in moved {
+            let before = param.tensor();
+            param.set(Tensor::from_vec(weight, before.shape(), before.device())?)?;
+        }
+        Ok(())
     }
 
     /// What a parameter's step `t`, from 1, has of its own: 1 - lr decay, lr/(1 - b1^t), sqrt(1 - b2^t).

@@ -72,10 +72,18 @@ impl Stretch {
     fn update(&mut self, form: Form, mut update: impl FnMut(usize, &mut [f32], &mut [f32])) {
         match (form, &mut self.pieces[..]) {
             (Form::Full, [mean, square]) => {
-                let (mut m, mut v) = (floats(mean), floats(square));
-                update(0, &mut m, &mut v);
-                put(mean, &m);
-                put(square, &v);
+                let (mut m, mut v) = ([0.0; BLOCK], [0.0; BLOCK]);
+                let size = BLOCK * size_of::<f32>();
+                let both = mean.chunks_mut(size).zip(square.chunks_mut(size));
+                for (i, (mean, square)) in both.enumerate() {
+                    let n = mean.len() / size_of::<f32>();
+                    let (m, v) = (&mut m[..n], &mut v[..n]);
+                    take(m, mean);
+                    take(v, square);
+                    update(i * BLOCK, m, v);
+                    put(mean, m);
+                    put(square, v);
+                }
             }
             (Form::Blocks, [m_scales, v_scales, m_codes, v_codes]) => {
                 let (mut m_scale, mut v_scale) = (floats(m_scales), floats(v_scales));
@@ -121,6 +129,12 @@ fn width(dtype: DType) -> usize {
 fn floats(bytes: &[u8]) -> Vec<f32> {
     let each = bytes.as_chunks::<4>().0.iter();
     each.map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+fn take(values: &mut [f32], bytes: &[u8]) {
+    for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*bytes);
+    }
 }
 
 fn put(bytes: &mut [u8], values: &[f32]) {

@@ -9,7 +9,7 @@ use peft_io::{Checkpoint, Scratch};
 use peft_tensor::{AdamWMove, Device, DeviceAdamW};
 
 use super::moments::Moments;
-use super::{AdamW, Rate, clip_factor, norms, total_norm};
+use super::{AdamW, Move, Rate, clip_factor, norms, total_norm};
 
 /// AdamW, wherever it is computed.
 #[derive(Debug)]
@@ -154,11 +154,17 @@ impl Optimizer {
             return Ok((Norm::Known(norm, key), Vec::new()));
         }
         let factor = clip_factor(norm, max_norm);
-        for (param, grad) in params.iter().zip(&taken) {
-            if let Some(grad) = grad {
-                self.host.step(param, grad, factor, rate(param.key()))?;
-            }
-        }
+        let each = params.iter().zip(&taken);
+        let moves: Vec<_> = each
+            .filter_map(|(param, grad)| {
+                Some(Move {
+                    param,
+                    grad: grad.as_ref()?,
+                    rate: rate(param.key()),
+                })
+            })
+            .collect();
+        self.host.step_all(&moves, factor)?;
         let used = match want_used {
             true => used(params, &taken, factor)?,
             false => Vec::new(),
