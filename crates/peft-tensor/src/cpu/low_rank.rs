@@ -22,6 +22,9 @@ const ROWS: usize = 64;
 const TASKS: usize = 16;
 const SUMS: usize = 8 << 20;
 
+/// Values of sums that are added at a time, by one thread.
+const CHUNK: usize = 4096;
+
 /// See [`LowRankBack`](crate::LowRankBack).
 pub(super) struct Back<'a> {
     pub(super) dy: &'a [f32],
@@ -50,11 +53,14 @@ pub(super) fn low_rank_grad(back: &Back<'_>) -> (Floats, Option<Floats>, Option<
     let most = (SUMS / (r * (inside + out)).max(1)).clamp(1, TASKS);
     let rows = ROWS.max(m.div_ceil(most)).next_multiple_of(piece);
     let tasks = m.div_ceil(rows).max(1);
-    let mut sums = Floats::zeros(tasks * (lens[0] + lens[1]));
-    if m * r > 0 {
+    let mut sums = Floats::dirty(tasks * (lens[0] + lens[1]));
+    if m * r == 0 {
+        sums.fill(0.0);
+    } else {
         let mut columns = Floats::dirty(r * out);
         transpose(back.b, r, out, &mut columns);
         let task = |i: usize, dlow: &mut [f32], sums: &mut [f32]| {
+            sums.fill(0.0);
             let (da, db) = sums.split_at_mut(lens[0]);
             let mut place = Floats::dirty(piece * inside);
             for (n, dlow) in dlow.chunks_mut(piece * r).enumerate() {
@@ -72,9 +78,12 @@ pub(super) fn low_rank_grad(back: &Back<'_>) -> (Floats, Option<Floats>, Option<
         par::share(parts.collect(), |(i, dlow, sums)| task(i, dlow, sums));
     }
     let (sum, rest) = sums.split_at_mut(lens[0] + lens[1]);
-    for part in rest.chunks(sum.len().max(1)) {
-        add_into(part, sum);
-    }
+    let rest: Vec<_> = rest.chunks(sum.len().max(1)).collect();
+    par::chunks(sum, CHUNK, |i, sum| {
+        for part in &rest {
+            add_into(&part[i * CHUNK..][..sum.len()], sum);
+        }
+    });
     let (da, db) = sum.split_at(lens[0]);
     let of_b = || {
         let mut by_rows = Floats::dirty(db.len());
