@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn a_block_comes_back_and_zeros_are_zeros() {
         // A size no other test of this process uses, and large: those of the arena come back to whoever is first.
-        let n = 5_234_577;
+        let n = LARGE + 1_234_577;
         let mut a = Floats::dirty(n);
         a.fill(3.0);
         let at = a.as_ptr();
