@@ -113,6 +113,11 @@ impl<'a> Spot<'a> {
         }
     }
 
+    /// Where it begins, and values from a row to the next.
+    pub(super) fn start(&self) -> (*const f32, usize) {
+        (self.at, self.width)
+    }
+
     #[cfg(test)]
     pub(super) fn row(&self, row: usize) -> &[f32] {
         assert!(row < SQUARE);

@@ -37,6 +37,8 @@ pub(in super::super) struct Ahead<'a> {
     pub(super) apart: usize,
     /// Cache lines of each run.
     pub(super) lines: usize,
+    /// Where the square is stored after this product, to be had for writing by then, and its values from a row to the next.
+    pub(super) to: Option<(*const f32, usize)>,
 }
 
 /// Bytes of a cache line.
@@ -179,6 +181,9 @@ mod amx {
         }
     }
 
+    /// Cache lines of a square in a result, two for each row.
+    const WRITTEN: usize = 2 * SQUARE;
+
     /// One after the other, the parts that there are of each step.
     #[inline(always)]
     fn add<const LEFT: usize, const RIGHT: usize>(
@@ -195,6 +200,9 @@ mod amx {
         let mut next: [*const u8; RIGHT] = [std::ptr::null(); RIGHT];
         let places = ahead.from.len().min(RIGHT);
         next[..places].copy_from_slice(&ahead.from[..places]);
+        let (to, width) = ahead.to.unwrap_or((std::ptr::null(), 0));
+        let mut written = if ahead.to.is_some() { 0 } else { WRITTEN };
+        let each = WRITTEN.div_ceil((len / STEP).max(1));
         for at in (0..len).step_by(STEP) {
             for j in (0..RIGHT).rev() {
                 // SAFETY: whole steps inside of slices, as the assertion says; only the registers change.
@@ -223,6 +231,14 @@ mod amx {
                     next[j] = next[j].wrapping_add(ahead.apart);
                 }
             }
+            for line in written..(written + each).min(WRITTEN) {
+                // SAFETY: a hint.
+                unsafe {
+                    asm!("prefetchw [{}]", in(reg) to.wrapping_add(line / 2 * width + line % 2 * TILE),
+                        options(nostack, readonly, preserves_flags));
+                }
+            }
+            written += each;
         }
     }
 

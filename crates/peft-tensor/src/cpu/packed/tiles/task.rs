@@ -282,15 +282,20 @@ impl Task<'_> {
                             None if column + 1 < columns.end => Next::Column(i, some.len()),
                             None => Next::Nothing,
                         };
+                        // What is added to was just read.
+                        let to = match is_last && !(is_first && self.add) {
+                            true => out.spot(place.0, place.1).map(|spot| spot.start()),
+                            false => None,
+                        };
                         let own = (&self.lefts.own, strip, self.lefts.begin);
-                        add(square, own, (self.rights.own, column), &block, next);
+                        add(square, own, (self.rights.own, column), &block, (next, to));
                         if !is_last {
                             square.store(Spot::of(&mut sums[between..], SQUARE));
                             continue;
                         }
                         if let Some(right) = self.rights.low {
                             let (low, all) = ((&self.lefts.low, strip, 0), 0..right.side().units);
-                            add(square, low, (right, column), &all, Next::Nothing);
+                            add(square, low, (right, column), &all, (Next::Nothing, None));
                         }
                         store(square, out, place);
                     }
@@ -334,7 +339,7 @@ fn add(
     (left, row, begin): (&Left<'_>, usize, usize),
     (right, column): (&Right<'_>, usize),
     block: &Range<usize>,
-    mut next: Next<'_>,
+    (mut next, to): (Next<'_>, Option<(*const f32, usize)>),
 ) {
     let (side, parts) = (right.side(), left.parts);
     let block = block.start - right.begin..block.end - right.begin;
@@ -346,7 +351,13 @@ fn add(
         let rights = right.units(at, of_parts, &units);
         let (lefts, rights) = (&lefts[..parts], &rights[..side.parts]);
         match &mut next {
-            Next::Nothing => square.add(lefts, rights, Ahead::default()),
+            Next::Nothing => {
+                let ahead = Ahead {
+                    to,
+                    ..Ahead::default()
+                };
+                square.add(lefts, rights, ahead);
+            }
             Next::Column(i, of) => {
                 let lines = SQUARE.div_ceil(*of);
                 let from = right.units(at + of_strips, of_parts, &units);
@@ -356,6 +367,7 @@ fn add(
                     runs: 1,
                     apart: TILE * SQUARE * size_of::<u32>(),
                     lines,
+                    to,
                 };
                 square.add(lefts, rights, ahead);
             }
@@ -367,6 +379,7 @@ fn add(
                     runs,
                     apart,
                     lines,
+                    to,
                 };
                 square.add(lefts, rights, ahead);
             }
