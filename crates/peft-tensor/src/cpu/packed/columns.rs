@@ -37,11 +37,33 @@ struct Steps<'a, T> {
     apart: Apart,
     /// A place of [`line`] for the units of a whole row.
     line: &'a mut [u32],
-    /// Whether nothing of a strip comes after.
+    /// Whether nothing of a strip comes after, where strips are less than two registers.
     last: bool,
 }
 
-impl<T: Item> Steps<'_, T> {
+impl<'a, T: Item> Steps<'a, T> {
+    /// For strips of two registers; of the rows the width, the stride and how many.
+    fn wide(
+        rows: &'a [T],
+        [width, stride, count]: [usize; 3],
+        units: usize,
+        out: &'a mut [u32],
+        apart: Apart,
+    ) -> Self {
+        Self {
+            rows,
+            width,
+            stride,
+            count,
+            units,
+            out,
+            take: 2 * WIDTH,
+            apart,
+            line: &mut [],
+            last: false,
+        }
+    }
+
     fn pack<L: Lanes>(self, l: L, parts: usize) {
         match parts {
             1 => l.run(InParts::<T, 1>(self)),
@@ -304,74 +326,33 @@ impl Columns<'_> {
         let own = side.own().saturating_sub(self.first).min(self.units);
         let (at, end) = (self.rows.0 + 2 * self.first, self.rows.0 + self.rows.1);
         let count = end.saturating_sub(at).min(2 * own);
-        // Strips of a weight have two registers: no line is needed.
-        assert_eq!(take, 2 * WIDTH);
-        if own == 0 {
-            // Behind all rows of the weight.
-        } else if let Some(all) = stored(w) {
-            let steps = Steps {
-                rows: &all[(at * cols + from) / 2..],
-                width: width.div_ceil(2),
-                stride: cols / 2,
-                count,
-                units: own,
-                out: &mut *out,
-                take,
-                apart,
-                line: &mut [],
-                last: own == self.units,
-            };
-            steps.pack(l, 1);
-        } else if let Some(values) = w.as_f32() {
-            let steps = Steps {
-                rows: &values[at * cols + from..],
-                width,
-                stride: cols,
-                count,
-                units: own,
-                out: &mut *out,
-                take,
-                apart,
-                line: &mut [],
-                last: own == self.units,
-            };
-            steps.pack(l, side.parts);
-        } else {
-            let mut decoded = vec![0.0; DECODED * cols];
-            for units in cuts(0..own, DECODED / 2) {
-                let first = (2 * units.start).min(count);
-                let count = (2 * units.end).min(count) - first;
-                w.decode_rows(at + first..at + first + count, &mut decoded[..count * cols]);
-                let steps = Steps {
-                    rows: &decoded[from..],
-                    width,
-                    stride: cols,
-                    count,
-                    units: units.len(),
-                    out: &mut out[units.start * take..],
-                    take,
-                    apart,
-                    line: &mut [],
-                    last: units.end == self.units,
-                };
+        assert_eq!(take, 2 * WIDTH, "strips of a weight have two registers");
+        if own > 0 {
+            if let Some(all) = stored(w) {
+                let rows = [width.div_ceil(2), cols / 2, count];
+                let steps = Steps::wide(&all[(at * cols + from) / 2..], rows, own, out, apart);
+                steps.pack(l, 1);
+            } else if let Some(values) = w.as_f32() {
+                let rows = [width, cols, count];
+                let steps = Steps::wide(&values[at * cols + from..], rows, own, out, apart);
                 steps.pack(l, side.parts);
+            } else {
+                let mut decoded = vec![0.0; DECODED * cols];
+                for units in cuts(0..own, DECODED / 2) {
+                    let first = (2 * units.start).min(count);
+                    let count = (2 * units.end).min(count) - first;
+                    w.decode_rows(at + first..at + first + count, &mut decoded[..count * cols]);
+                    let (rows, out) = ([width, cols, count], &mut out[units.start * take..]);
+                    let steps = Steps::wide(&decoded[from..], rows, units.len(), out, apart);
+                    steps.pack(l, side.parts);
+                }
             }
         }
         if own < self.units {
-            let (first, stride) = (2 * (self.first + own - side.own()), side.outside);
-            let steps = Steps {
-                rows: &self.low[first * stride + columns.start..],
-                width,
-                stride,
-                count: side.low - first,
-                units: self.units - own,
-                out: &mut out[own * take..],
-                take,
-                apart,
-                line: &mut [],
-                last: true,
-            };
-            steps.pack(l, side.parts);
+            let (first, all) = (2 * (self.first + own - side.own()), side.outside);
+            let low = &self.low[first * all + columns.start..];
+            let (rows, out) = ([width, all, side.low - first], &mut out[own * take..]);
+            Steps::wide(low, rows, self.units - own, out, apart).pack(l, side.parts);
         }
     }
 }
