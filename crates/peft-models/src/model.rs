@@ -9,7 +9,7 @@ use peft_core::{Device, Error, ModuleTree, Network, Pass, Result};
 use peft_io::Checkpoint;
 use peft_tensor::Tensor;
 
-use crate::arch::Architecture;
+use crate::arch::{Architecture, layer};
 use crate::attend::Rows;
 use crate::bert::Bert;
 use crate::config::ModelConfig;
@@ -210,7 +210,7 @@ impl Batch {
 /// A model with its weights, adapters and tokenizer.
 pub struct Model {
     pub(crate) network: Arc<Network>,
-    pub(crate) architecture: Box<dyn Architecture>,
+    pub(crate) architecture: Arc<dyn Architecture>,
     config: ModelConfig,
     task: Task,
     origin: Arc<Origin>,
@@ -311,7 +311,7 @@ impl Model {
         network.set_tensors(Arc::new(other_adapter));
         Ok(Self {
             network: Arc::new(network),
-            architecture: code,
+            architecture: code.into(),
             config,
             task,
             origin,
@@ -422,7 +422,8 @@ impl Model {
         self.architecture.hidden(&self.network, batch, None, &pass)
     }
 
-    /// One block alone on hidden states `[B, S, hidden]` of rows without padding: what it costs can be measured so.
+    /// One block alone on hidden states `[B, S, hidden]` of rows without padding, computed again in the backward
+    /// pass if `pass` says so: what it costs can be measured so.
     ///
     /// # Errors
     /// If there is no such block, or whatever its modules say.
@@ -437,9 +438,10 @@ impl Model {
             segments: None,
             shared: 0,
         };
-        let pass = rows.pass(pass);
-        self.architecture
-            .block(number, &self.network, x, &rows, &pass)
+        let (pass, architecture) = (rows.pass(pass), self.architecture.clone());
+        layer(number, &self.network, x, &pass, move |network, x, pass| {
+            architecture.block(number, network, x, &rows, pass)
+        })
     }
 
     /// Causal: `[B, V + S, vocab]`, virtual tokens included; classification: `[B, labels]`; features: the hidden

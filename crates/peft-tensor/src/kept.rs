@@ -102,6 +102,15 @@ impl Kept {
         }
     }
 
+    /// How a tensor of these values can be kept: as they are.
+    pub(crate) fn keeping(&self) -> Keeping {
+        let keeping = Keeping::default();
+        if let Held::Packed(packed) = &self.held {
+            keeping.packed.get_or_init(|| packed.clone());
+        }
+        keeping
+    }
+
     /// Where it is.
     pub(crate) fn device(&self) -> &Device {
         &self.device

@@ -20,6 +20,7 @@ mod kept;
 mod kernels;
 pub mod linalg;
 mod low_rank;
+mod memo;
 mod ops;
 mod precision;
 #[cfg(feature = "reference")]

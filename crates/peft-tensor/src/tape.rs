@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::shape_err;
 use crate::kept::{Keeping, Kept, Recipe};
-use crate::{Buffer, Device, Result, Tensor};
+use crate::{Buffer, Device, Result, Tensor, memo};
 
 /// Passes the gradient of one tensor on to its parents.
 pub(crate) type Backward = Box<dyn Fn(&Tensor, &mut Grads) -> Result<()> + Send + Sync>;
@@ -326,7 +326,8 @@ pub(crate) fn rerun(
     })
 }
 
-/// Runs `f` without keeping what it computes on the way, and runs it again in the backward pass.
+/// Runs `f` without keeping what it computes on the way, but for outputs of attention over many keys
+/// ([`Attention::is_kept`](crate::Attention::is_kept)), and runs it again in the backward pass.
 ///
 /// `f` must give the same result both times (dropout takes its mask from a key, so it does). Tensors that `f` holds
 /// besides `inputs`, parameters above all, get their gradients too.
@@ -342,14 +343,16 @@ where
         return f(&inputs);
     }
     let before = TOUCHED.replace(false);
-    let out = no_grad(|| f(&inputs));
+    let (out, memo) = memo::first(|| no_grad(|| f(&inputs)));
     let touched = TOUCHED.replace(before) || inputs.iter().any(Tensor::requires_grad);
     let out = out?;
     if !touched {
         return Ok(out);
     }
     TOUCHED.set(true);
-    Ok(out.with_node(rerun(inputs, f)))
+    Ok(out.with_node(rerun(inputs, move |inputs| {
+        memo::again(&memo, || f(inputs))
+    })))
 }
 
 /// A loss made in pieces, each differentiated as soon as it is there (a chunk of logits at a time), where neither keeping

@@ -1,7 +1,7 @@
 //! What a training step holds in memory: the figures of the prediction, in one place. They follow from what the operations
 //! of peft-tensor and the blocks of peft-models keep for the backward pass; whoever changes these changes the table.
 //!
-//! Outputs of norms, gates, activations and dropout, and of attention with few keys, are made again from their inputs and count nowhere.
+//! Outputs of norms, gates, activations and dropout, and of attention with few keys of many tokens, are made again from their inputs and count nowhere.
 
 use peft_models::ModelConfig;
 use peft_tensor::Attention;
@@ -19,11 +19,12 @@ pub(super) struct Trained {
 }
 
 /// Tensors that one block keeps in the form of `train.activations`, by what they are for: how many, and values of a token.
-/// A query sees `keys` keys at most.
+/// There are `tokens` tokens, of which a query sees `keys` keys at most.
 pub(super) fn block(
     config: &ModelConfig,
     gated: bool,
     trained: &Trained,
+    tokens: usize,
     keys: usize,
 ) -> Vec<(&'static str, usize, usize)> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
@@ -40,7 +41,7 @@ pub(super) fn block(
         ("queries to norm", when(config.qk_norm, 1), q),
         ("keys to norm", when(config.qk_norm, 1), kv),
         ("queries", 1, q),
-        ("attention's output", when(Attention::is_kept(keys), 1), q),
+        ("attention's output", 1, attended(config, tokens, keys)),
         ("keys and values", 2, kv),
         // A gate and what it multiplies, or an activation's input.
         ("feed-forward", when(gated, 1) + 1, inner),
@@ -50,12 +51,20 @@ pub(super) fn block(
     kept
 }
 
-/// Values of a token that a block keeps in f32 in any case: attention's log-sum-exp.
-pub(super) fn unpacked(config: &ModelConfig, keys: usize) -> usize {
-    if Attention::is_kept(keys) {
-        config.num_heads
-    } else {
-        0
+/// Values of a token that a block keeps in f32 in any case: attention's log-sum-exp, where its output is kept.
+pub(super) fn unpacked(config: &ModelConfig, tokens: usize, keys: usize) -> usize {
+    match attended(config, tokens, keys) {
+        0 => 0,
+        _ => config.num_heads,
+    }
+}
+
+/// Values of a token in attention's output, where that is kept: also of a block that is run again.
+pub(super) fn attended(config: &ModelConfig, tokens: usize, keys: usize) -> usize {
+    let width = config.num_heads * config.head_dim;
+    match Attention::is_kept(keys, tokens * width) {
+        true => width,
+        false => 0,
     }
 }
 
@@ -69,7 +78,7 @@ pub(super) fn backward(config: &ModelConfig, gated: bool, packed: bool) -> usize
     inner * config.intermediate_size + 2 * config.hidden_size
 }
 
-/// Values of a token between blocks: all that is kept of one that is run again.
+/// Values of a token between blocks: with what attention made, all that is kept of one that is run again.
 pub(super) fn between(config: &ModelConfig) -> usize {
     config.hidden_size
 }
@@ -94,18 +103,23 @@ mod tests {
         }))
         .unwrap();
         let sum = |gated, trained: &Trained| -> usize {
-            let kept = block(&config, gated, trained, 9);
+            let kept = block(&config, gated, trained, 1 << 20, 9);
             kept.iter().map(|(_, count, width)| count * width).sum()
         };
         // Norms 2 x 16; q 16, k and v 8 each; gate and up 20 each.
         let bare = 32 + 32 + 40;
         assert_eq!(sum(true, &Trained::default()), bare);
         assert_eq!(sum(false, &Trained::default()), bare - 20);
-        let long: usize = block(&config, true, &Trained::default(), 1000)
-            .iter()
-            .map(|(_, count, width)| count * width)
-            .sum();
-        assert_eq!(long, bare + 16);
+        // Attention's output where there are many keys or few tokens, and two log-sum-exps.
+        for (tokens, keys, more) in [(1 << 20, 1000, 16), (9, 9, 16), (1 << 20, 9, 0)] {
+            let kept: usize = block(&config, true, &Trained::default(), tokens, keys)
+                .iter()
+                .map(|(_, count, width)| count * width)
+                .sum();
+            assert_eq!(kept, bare + more);
+            assert_eq!(attended(&config, tokens, keys), more);
+            assert_eq!(unpacked(&config, tokens, keys), more / 8);
+        }
         let all = Trained {
             inside: vec![3; 7],
             read: vec![16],

@@ -255,13 +255,15 @@ impl Trainer<'_> {
         let tokens = size.rows * size.seq;
         let gated = self.is_gated();
         let keep = self.config().keep().unwrap_or_default();
+        let unpacked = Keep::F32.bytes(tokens * keeps::unpacked(config, tokens, size.seq));
         let kept = |trained: &Trained| -> u64 {
-            let packed = keeps::block(config, gated, trained, size.seq).into_iter();
+            let packed = keeps::block(config, gated, trained, tokens, size.seq).into_iter();
             let packed = packed.map(|(_, count, width)| count as u64 * keep.bytes(tokens * width));
-            packed.sum::<u64>() + Keep::F32.bytes(tokens * keeps::unpacked(config, size.seq))
+            packed.sum::<u64>() + unpacked
         };
         let live: Vec<u64> = blocks.iter().flatten().map(kept).collect();
-        let inputs = again as u64 * keep.bytes(tokens * keeps::between(config));
+        let attended = keep.bytes(tokens * keeps::attended(config, tokens, size.seq)) + unpacked;
+        let inputs = again as u64 * (keep.bytes(tokens * keeps::between(config)) + attended);
         let rest: u64 = live.iter().skip(again).sum();
         let backward = tokens * keeps::backward(config, gated, keep != Keep::F32);
         let backward = VALUE * backward as u64;

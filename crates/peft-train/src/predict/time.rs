@@ -68,15 +68,23 @@ pub(super) fn step(
     let blocks = trainer.blocks();
     let live = blocks.iter().flatten().count() as f64;
     let below = blocks.len() as f64 - live;
-    let block = block(trainer, rows, seq)?;
-    let forward = (below + again as f64) * block.forward;
-    let batch = live * block.both + forward + head(trainer, labels)?;
+    let kept = block(trainer, rows, seq, 0)?;
+    let computed = match again {
+        0 => 0.0,
+        _ => again as f64 * block(trainer, rows, seq, usize::MAX)?.both,
+    };
+    let blocks = below * kept.forward + (live - again as f64) * kept.both + computed;
+    let batch = blocks + head(trainer, labels)?;
     Ok(batches * batch + optimizer(trainer)?)
 }
 
-/// The last block, with its adapters: in it everything is live.
-fn block(trainer: &Trainer<'_>, rows: usize, seq: usize) -> Result<Seconds> {
-    let (model, pass) = (trainer.model(), Pass::train(RngKey::new(0)));
+/// The last block, with its adapters: in it everything is live. It is computed again where blocks up to `checkpoint` are.
+fn block(trainer: &Trainer<'_>, rows: usize, seq: usize, checkpoint: usize) -> Result<Seconds> {
+    let model = trainer.model();
+    let pass = Pass {
+        checkpoint,
+        ..Pass::train(RngKey::new(0))
+    };
     let last = model.config().num_layers.saturating_sub(1);
     let shape = [rows, seq, model.config().hidden_size];
     timed(&shape, model.device(), |x| model.block(last, x, &pass))
