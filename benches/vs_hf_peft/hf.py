@@ -47,7 +47,7 @@ def base(task):
     if task.get("classify"):
         # Without the dropout of pretraining: nothing random, so that losses can be compared.
         return BertForSequenceClassification.from_pretrained(
-            task["model"], num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+            task["model"], num_labels=2, dtype=dtype(task), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     if task.get("quantize"):
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                     bnb_4bit_compute_dtype=dtype(task))
