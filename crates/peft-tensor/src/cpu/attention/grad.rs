@@ -43,7 +43,7 @@ pub(in crate::cpu) fn attention_grad(
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Floats::dirty(x.len()));
     let group = spec.heads / spec.kv_heads;
     // The heads of a task add to the same dk and dv; with few tasks each head gets its own, summed below.
-    let share = if b * spec.kv_heads >= 16 { group } else { 1 };
+    let share = if b * spec.kv_heads >= 8 { group } else { 1 };
     let per_batch = spec.heads / share;
     let by_tiles = geometry
         .kernel

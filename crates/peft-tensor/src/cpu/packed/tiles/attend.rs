@@ -6,7 +6,8 @@
 
 use std::ops::Range;
 
-use super::super::lanes::Lanes;
+use super::super::lanes::{self, Lanes, WIDTH};
+use super::super::pack::transpose;
 use super::super::side::{Panels, Side};
 use super::super::{columns, pack};
 use super::left::{self, Left};
@@ -318,12 +319,40 @@ impl<L: Lanes, T: Tiles> Backward<L, T> {
             }
         });
         for (sums, out) in work.sums.iter().zip([dk, dv]) {
-            // Some keys at a time, which stay in the first-level cache.
-            for (n, out) in out.chunks_mut(TILE * d).enumerate() {
-                for i in 0..d {
-                    let sums = &sums[i * keys + n * TILE..][..TILE];
-                    for (out, sum) in out.chunks_mut(d).zip(sums) {
-                        out[i] = *sum;
+            l.run(Turn { sums, keys, d, out });
+        }
+    }
+}
+
+/// Sums, transposed: `[width, keys]` to `[T, head_dim]`.
+struct Turn<'a> {
+    sums: &'a [f32],
+    keys: usize,
+    d: usize,
+    out: &'a mut [f32],
+}
+
+impl<L: Lanes> lanes::Work<L> for Turn<'_> {
+    #[inline(always)]
+    fn on(self, l: L) {
+        let Self { keys, d, .. } = self;
+        for (n, out) in self.out.chunks_mut(WIDTH * d).enumerate() {
+            for at in (0..d).step_by(WIDTH) {
+                let mut square = [l.zero(); WIDTH];
+                for (i, row) in square.iter_mut().enumerate() {
+                    let sums = &self.sums[(at + i) * keys + n * WIDTH..][..WIDTH];
+                    *row = l.load(bytemuck::cast_slice(sums));
+                }
+                transpose(l, &mut square);
+                for (key, out) in square.into_iter().zip(out.chunks_mut(d)) {
+                    let out = &mut out[at..];
+                    match out.len() >= WIDTH {
+                        true => l.store(key, bytemuck::cast_slice_mut(out)),
+                        false => {
+                            let mut whole = [0; WIDTH];
+                            l.store(key, &mut whole);
+                            out.copy_from_slice(bytemuck::cast_slice(&whole[..out.len()]));
+                        }
                     }
                 }
             }
