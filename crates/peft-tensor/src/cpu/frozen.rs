@@ -20,9 +20,16 @@ fn decode(w: &FrozenWeight, first: usize, out: &mut [f32]) {
     });
 }
 
+/// Whether so many rows are multiplied with these weights by [`few`].
+fn are_few(precision: Precision, m: usize, weights: &[&FrozenWeight]) -> bool {
+    let most = |w: &&FrozenWeight| packed::kernel(precision).map_or(few::FEW, |k| k.few(w));
+    let empty = weights.iter().any(|w| w.rows() * w.cols() == 0);
+    m > 0 && !empty && m <= weights.iter().map(most).min().unwrap_or(0)
+}
+
 /// Whether [`matmul`] takes a product of low rank along.
-pub(super) fn takes_low_rank(precision: Precision, m: usize) -> bool {
-    m > few::FEW && packed::kernel(precision).is_some()
+pub(super) fn takes_low_rank(precision: Precision, m: usize, w: &FrozenWeight) -> bool {
+    packed::kernel(precision).is_some() && !are_few(precision, m, &[w])
 }
 
 /// `x Wt` or `x W`, added to `into`; products of many rows with inputs rounded to `precision` where that is faster, and
@@ -42,7 +49,7 @@ pub(super) fn matmul(
     } else {
         (rows, cols)
     };
-    if m > 0 && m <= few::FEW && rows * cols > 0 {
+    if are_few(precision, m, &[w]) {
         let product = if transposed {
             few::frozen(x, m, &[w]).pop().unwrap_or_default()
         } else {
@@ -123,8 +130,7 @@ pub(super) fn matmul_all(
     m: usize,
     weights: &[&FrozenWeight],
 ) -> Vec<Floats> {
-    let empty = weights.iter().any(|w| w.rows() * w.cols() == 0);
-    if m > 0 && m <= few::FEW && !empty {
+    if are_few(precision, m, weights) {
         return few::frozen(x, m, weights);
     }
     let product =

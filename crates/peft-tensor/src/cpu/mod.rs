@@ -367,7 +367,7 @@ impl Backend for CpuBackend {
         low: &LowRank<'_>,
         into: Option<Buffer>,
     ) -> Result<Buffer> {
-        if !frozen::takes_low_rank(self.precision, m) {
+        if !frozen::takes_low_rank(self.precision, m, w) {
             let product = self.frozen_matmul(x, m, w, transpose, into)?;
             return low.add_to(self, m, w, transpose, product);
         }

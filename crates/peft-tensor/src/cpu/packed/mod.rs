@@ -26,6 +26,7 @@ pub(super) use self::dense::Sides;
 use self::lanes::Lanes;
 use self::side::{Panels, Side};
 use super::attention::Geometry;
+use super::few::FEW;
 use super::pool::Floats;
 use crate::{FrozenWeight, Precision};
 
@@ -85,6 +86,20 @@ impl Kernel {
             return tiles::Amx::detect().map(|tiles| Self::Amx((l, tiles), parts));
         }
         None
+    }
+
+    /// Most rows that are multiplied with a weight sooner by [`few`](super::few) than by this.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        allow(unused_variables, reason = "elsewhere there are no tiles")
+    )]
+    pub(super) fn few(self, w: &FrozenWeight) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => FEW,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(_, parts) => tiles::few(w, parts),
+        }
     }
 
     /// `out = x Wt`, or `x W` unless `transposed`, and the product of low rank; added to `out` if `add`. x `[m, inside]`,

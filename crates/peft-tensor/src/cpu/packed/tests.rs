@@ -195,6 +195,8 @@ fn all_shapes(way: &Way<'_>) {
             check(way, (20, 37, 96), format, transposed, transposed, 3);
         }
     }
+    // More rows of the weight than leave the left side in the cache.
+    check(way, (40, 7300, 22), WeightFormat::BF16, false, true, 5);
 }
 
 /// Products of two dense matrices, either side by rows or by columns, inside of wider ones.
@@ -359,18 +361,24 @@ fn of_this_processor() {
 
 #[test]
 fn a_row_is_the_same_among_few_and_among_many() {
-    let (rows, cols) = (1100, 1000);
-    let w = values(7, rows * cols);
-    let w = FrozenWeight::quantize(rows, cols, &w, WeightFormat::NF4).unwrap();
-    let x = values(8, 40 * rows);
-    let product = |m: usize| {
-        let (x, low) = (&x[..m * rows], Low::default());
-        let mut out = vec![1.0; m * cols];
-        Product { x, m, w: &w, low }.backward_by_tiles((Plain, tiles::Plain), 1, &mut out, true);
-        out
-    };
-    // Weights of two slabs: the sums of the second go on from those of the first, in whole squares and in parts of one.
-    assert_eq!(product(40)[..3 * cols], product(3));
+    // Weights of two slabs, decoded, and beside as many rows of x as fit with them: the sums of the second go on from those of
+    // the first, in whole squares and in parts of one.
+    for (rows, cols, format) in [
+        (1100, 1000, WeightFormat::NF4),
+        (7300, 70, WeightFormat::BF16),
+    ] {
+        let w = values(7, rows * cols);
+        let w = FrozenWeight::quantize(rows, cols, &w, format).unwrap();
+        let x = values(8, 40 * rows);
+        let product = |m: usize| {
+            let (x, low) = (&x[..m * rows], Low::default());
+            let mut out = vec![1.0; m * cols];
+            let product = Product { x, m, w: &w, low };
+            product.backward_by_tiles((Plain, tiles::Plain), 1, &mut out, true);
+            out
+        };
+        assert_eq!(product(40)[..3 * cols], product(3));
+    }
 }
 
 #[test]

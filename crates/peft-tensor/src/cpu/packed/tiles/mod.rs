@@ -33,6 +33,7 @@ use super::lanes::Lanes;
 use super::parts::ALL;
 use super::side::Side;
 use super::{Product, SLAB, columns, pack};
+use crate::cpu::few::FEW;
 use crate::cpu::matmul::View;
 use crate::cpu::pool::Floats;
 use crate::{FrozenWeight, Precision, WeightFormat};
@@ -48,11 +49,24 @@ const ROWS: usize = 64 * 1024;
 const COLUMNS: usize = 256 * 1024;
 const WIDE: usize = 12;
 
+/// Least rows of a weight for which that is done, if it has more: what is added to a sum is to be more than reading it.
+const LEAST: usize = 1024;
+
 /// Parts of what is not rounded.
 pub(super) fn parts(precision: Precision) -> usize {
     match precision {
         Precision::F32 => ALL,
         Precision::Bf16 => 1,
+    }
+}
+
+/// Most rows that are multiplied with a weight sooner without tiles, where values of the left side have `parts`: by tiles one
+/// row takes as long as a square's, else each takes its own time (measured with SmolLM2-135M's weights).
+pub(super) fn few(w: &FrozenWeight, parts: usize) -> usize {
+    match (parts, weight_parts(w, parts)) {
+        (1, _) => SQUARE / 8,
+        (_, 1) => SQUARE / 4,
+        _ => FEW,
     }
 }
 
@@ -133,10 +147,11 @@ impl Product<'_> {
         add: bool,
     ) {
         let (m, rows, cols) = (self.m, self.w.rows(), self.w.cols());
-        // Whole rows are decoded: not for some of their columns.
-        let whole = left::len(m, rows, parts) <= WHOLE && columns::has_columns(self.w);
+        // As many rows of the weight as leave the left side in the cache. Whole rows are decoded: not for some of their columns.
+        let fit = WHOLE / (m.div_ceil(SQUARE) * SQUARE * parts).max(1) / TILE * 2 * TILE;
+        let whole = columns::has_columns(self.w) && fit >= rows.min(LEAST);
         let step = match whole {
-            true => rows,
+            true => fit.min(rows),
             false => (SLAB / cols).max(1).next_multiple_of(2 * SQUARE),
         };
         let of_weight = weight_parts(self.w, parts);
@@ -162,10 +177,10 @@ impl Product<'_> {
                 let step = COLUMNS / (strips * SQUARE * of_weight).max(1);
                 let in_rows = |piece: &Piece| {
                     let Range { start, end } = piece.units;
-                    2 * start..(2 * end).min(rows)
+                    first + 2 * start..first + (2 * end).min(count)
                 };
                 let right = Columns {
-                    units: units(rows).end,
+                    units: units(count).end,
                     step: step.next_multiple_of(TILE),
                     strips,
                     side: &|piece| {
