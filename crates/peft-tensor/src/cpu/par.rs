@@ -74,18 +74,26 @@ pub(super) fn part(n: usize, parts: usize, i: usize) -> Range<usize> {
     at(i)..at(i + 1)
 }
 
-/// Calls `run` with each of `0..n`, in this order, on all threads: one that is done takes the next, so that slow threads
-/// take fewer.
+/// Calls `run` with each of `0..n` on all threads. Each begins with a part of its own, the same part each time, in order:
+/// what it wrote in the step before may still be in its cache. One that is done takes from the parts of others, so that
+/// slow threads do less.
 pub(super) fn pieces(n: usize, run: impl Fn(usize) + Sync) {
-    if n < 2 {
+    let threads = rayon::current_num_threads().min(n);
+    if threads < 2 {
         return (0..n).for_each(run);
     }
-    let next = AtomicUsize::new(0);
+    let parts: Vec<_> = (0..threads)
+        .map(|i| part(n, threads, i))
+        .map(|part| (AtomicUsize::new(part.start), part.end))
+        .collect();
     let work = || {
-        let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < n);
-        std::iter::from_fn(take).for_each(&run);
+        let own = team::seat() % threads;
+        for (next, end) in parts[own..].iter().chain(&parts[..own]) {
+            let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| i < end);
+            std::iter::from_fn(take).for_each(&run);
+        }
     };
-    team::help(rayon::current_num_threads().min(n), &work);
+    team::help(threads, &work);
 }
 
 /// [`pieces`] that have something of their own, such as a part of a result.
@@ -95,4 +103,28 @@ pub(super) fn share<P: Send>(all: Vec<P>, run: impl Fn(P) + Sync) {
         let mut place = all[i].lock().unwrap_or_else(PoisonError::into_inner);
         place.take().into_iter().for_each(&run);
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Also where work is handed over inside of work, and by threads at once.
+    #[test]
+    fn every_piece_is_run_once() {
+        let count = |n: usize| {
+            let runs: Vec<_> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+            pieces(n, |i| {
+                pieces(3, |_| {
+                    runs[i].fetch_add(1, Ordering::Relaxed);
+                });
+            });
+            assert!(runs.iter().all(|run| run.load(Ordering::Relaxed) == 3));
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| (0..70).for_each(count));
+            }
+        });
+    }
 }

@@ -6,6 +6,7 @@
 //! the processor alone. Nobody waits for a thread that has not begun: whoever hands work over does it too, and only waits
 //! for those that are in it.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -55,6 +56,15 @@ static TEAM: Team = Team {
     all_are_out: Condvar::new(),
 };
 
+thread_local! {
+    static SEAT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The number of this thread among those at work: 0 is who handed it over.
+pub(super) fn seat() -> usize {
+    SEAT.get()
+}
+
 /// Does the work here and on up to `n - 1` other threads; alone where these are at work for somebody else.
 pub(super) fn help(n: usize, work: &(impl Fn() + Sync)) {
     match (n > 1).then(|| TEAM.hand_over(n - 1, work)).flatten() {
@@ -85,9 +95,14 @@ impl Team {
         state.work = Some(work);
         state.open = helpers;
         while state.threads < helpers {
-            let started = std::thread::Builder::new().name(format!("peft-{}", state.threads + 1));
+            let seat = state.threads + 1;
+            let started = std::thread::Builder::new().name(format!("peft-{seat}"));
+            let work = move || {
+                SEAT.set(seat);
+                TEAM.work();
+            };
             // Without another thread there is less help.
-            if started.spawn(|| TEAM.work()).is_err() {
+            if started.spawn(work).is_err() {
                 break;
             }
             state.threads += 1;
