@@ -23,13 +23,14 @@ fn decode(w: &FrozenWeight, first: usize, out: &mut [f32]) {
 /// Whether so many rows are multiplied with these weights by [`few`].
 fn are_few(precision: Precision, m: usize, weights: &[&FrozenWeight]) -> bool {
     let most = |w: &&FrozenWeight| packed::kernel(precision).map_or(few::FEW, |k| k.few(w));
-    let empty = weights.iter().any(|w| w.rows() * w.cols() == 0);
-    m > 0 && !empty && m <= weights.iter().map(most).min().unwrap_or(0)
+    let nothing = m == 0 || weights.iter().any(|w| w.rows() * w.cols() == 0);
+    !nothing && m <= weights.iter().map(most).min().unwrap_or(0)
 }
 
 /// Whether [`matmul`] takes a product of low rank along.
 pub(super) fn takes_low_rank(precision: Precision, m: usize, w: &FrozenWeight) -> bool {
-    packed::kernel(precision).is_some() && !are_few(precision, m, &[w])
+    let nothing = m * w.rows() * w.cols() == 0;
+    !nothing && packed::kernel(precision).is_some() && !are_few(precision, m, &[w])
 }
 
 /// `x Wt` or `x W`, added to `into`; products of many rows with inputs rounded to `precision` where that is faster, and

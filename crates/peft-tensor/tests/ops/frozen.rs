@@ -1,6 +1,6 @@
 //! Products with frozen weights in every format, against the dense product of what they decode to.
 
-use peft_tensor::{BaseWeight, Bytes, FrozenWeight, RngKey, WeightFormat, encode};
+use peft_tensor::{BaseWeight, Bytes, FrozenWeight, Precision, RngKey, WeightFormat, encode};
 use proptest::prelude::*;
 
 use crate::check::{Tolerance, check, input};
@@ -140,5 +140,16 @@ fn a_low_rank_beside_a_frozen_weight() {
             w.linear_low_rank(&zeros(&x), &zeros(&a), &zeros(&b), 1.0)
                 .is_err()
         );
+    }
+    // No rows, as where nothing is labelled.
+    for precision in [Precision::F32, Precision::Bf16] {
+        let device = peft_tensor::Device::cpu_in(precision);
+        let leaf = |shape: &[usize]| peft_tensor::Tensor::zeros(shape, &device).unwrap().leaf();
+        let (x, a, b) = (leaf(&[0, 4]), leaf(&[2, 4]), leaf(&[6, 2]));
+        let w = BaseWeight::frozen(weight(WeightFormat::BF16, 6, 4, 1), false, &device);
+        let y = w.linear_low_rank(&x, &a, &b, 1.0).unwrap();
+        assert_eq!(y.shape(), [0, 6]);
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert_eq!(grads.get(&b).unwrap().to_vec().unwrap(), [0.0; 12]);
     }
 }
