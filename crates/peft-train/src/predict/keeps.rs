@@ -1,7 +1,8 @@
 //! What a training step holds in memory: the figures of the prediction, in one place. They follow from what the operations
 //! of peft-tensor and the blocks of peft-models keep for the backward pass; whoever changes these changes the table.
 //!
-//! Outputs of norms, gates, activations and dropout, and of attention with few keys of many tokens, are made again from their inputs and count nowhere.
+//! Outputs of norms, gates, activations and dropout, and of attention with few keys of many tokens, are made again from
+//! their inputs and count nowhere.
 
 use peft_models::ModelConfig;
 use peft_tensor::Attention;
