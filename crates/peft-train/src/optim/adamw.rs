@@ -32,7 +32,7 @@ pub struct Move<'a> {
 }
 
 /// Values of parameters that are moved together: their new values are made beside the old ones.
-const TOGETHER: usize = 1 << 20;
+const TOGETHER: usize = 1 << 18;
 
 /// The optimiser with its state, by parameter key.
 #[derive(Debug)]

@@ -20,10 +20,10 @@ pub fn take_gradients(params: &[Param], grads: &mut Grads) -> Vec<Option<Tensor>
 
 /// The norm of each gradient (0 where there is none), in double precision; the sum of squares goes in one order, so it
 /// does not depend on the number of threads.
-pub fn norms(grads: &[Option<Vec<f32>>]) -> Vec<f64> {
+pub fn norms<G: AsRef<[f32]> + Sync>(grads: &[Option<G>]) -> Vec<f64> {
     // Eight sums: one would wait for each addition.
-    let square = |g: &Vec<f32>| {
-        let (whole, rest) = g.as_chunks::<8>();
+    let square = |g: &G| {
+        let (whole, rest) = g.as_ref().as_chunks::<8>();
         let mut sums = [0.0; 8];
         for values in whole {
             for (sum, &x) in sums.iter_mut().zip(values) {

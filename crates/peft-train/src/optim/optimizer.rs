@@ -1,5 +1,6 @@
 //! The optimiser as the loop sees it: AdamW by the processor, or by the device that has the parameters.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -138,12 +139,19 @@ impl Optimizer {
         if let Some(device) = &mut self.device {
             return device.step(&self.host, params, &grads, rate, max_norm, want_used);
         }
-        let there: Vec<bool> = grads.iter().map(Option::is_some).collect();
-        let mut values = Tensor::into_vecs(grads.into_iter().flatten().collect())?.into_iter();
-        let taken: Vec<Option<Vec<f32>>> = there
-            .into_iter()
-            .map(|there| if there { values.next() } else { None })
-            .collect();
+        let fetched;
+        let taken: Vec<Option<Cow<'_, [f32]>>> = if are_at_hand(&grads)? {
+            let values = grads.iter().map(|g| g.as_ref().map(Tensor::values));
+            let values = values.map(|v| Ok(v.transpose()?));
+            values.collect::<Result<_>>()?
+        } else {
+            let there: Vec<bool> = grads.iter().map(Option::is_some).collect();
+            fetched = Tensor::into_vecs(grads.into_iter().flatten().collect())?;
+            let mut values = fetched.iter();
+            let next = |there| if there { values.next() } else { None };
+            let values = there.into_iter().map(next);
+            values.map(|v| v.map(|v| Cow::Borrowed(&v[..]))).collect()
+        };
         let each = norms(&taken);
         let norm = total_norm(&each);
         if !norm.is_finite() {
@@ -159,7 +167,7 @@ impl Optimizer {
             .filter_map(|(param, grad)| {
                 Some(Move {
                     param,
-                    grad: grad.as_ref()?,
+                    grad: grad.as_deref()?,
                     rate: rate(param.key()),
                 })
             })
@@ -367,9 +375,21 @@ impl OnDevice {
     }
 }
 
+/// Whether gradients can be read where they are, without copies that leave holes in the heap as large as all of them.
+fn are_at_hand(grads: &[Option<Tensor>]) -> Result<bool> {
+    match grads.iter().flatten().next() {
+        Some(grad) => Ok(matches!(grad.values()?, Cow::Borrowed(_))),
+        None => Ok(true),
+    }
+}
+
 /// Gradients as the optimiser took them.
-fn used(params: &[Param], taken: &[Option<Vec<f32>>], factor: f32) -> Result<Vec<Option<Tensor>>> {
-    let one = |(param, grad): (&Param, &Option<Vec<f32>>)| {
+fn used(
+    params: &[Param],
+    taken: &[Option<Cow<'_, [f32]>>],
+    factor: f32,
+) -> Result<Vec<Option<Tensor>>> {
+    let one = |(param, grad): (&Param, &Option<Cow<'_, [f32]>>)| {
         let Some(grad) = grad else { return Ok(None) };
         let clipped = grad.iter().map(|g| g * factor).collect();
         let value = param.tensor();
