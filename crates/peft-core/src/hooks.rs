@@ -25,6 +25,11 @@ pub trait TrainHooks: Send {
         Ok(())
     }
 
+    /// Whether [`TrainHooks::after_step`] reads [`TrainCx::used`], which is a copy of all gradients.
+    fn reads_used(&self) -> bool {
+        false
+    }
+
     /// Learning-rate and weight-decay rules for some parameters.
     fn param_groups(&self, _groups: &mut ParamGroups) {}
 
@@ -83,8 +88,8 @@ pub struct TrainCx<'a> {
     pub params: &'a [Param],
     /// Gradients of this step; empty before the backward pass and after the optimiser took them.
     pub grads: &'a mut Grads,
-    /// In `after_step`: the gradients as the optimiser took them, clipped, one for each of `params`. The parameters
-    /// themselves have moved by then.
+    /// In `after_step`, if some hook [reads them](TrainHooks::reads_used): the gradients as the optimiser took them,
+    /// clipped, one for each of `params`. The parameters themselves have moved by then.
     pub used: &'a [Option<Tensor>],
     /// This step's learning rate, before the factors of parameter groups.
     pub learning_rate: f64,

@@ -308,6 +308,10 @@ impl TrainHooks for All {
         self.0.iter_mut().try_for_each(|h| h.before_forward(cx))
     }
 
+    fn reads_used(&self) -> bool {
+        self.0.iter().any(|h| h.reads_used())
+    }
+
     fn param_groups(&self, groups: &mut ParamGroups) {
         self.0.iter().for_each(|h| h.param_groups(groups));
     }

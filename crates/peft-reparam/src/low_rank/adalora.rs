@@ -285,6 +285,10 @@ impl Allocator {
 }
 
 impl TrainHooks for Allocator {
+    fn reads_used(&self) -> bool {
+        true
+    }
+
     fn prepare(&mut self, cx: &mut TrainCx<'_>) -> Result<()> {
         let total = self.total(cx);
         let (tinit, tfinal) = (self.config.tinit, self.config.tfinal);

@@ -102,10 +102,8 @@ impl AdamW {
     }
 
     fn step_some(&mut self, moves: &[Move<'_>], factor: f32) -> Result<()> {
-        let mut weights = Vec::with_capacity(moves.len());
         for Move { param, grad, .. } in moves {
-            let weight = param.tensor().to_vec()?;
-            let n = weight.len();
+            let n = param.numel();
             if grad.len() != n {
                 return Err(Error::other(format!(
                     "{}: {} gradients for {n} values",
@@ -118,13 +116,15 @@ impl AdamW {
                 let zeros = Moments::zeros(n, form, self.file.as_mut())?;
                 self.state.insert(param.key().to_owned(), zeros);
             }
-            weights.push(weight);
         }
         // Taken out for the time being, so that threads can have them.
         let mut jobs: Vec<_> = moves
             .iter()
-            .zip(weights)
-            .filter_map(|(m, weight)| Some((m, self.state.remove_entry(m.param.key())?, weight)))
+            .filter_map(|m| {
+                // Memory of this thread: the allocator keeps places for each that asks.
+                let weight = Vec::with_capacity(m.grad.len());
+                Some((m, self.state.remove_entry(m.param.key())?, weight))
+            })
             .collect();
         let AdamWRule {
             towards,
@@ -138,6 +138,7 @@ impl AdamW {
             .try_for_each(|(m, (_, moments), weight)| {
                 moments.steps += 1;
                 let [decay, size, root] = self.factors(m.rate, moments.steps);
+                weight.extend_from_slice(&m.param.tensor().values()?);
                 moments.update(self.file.as_ref(), weight, m.grad, |w, m, v, g| {
                     for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
                         let g = g * factor;

@@ -72,6 +72,10 @@ impl Stretch {
     fn update(&mut self, form: Form, mut update: impl FnMut(usize, &mut [f32], &mut [f32])) {
         match (form, &mut self.pieces[..]) {
             (Form::Full, [mean, square]) => {
+                let all = [&mut *mean, &mut *square].map(|p| bytemuck::try_cast_slice_mut(p));
+                if let ([Ok(m), Ok(v)], true) = (all, cfg!(target_endian = "little")) {
+                    return update(0, m, v);
+                }
                 let (mut m, mut v) = ([0.0; BLOCK], [0.0; BLOCK]);
                 let size = BLOCK * size_of::<f32>();
                 let both = mean.chunks_mut(size).zip(square.chunks_mut(size));

@@ -353,30 +353,24 @@ impl<'a> Trainer<'a> {
         grads: &mut Grads,
         call: impl Fn(&mut dyn TrainHooks, &mut TrainCx<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.hook_after(progress, params, grads, &[], call)
+        let step = progress.step;
+        self.hook_at(progress, params, grads, (step, &[]), call)
     }
 
-    /// As [`Trainer::hook`], with the gradients the optimiser used.
-    fn hook_after(
+    /// As [`Trainer::hook`], with the number of steps before the one that is meant and the gradients that were used.
+    fn hook_at(
         &self,
         progress: &mut Progress,
         params: &[Param],
         grads: &mut Grads,
-        used: &[Option<Tensor>],
+        (taken, used): (u64, &[Option<Tensor>]),
         call: impl Fn(&mut dyn TrainHooks, &mut TrainCx<'_>) -> Result<()>,
     ) -> Result<()> {
         let (_, total_steps) = self.steps();
         let reset = Cell::new(false);
         let rows = Rows(self);
-        // After a step, the rate that step was taken with.
-        let step = progress.step;
-        let taken = if used.is_empty() {
-            step
-        } else {
-            step.saturating_sub(1)
-        };
         let mut cx = TrainCx {
-            step,
+            step: progress.step,
             total_steps,
             network: self.model.network(),
             params,

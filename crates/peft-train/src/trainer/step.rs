@@ -109,14 +109,13 @@ impl Trainer<'_> {
             taken,
             |key| groups.rate(key, learning_rate),
             train.max_grad_norm,
-            // Full-parameter training has no hooks: its gradients are as large as the model and are not copied for none.
-            !progress.hooks.is_empty(),
+            progress.hooks.iter().any(|(_, hook)| hook.reads_used()),
         )?;
         if at_once {
             self.check_norm(step, &norm, &batches)?;
         }
         progress.step += 1;
-        self.hook_after(progress, &params, &mut grads, &used, |hook, cx| {
+        self.hook_at(progress, &params, &mut grads, (step, &used), |hook, cx| {
             hook.after_step(cx)
         })?;
 

@@ -112,7 +112,13 @@ impl Hooks {
         if let Some(name) = &self.diary {
             DIARIES.lock().unwrap().push((
                 name.clone(),
-                format!("{hook} {} {}", cx.step, cx.grads.is_empty()),
+                format!(
+                    "{hook} {} {} {} {}",
+                    cx.step,
+                    cx.grads.is_empty(),
+                    cx.used.is_empty(),
+                    cx.learning_rate
+                ),
             ));
         }
     }
@@ -127,6 +133,10 @@ impl TrainHooks for Hooks {
     fn before_forward(&mut self, cx: &mut TrainCx<'_>) -> Result<()> {
         self.note("before_forward", cx);
         Ok(())
+    }
+
+    fn reads_used(&self) -> bool {
+        self.diary.as_deref() == Some("used")
     }
 
     fn param_groups(&self, groups: &mut ParamGroups) {

@@ -258,16 +258,24 @@ fn hooks_are_called_in_their_order() {
         "adapter.diary=order",
         "train.steps=2",
         "train.gradient_accumulation=2",
+        "train.learning_rate=0.05",
+        "train.schedule=linear",
+        "train.warmup_steps=0",
     ]);
-    let mut want = vec!["prepare 0 true".to_owned()];
-    for step in 0..2 {
-        want.push(format!("before_forward {step} true"));
-        want.push(format!("penalty {step} false"));
-        want.push(format!("after_backward {step} false"));
+    // The rate falls; after a step it is still the one the step was taken with.
+    let mut want = vec!["prepare 0 true true 0.05".to_owned()];
+    for (step, rate) in [(0, 0.05), (1, 0.025)] {
+        want.push(format!("before_forward {step} true true {rate}"));
+        want.push(format!("penalty {step} false true {rate}"));
+        want.push(format!("after_backward {step} false true {rate}"));
         // Gradients were taken by the optimiser, whose step this is after.
-        want.push(format!("after_step {} true", step + 1));
+        want.push(format!("after_step {} true true {rate}", step + 1));
     }
     assert_eq!(super::probe::diary("order"), want);
+    // They are copied for who reads them.
+    place.train(&["adapter.diary=used", "train.steps=1", "output.dir=DIR/used"]);
+    let last = super::probe::diary("used").pop();
+    assert!(last.is_some_and(|note| note.starts_with("after_step 1 true false ")));
 }
 
 #[test]
