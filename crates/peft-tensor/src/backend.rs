@@ -10,6 +10,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use crate::adamw::AdamWState;
+use crate::late::Late;
 use crate::low_rank::{LowRank, LowRankBack, LowRankGrad};
 use crate::{FrozenWeight, Precision, Result, RngKey};
 
@@ -25,7 +26,16 @@ impl Buffer {
 
     /// The storage, if it is a `T`; a backend asks for its own type.
     pub fn get<T: Any + Send + Sync>(&self) -> Option<&T> {
-        self.0.downcast_ref()
+        match self.0.downcast_ref::<Late>() {
+            Some(late) => late.read()?.get(),
+            None => self.0.downcast_ref(),
+        }
+    }
+
+    /// Whether it is made when it is read, and nobody has.
+    pub(crate) fn is_late(&self) -> bool {
+        let late = self.0.downcast_ref::<Late>();
+        late.is_some_and(|late| !late.is_made())
     }
 
     /// How many there are of it.
@@ -36,7 +46,11 @@ impl Buffer {
 
     /// The storage for writing, if it is a `T` and nobody else holds it.
     pub fn get_mut<T: Any + Send + Sync>(&mut self) -> Option<&mut T> {
-        Arc::get_mut(&mut self.0)?.downcast_mut()
+        let storage = Arc::get_mut(&mut self.0)?;
+        if storage.is::<Late>() {
+            return storage.downcast_mut::<Late>()?.read_mut()?.get_mut();
+        }
+        storage.downcast_mut()
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::error::shape_err;
 use crate::kept::{Keeping, Kept};
+use crate::late::later;
 use crate::ops::check_ids;
 use crate::tape::{grad_enabled, record};
 use crate::{Buffer, Device, FrozenWeight, LowRank, LowRankBack, Result, Tensor};
@@ -226,7 +227,11 @@ impl BaseWeight {
 
 /// `x Wᵀ` or `x W` with a frozen W, whose gradient is the other product of dy.
 fn frozen_product(x: &Tensor, w: &Arc<FrozenWeight>, transpose: bool) -> Result<Tensor> {
-    let data = product_into(x, w, transpose, None)?;
+    check_width(x, w, transpose)?;
+    let (of_x, of_w) = (x.detach(), w.clone());
+    let data = later(x.device(), move || {
+        product_into(&of_x, &of_w, transpose, None)
+    })?;
     let mut shape = x.shape().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = if transpose { w.rows() } else { w.cols() };
@@ -275,12 +280,17 @@ fn frozen_low_rank(
         &x.data, &a.data, 1, m, inside, r, false, false, false, true, scale, None,
     )?;
     let low = Tensor::from_buffer(low, vec![m, r], device);
-    let side = LowRank {
-        low: &low.data,
-        other: &b.data,
-        r,
-    };
-    let data = backend.frozen_matmul_low_rank(&x.data, m, w, true, &side, None)?;
+    let (of_x, of_low, of_b) = (x.data.clone(), low.data.clone(), b.data.clone());
+    let (on, of_w) = (device.clone(), w.clone());
+    let data = later(device, move || {
+        let side = LowRank {
+            low: &of_low,
+            other: &of_b,
+            r,
+        };
+        let backend = on.backend();
+        backend.frozen_matmul_low_rank(&of_x, m, &of_w, true, &side, None)
+    })?;
     let mut shape = x.shape().to_vec();
     shape[x.rank() - 1] = out;
     Ok(record(data, shape, device, &[x, a, b], || {
@@ -325,13 +335,8 @@ fn frozen_low_rank(
     }))
 }
 
-/// The product alone, added to `into`.
-fn product_into(
-    x: &Tensor,
-    w: &FrozenWeight,
-    transpose: bool,
-    into: Option<Buffer>,
-) -> Result<Buffer> {
+/// The width of what a weight takes, if `x` has it.
+fn check_width(x: &Tensor, w: &FrozenWeight, transpose: bool) -> Result<usize> {
     let inside = if transpose { w.cols() } else { w.rows() };
     if x.last_dim() != inside || x.rank() == 0 {
         return shape_err(
@@ -339,6 +344,17 @@ fn product_into(
             format!("input {:?} for a weight that takes {inside}", x.shape()),
         );
     }
+    Ok(inside)
+}
+
+/// The product alone, added to `into`.
+fn product_into(
+    x: &Tensor,
+    w: &FrozenWeight,
+    transpose: bool,
+    into: Option<Buffer>,
+) -> Result<Buffer> {
+    let inside = check_width(x, w, transpose)?;
     let m = x.numel() / inside.max(1);
     x.device()
         .backend()

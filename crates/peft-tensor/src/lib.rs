@@ -18,6 +18,7 @@ mod error;
 mod frozen;
 mod kept;
 mod kernels;
+mod late;
 pub mod linalg;
 mod low_rank;
 mod memo;

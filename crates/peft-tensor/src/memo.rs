@@ -25,6 +25,8 @@ thread_local! {
     static NOW: RefCell<Option<Memo>> = const { RefCell::new(None) };
     /// What the function that runs now made before and has not asked for, last first.
     static BEFORE: RefCell<Memo> = const { RefCell::new(Memo(Vec::new())) };
+    /// Whether a function runs again.
+    static AGAIN: RefCell<bool> = const { RefCell::new(false) };
 }
 
 /// Puts back what a thread had, also on early return.
@@ -55,7 +57,13 @@ pub(crate) fn again<R>(memo: &Memo, f: impl FnOnce() -> R) -> R {
     made.0.reverse();
     let _now = Restore::after(&NOW, None);
     let _before = Restore::after(&BEFORE, made);
+    let _again = Restore::after(&AGAIN, true);
     f()
+}
+
+/// Whether a function runs again on this thread.
+pub(crate) fn runs_again() -> bool {
+    AGAIN.with_borrow(|again| *again)
 }
 
 /// An attention's output with how it is kept, and its log-sum-exp: from the first run of the function this is part of, else

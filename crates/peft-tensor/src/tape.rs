@@ -272,32 +272,22 @@ fn fresh_leaves(inputs: &[Tensor]) -> Vec<Tensor> {
         .collect()
 }
 
-/// What the result of a function is differentiated against.
-enum Against<'a> {
-    Gradient(&'a Tensor),
-    /// The same number for every value.
-    Factor(f32),
-}
-
-/// Runs `f` on copies of `inputs`, differentiates its result against `dy`, and returns the value with the
-/// gradients of the inputs and of whatever else it depends on, which may be older steps of the graph outside.
-fn differentiate(
+/// Runs `f` on copies of `inputs`, differentiates its result against what `against` makes of it first, and returns the
+/// gradients of the inputs and of whatever else it depends on, which may be older steps of the graph outside, with what else
+/// is to stay of the result.
+fn differentiate<R>(
     inputs: &[Tensor],
-    dy: Against<'_>,
+    against: impl FnOnce(&Tensor) -> Result<(Tensor, R)>,
     f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
-) -> Result<(Tensor, Vec<Pending>)> {
+) -> Result<(R, Vec<Pending>)> {
     let floor = next_id();
     let leaves = fresh_leaves(inputs);
     let value = with_grad(true, || f(&leaves))?;
-    let out = value.detach();
+    let (dy, out) = against(&value)?;
     if !value.requires_grad() {
         return Ok((out, Vec::new()));
     }
     let mut inner = Grads::above(floor);
-    let dy = match dy {
-        Against::Gradient(dy) => dy.clone(),
-        Against::Factor(factor) => Tensor::full(factor, value.shape(), value.device())?,
-    };
     inner.add(&value.target, dy)?;
     drop(value);
     inner.run()?;
@@ -319,7 +309,7 @@ pub(crate) fn rerun(
     let inputs: Vec<Kept> = inputs.iter().map(Kept::new).collect();
     Box::new(move |dy, outer| {
         let inputs = inputs.iter().map(Kept::whole).collect::<Result<Vec<_>>>()?;
-        let (_, grads) = differentiate(&inputs, Against::Gradient(dy), &f)?;
+        let ((), grads) = differentiate(&inputs, |_| Ok((dy.clone(), ())), &f)?;
         grads
             .into_iter()
             .try_for_each(|(var, g)| outer.add_var(&var, g))
@@ -373,7 +363,11 @@ impl Eager {
         if !grad_enabled() {
             return f(&inputs);
         }
-        let (value, grads) = differentiate(&inputs, Against::Factor(weight), f)?;
+        let against = |value: &Tensor| {
+            let dy = Tensor::full(weight, value.shape(), value.device())?;
+            Ok((dy, value.detach()))
+        };
+        let (value, grads) = differentiate(&inputs, against, f)?;
         for (var, grad) in grads {
             self.0.add_var(&var, grad)?;
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::shape::{broadcast_shape, padded};
 use crate::error::shape_err;
 use crate::kept::{Kept, Recipe};
+use crate::late::later;
 use crate::tape::{record, record_again};
 use crate::{Binary, Glu, Result, RngKey, Tensor, Unary};
 
@@ -104,9 +105,23 @@ impl Tensor {
             padded(self.shape(), out.len()),
             padded(rhs.shape(), out.len()),
         );
-        let data = device
-            .backend()
-            .binary(op, &self.data, &a_shape, &rhs.data, &b_shape, &out)?;
+        let data = if op == Binary::Add && (self.data.is_late() || rhs.data.is_late()) {
+            // A sum of what nobody has read may be read by nobody.
+            let (on, a, b, to) = (
+                device.clone(),
+                self.data.clone(),
+                rhs.data.clone(),
+                out.clone(),
+            );
+            later(device, move || {
+                on.backend().binary(op, &a, &a_shape, &b, &b_shape, &to)
+            })?
+        } else {
+            let (a, b) = (&self.data, &rhs.data);
+            device
+                .backend()
+                .binary(op, a, &a_shape, b, &b_shape, &out)?
+        };
         Ok(record(data, out, device, &[self, rhs], || {
             let (a, b) = (self.target.clone(), rhs.target.clone());
             let (a_shape, b_shape) = (self.shape.clone(), rhs.shape.clone());
